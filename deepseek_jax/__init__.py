@@ -1,0 +1,52 @@
+"""The DeepSeek model family in JAX and Flax.
+
+The public API is the list below; each name is imported on first use, so that the command line
+can answer ``--help`` without loading JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from deepseek_jax.version import __version__
+
+_HOME = {
+    "zoo": "deepseek_jax.configs.zoo",
+    "Context": "deepseek_jax.core.context",
+    "init": "deepseek_jax.model.transformer",
+    "partition": "deepseek_jax.core.params",
+    "combine": "deepseek_jax.core.params",
+    "load_pretrained": "deepseek_jax.convert.load",
+    "save_pretrained": "deepseek_jax.convert.save",
+    "loss": "deepseek_jax.train.loss",
+    "LossWeights": "deepseek_jax.train.loss",
+    "update_router_bias": "deepseek_jax.train.balance",
+    "generate": "deepseek_jax.generation.engine",
+    "load_tokenizer": "deepseek_jax.text.tokenizer",
+    "counts": "deepseek_jax.analysis.counts",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'deepseek_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__():
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from deepseek_jax.analysis.counts import counts
+    from deepseek_jax.configs.zoo import zoo
+    from deepseek_jax.convert.load import load_pretrained
+    from deepseek_jax.convert.save import save_pretrained
+    from deepseek_jax.core.context import Context
+    from deepseek_jax.core.params import combine, partition
+    from deepseek_jax.generation.engine import generate
+    from deepseek_jax.model.transformer import init
+    from deepseek_jax.text.tokenizer import load_tokenizer
+    from deepseek_jax.train.balance import update_router_bias
+    from deepseek_jax.train.loss import LossWeights, loss

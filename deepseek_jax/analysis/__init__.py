@@ -1,0 +1,1 @@
+"""Exact counts, routing statistics, n-gram baselines, plots."""

@@ -1,0 +1,1 @@
+"""The ``deepseek-jax`` command line, one file a command."""

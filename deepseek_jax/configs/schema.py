@@ -1,0 +1,166 @@
+"""What a model is: frozen, hashable dataclasses without arrays.
+
+An ablation is one ``dataclasses.replace``. Every value is checked when the dataclass is made, so that a
+config that exists is one that can be built.
+"""
+
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A model config that contradicts itself, or that describes something not built here."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2309.00071; V3 §4.3), as published configs spell it.
+
+    ``mscale_all_dim`` scales the softmax by ``m(mscale_all_dim)**2``; cos and sin are scaled by
+    ``m(mscale) / m(mscale_all_dim)``, where ``m(a) = 0.1 * a * ln(factor) + 1``.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        _require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
+        _require(self.original_length > 0, f"YaRN original_length must be positive: {self.original_length}.")
+        _require(
+            self.beta_fast > self.beta_slow > 0,
+            f"YaRN needs beta_fast > beta_slow > 0, not {self.beta_fast} and {self.beta_slow}.",
+        )
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding; ``interleaved`` means that pair i is dimensions 2i and 2i + 1."""
+
+    theta: float = 10000.0
+    yarn: Yarn | None = None
+    interleaved: bool = True
+
+    def __post_init__(self):
+        _require(self.theta > 1, f"RoPE theta must exceed 1, not {self.theta}.")
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (V2-Lite, Moonlight)."""
+
+    n_heads: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_rank: int | None = None
+    rope: Rope = Rope()
+
+    def __post_init__(self):
+        for name in ("n_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
+            _require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
+        _require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}.")
+        _require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
+
+
+@dataclass(frozen=True)
+class MoE:
+    """DeepSeekMoE with sigmoid scores and a selection-only bias (V3 §2.1.2).
+
+    ``n_groups`` and ``top_groups``: node-limited routing; 1 and 1 switch it off. ``normalize``: the chosen
+    scores are divided by their sum before ``scale``.
+    """
+
+    n_experts: int
+    top_k: int
+    expert_dim: int
+    n_shared: int = 1
+    n_groups: int = 1
+    top_groups: int = 1
+    normalize: bool = True
+    scale: float = 1.0
+
+    def __post_init__(self):
+        for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
+            _require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
+        _require(self.n_shared >= 0, f"MoE n_shared must not be negative: {self.n_shared}.")
+        _require(
+            self.n_experts % self.n_groups == 0,
+            f"{self.n_experts} experts do not divide into {self.n_groups} groups.",
+        )
+        _require(
+            self.top_groups <= self.n_groups,
+            f"top_groups={self.top_groups} exceeds n_groups={self.n_groups}.",
+        )
+        per_group = self.n_experts // self.n_groups
+        _require(
+            self.n_groups == 1 or per_group >= 2,
+            f"a group is scored by its two best experts, but {self.n_groups} groups of {self.n_experts} "
+            f"experts have {per_group} each.",
+        )
+        _require(
+            self.top_k <= self.top_groups * per_group,
+            f"top_k={self.top_k} exceeds the {self.top_groups * per_group} experts that {self.top_groups} "
+            f"of {self.n_groups} groups offer.",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the DeepSeek family. Sizes are numbers of elements; lengths are tokens.
+
+    ``mtp_depth``: multi-token-prediction modules after the last layer. ``init_std``: standard deviation of
+    freshly initialised matrices (the V3 paper's 0.006, not transformers' 0.02).
+    """
+
+    name: str
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_dense_layers: int
+    ffn_dim: int
+    attention: MLA
+    moe: MoE | None
+    mtp_depth: int = 0
+    norm_eps: float = 1e-6
+    max_length: int = 4096
+    tie_embeddings: bool = False
+    init_std: float = 0.006
+    model_type: str = "deepseek_v3"
+    bos_id: int | None = 0
+    eos_ids: tuple[int, ...] = (1,)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "dim", "n_layers", "ffn_dim", "max_length"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        _require(self.mtp_depth >= 0, f"mtp_depth must not be negative: {self.mtp_depth}.")
+        _require(
+            0 <= self.n_dense_layers <= self.n_layers,
+            f"n_dense_layers={self.n_dense_layers} does not lie within the {self.n_layers} layers.",
+        )
+        _require(
+            self.moe is not None or self.n_dense_layers == self.n_layers,
+            f"{self.n_layers - self.n_dense_layers} layers are neither dense nor have a MoE config.",
+        )
+        _require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
+        _require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
+        for name, ids in (("bos_id", () if self.bos_id is None else (self.bos_id,)), ("eos_ids", self.eos_ids)):
+            for i in ids:
+                _require(0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}.")
+
+    @property
+    def n_moe_layers(self) -> int:
+        return self.n_layers - self.n_dense_layers
+
+    @property
+    def mtp_is_moe(self) -> bool:
+        """An MTP module holds a layer of the kind that ends the model."""
+        return self.n_moe_layers > 0

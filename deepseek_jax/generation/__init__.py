@@ -1,0 +1,1 @@
+"""Text generation: prefill and decode, sampling, multi-token-prediction drafts."""

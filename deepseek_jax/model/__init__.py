@@ -1,0 +1,1 @@
+"""The architecture, one mechanism a file, written for one device."""
