@@ -1,0 +1,75 @@
+"""Rotary position embedding and YaRN. Tables are float32 always.
+
+Suffixes: B batch, T tokens, F rotary frequencies (half the rotary dimensions).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.configs.schema import Rope, Yarn
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """``0.1 * mscale * ln(factor) + 1`` (YaRN §3.4; 1.3689 for V3: factor 40, mscale 1)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(head_dim: int, rope: Rope) -> float:
+    """``head_dim**-0.5``, times ``mscale(mscale_all_dim)**2`` under YaRN, at any length (0.135234 for V3)."""
+    scale = head_dim**-0.5
+    if rope.yarn is not None and rope.yarn.mscale_all_dim:
+        scale *= yarn_mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
+    """The frequencies between which YaRN blends, (10, 23) for V3: floor and ceil, clipped to the dimensions."""
+
+    def index(rotations: float) -> float:
+        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    return max(math.floor(index(yarn.beta_fast)), 0), min(math.ceil(index(yarn.beta_slow)), dim - 1)
+
+
+def inverse_frequencies(dim: int, rope: Rope) -> np.ndarray:
+    """float32 [dim / 2] radians a token. Under YaRN slow pairs are divided by the factor, fast ones are kept."""
+    # The exponent and the power are each rounded to float32, as the reference does: at position 100,000 one
+    # unit in the last place of a frequency is visible.
+    pairs = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = np.float32(1) / np.power(rope.theta, pairs.astype(np.float64)).astype(np.float32)
+    if rope.yarn is None:
+        return frequencies
+    low, high = yarn_range(dim, rope.theta, rope.yarn)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    keep = 1 - np.clip(ramp, 0, 1)
+    return (frequencies / rope.yarn.factor * (1 - keep) + frequencies * keep).astype(np.float32)
+
+
+def rope_tables(positions_BT: jax.Array, dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, F], for integer positions [B, T]."""
+    angle_BTF = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(dim, rope)
+    amplitude = 1.0
+    if rope.yarn is not None and rope.yarn.mscale and rope.yarn.mscale_all_dim:
+        yarn = rope.yarn
+        amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    elif rope.yarn is not None:
+        amplitude = yarn_mscale(rope.yarn.factor, 1.0)
+    return jnp.cos(angle_BTF) * amplitude, jnp.sin(angle_BTF) * amplitude
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """Rotates x [..., 2F] by tables that broadcast against [..., F].
+
+    Interleaved input pairs (0, 1), (2, 3), ...; the output is laid out [all first | all second] either way.
+    Queries and keys share that layout, so their products are those of the published one.
+    """
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        pairs = x32.reshape(*x.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+    else:
+        a, b = jnp.split(x32, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,80 @@
+"""Softmax attention in plain XLA, in blocks of queries, and the description of who sees whom.
+
+Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key head, K key dim, V value dim,
+F rotary frequencies.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+# At most this many query blocks are unrolled; each attends to the keys up to its own end only.
+UNROLLED_BLOCKS = 16
+MIN_BLOCK = 64
+# A block's probabilities are kept for the backward pass while all blocks together stay below this many
+# numbers a head and row; beyond it they are computed again, so that memory does not grow with T x S.
+KEPT_PROBABILITIES = 1024 * 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Span:
+    """Which keys each query sees: those of its own segment at its own or an earlier position.
+
+    ``position``, ``segment``: int32 [B, T] of the new tokens; segment 0 is padding. ``key_position``,
+    ``key_segment``: int32 [B, S] of all keys. ``cos``, ``sin``: float32 [B, T, F]. ``slot``: int32 [B, T], where
+    new tokens go in the cache (S for padding, which is dropped), None without a cache. ``causal``: keys are the
+    queries themselves in increasing order, so that later blocks can be skipped. ``uniform``: besides, all
+    tokens share one segment.
+    """
+
+    position: jax.Array
+    segment: jax.Array
+    key_position: jax.Array
+    key_segment: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    slot: jax.Array | None
+    causal: bool = field(metadata={"static": True})
+    uniform: bool = field(metadata={"static": True})
+
+    def visible(self, start: int, stop: int, keys: int) -> jax.Array:
+        """bool [B or 1, stop - start, keys] for queries start..stop and the first ``keys`` keys."""
+        if self.uniform:
+            return (jnp.arange(keys)[None, :] <= jnp.arange(start, stop)[:, None])[None]
+        position, segment = self.position[:, start:stop, None], self.segment[:, start:stop, None]
+        same = (self.key_segment[:, None, :keys] == segment) & (segment != 0)
+        return same & (self.key_position[:, None, :keys] <= position)
+
+
+def attend_block(q_BGJTK, k_BGSK, v_BGSV, visible_BTS, scale: float) -> jax.Array:
+    """One block of queries; softmax in float32; queries that see nothing return zero."""
+    s_BGJTS = jnp.einsum("BGJTK,BGSK->BGJTS", q_BGJTK, k_BGSK, preferred_element_type=jnp.float32)
+    s_BGJTS = jnp.where(visible_BTS[:, None, None], s_BGJTS * scale, -jnp.inf)
+    top = jnp.max(s_BGJTS, axis=-1, keepdims=True)
+    p_BGJTS = jnp.exp(s_BGJTS - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
+    total = jnp.sum(p_BGJTS, axis=-1, keepdims=True)
+    p_BGJTS = (p_BGJTS / jnp.where(total > 0, total, 1.0)).astype(v_BGSV.dtype)
+    o_BGJTV = jnp.einsum("BGJTS,BGSV->BGJTV", p_BGJTS, v_BGSV, preferred_element_type=jnp.float32)
+    return o_BGJTV.astype(v_BGSV.dtype)
+
+
+def attend(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, span: Span, scale: float) -> jax.Array:
+    """Causal attention, [B, T, N, V]; N query heads share G key heads. Memory grows with T + S, not T x S."""
+    B, T, N, K = q_BTNK.shape
+    S, G = k_BSGK.shape[1:3]
+    q = q_BTNK.reshape(B, T, G, N // G, K).transpose(0, 2, 3, 1, 4)
+    k, v = k_BSGK.transpose(0, 2, 1, 3), v_BSGV.transpose(0, 2, 1, 3)
+    size = max(MIN_BLOCK, -(-T // UNROLLED_BLOCKS))
+    block = partial(attend_block, scale=scale)
+    if T * S > KEPT_PROBABILITIES:
+        block = jax.checkpoint(block)
+    outputs = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        keys = stop if span.causal else S
+        outputs.append(block(q[..., start:stop, :], k[:, :, :keys], v[:, :, :keys], span.visible(start, stop, keys)))
+    o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)

@@ -1,0 +1,50 @@
+"""A pre-norm transformer layer: attention, then a dense or MoE network, each on the residual stream."""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.norm import RMSNorm
+from deepseek_jax.core.params import Init
+from deepseek_jax.model.attention import Span
+from deepseek_jax.model.ffn import FFN
+from deepseek_jax.model.mla import MLA
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.outputs import Aux
+
+CAPTURABLE = ("block", "attn", "ffn", "router_scores")
+
+
+class Block(nnx.Module):
+    """``x + attn(norm(x))``, then ``x + ffn(norm(x))``."""
+
+    def __init__(self, cfg: ModelConfig, moe: bool, init: Init):
+        self.attn_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+        self.attn = MLA(cfg.attention, cfg.dim, init)
+        self.ffn_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+        self.ffn = MoE(cfg.moe, cfg.dim, init) if moe else FFN(cfg.dim, cfg.ffn_dim, init)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        span: Span,
+        ctx: Context,
+        memory: jax.Array | None = None,
+        layer: jax.Array | int = 0,
+        replay_BTK: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
+        """Returns the stream, the cache's latents, router statistics (None for a dense layer), activations."""
+        attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
+        attn = checkpoint_name(attn, "attn")
+        x_BTD = x_BTD + attn
+        aux, scores = None, {}
+        if isinstance(self.ffn, MoE):
+            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), span.segment, ctx, replay_BTK)
+            scores = {"router_scores": score_BTE}
+        else:
+            ffn = self.ffn(self.ffn_norm(x_BTD), ctx)
+        ffn = checkpoint_name(ffn, "ffn")
+        x_BTD = x_BTD + ffn
+        return x_BTD, memory, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, **scores}

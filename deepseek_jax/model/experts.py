@@ -1,0 +1,209 @@
+"""Routed experts: every token through its chosen SwiGLU networks, nothing dropped (DeepSeekMoE 2401.06066).
+
+One function, `routed_experts`, in three forms that agree: a dense oracle that computes every expert for every
+token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU) or `jax.lax.ragged_dot`
+(lowered natively on TPU and GPU).
+
+Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert width.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import dense
+from deepseek_jax.core.quant import Quantized
+
+MAX_BLOCK_ROWS = 128
+MIN_BLOCK_ROWS = 8
+
+
+def swiglu(h: jax.Array) -> jax.Array:
+    """silu(gate) * up for h [..., 2F] = [gate | up]."""
+    gate, up = jnp.split(h, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def routed_experts(
+    x_ND: jax.Array, index_NK: jax.Array, weight_NK: jax.Array, gate_up_ED2F, down_EFD, ctx: Context
+) -> jax.Array:
+    """[N, D]: the weighted sum of each token's experts; index -1 contributes nothing.
+
+    ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays or `Quantized`. ``ctx.experts`` names the form.
+    """
+    gate_up, down = (getattr(w, "get_value", lambda w=w: w)() for w in (gate_up_ED2F, down_EFD))
+    if ctx.experts == "dense":
+        return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype))
+    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, ctx.experts)
+
+
+def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Array:
+    """The oracle: all experts for all tokens, then the weighted sum of the chosen ones."""
+    E = gate_up_ED2F.shape[0]
+    weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
+    gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
+    return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(gate_NEF) * up_NEF, down_EFD, weight_NE)
+
+
+def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The assignments in order of expert, -1 last.
+
+    Returns order [M] (sorted place -> assignment), its inverse [M], and the experts' sizes [E].
+    """
+    flat = index_NK.reshape(-1)
+    order = jnp.argsort(jnp.where(flat < 0, n_experts, flat), stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1, mode="drop", wrap_negative_indices=False)
+    return order, inverse, sizes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def sorted_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str) -> jax.Array:
+    """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters."""
+    return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form)[0]
+
+
+def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
+    N, K = index_NK.shape
+    order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
+    h_MZ = grouped_matmul(x_ND[order // K], gate_up_ED2F, sizes, form)
+    y_MD = grouped_matmul(swiglu(h_MZ), down_EFD, sizes, form)
+    y_ND = jnp.einsum("NKD,NK->ND", y_MD[inverse].reshape(N, K, -1), weight_NK)
+    return y_ND, (x_ND, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
+
+
+def _backward(form, residuals, dy_ND):
+    x_ND, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
+    N, K = weight_NK.shape
+    dy_MD, weight_M1 = dy_ND[order // K], weight_NK.reshape(-1)[order][:, None]
+    a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
+    # The gradient before its routing weight also gives the weight's own gradient, without the experts' outputs.
+    da_MF = grouped_matmul(dy_MD, down, sizes, form, transpose=True)
+    (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
+    dx_MD = grouped_matmul(dh_MZ, gate_up, sizes, form, transpose=True)
+    dweight_NK = (a_MF * da_MF).sum(-1)[inverse].reshape(N, K)
+    d_gate_up = _weight_gradient(gate_up, x_ND[order // K], dh_MZ, sizes, form)
+    d_down = _weight_gradient(down, a_MF * weight_M1, dy_MD, sizes, form)
+    return dx_MD[inverse].reshape(N, K, -1).sum(1), None, dweight_NK, d_gate_up, d_down
+
+
+sorted_experts.defvjp(_forward, _backward)
+
+
+def _fuse(w):
+    """[E, D, 2, F] as [E, D, 2F]; [E, D, Z] stays."""
+    return w.reshape(*w.shape[:2], -1)
+
+
+def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
+    if isinstance(w, Quantized):  # never differentiated; the cotangent has to exist all the same
+        return jax.tree.map(jnp.zeros_like, w)
+    return grouped_outer(x_MD, dy_MZ, sizes, form).reshape(w.shape).astype(w.dtype)
+
+
+# --- Grouped matmul -----------------------------------------------------------------------------------------
+
+
+def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
+    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are finite, and arbitrary.
+
+    ``form``: "blocks", "ragged", or "auto" for the one that suits the platform the program is lowered for.
+    """
+    if form == "auto":
+        return jax.lax.platform_dependent(
+            cpu=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose),
+            default=lambda: ragged_matmul(x_MD, w_EDZ, sizes_E, transpose),
+        )
+    return (blocks_matmul if form == "blocks" else ragged_matmul)(x_MD, w_EDZ, sizes_E, transpose)
+
+
+def grouped_outer(x_MD, y_MZ, sizes_E, form: str) -> jax.Array:
+    """[E, D, Z]: x[rows of e].T @ y[rows of e]."""
+    if form == "auto":
+        return jax.lax.platform_dependent(
+            cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E), default=lambda: ragged_outer(x_MD, y_MZ, sizes_E)
+        )
+    return (blocks_outer if form == "blocks" else ragged_outer)(x_MD, y_MZ, sizes_E)
+
+
+def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    w_EDZ = _fuse(dense(w_EDZ, x_MD.dtype))
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
+        lhs_ragged_dimensions=(0,),
+        rhs_group_dimensions=(0,),
+    )
+    y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=jnp.float32)
+    # What stands in rows beyond the groups depends on the platform.
+    inside = jnp.arange(x_MD.shape[0])[:, None] < sizes_E.sum()
+    return jnp.where(inside, y, 0).astype(x_MD.dtype)
+
+
+def ragged_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+    )
+    return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=jnp.float32)
+
+
+def block_rows(rows: int, groups: int) -> int:
+    """Rows a block: a power of two near the mean group, between 8 (decoding) and 128."""
+    mean = max(rows // groups, 1)
+    return min(max(1 << (mean.bit_length() - 1), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+
+
+def _blocks(sizes_E: jax.Array, rows: int, size: int):
+    """Group, first row and number of real rows of every block of ``size`` rows, and how many blocks there are."""
+    blocks_E = -(-sizes_E // size)
+    last_E, end_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E)
+    block = jnp.arange(-(-rows // size) + sizes_E.size)
+    group = jnp.minimum(jnp.searchsorted(last_E, block, side="right"), sizes_E.size - 1)
+    first = end_E[group] - sizes_E[group] + (block - (last_E[group] - blocks_E[group])) * size
+    return group, first, jnp.clip(end_E[group] - first, 0, size), last_E[-1]
+
+
+def _pick(w, e: jax.Array, dtype) -> jax.Array:
+    """Expert e of a stack, as a matrix [D, Z]; of a quantised stack only this expert is dequantised."""
+    one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False), w)
+    if isinstance(w, Quantized):
+        one = Quantized(one.values, one.scale, w.block[1:], w.dims[1:])
+    return dense(one, dtype).reshape(w.shape[1], -1)
+
+
+def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    """Rows of a group are contiguous, so blocks run in order without padding copies: what a block writes beyond
+    its group, the next group's first block overwrites. The trip count is the number of real blocks."""
+    M = x_MD.shape[0]
+    size = block_rows(M, sizes_E.size)
+    group, first, _, count = _blocks(sizes_E, M, size)
+    x_pad = jnp.pad(x_MD, ((0, size), (0, 0)))
+    width = w_EDZ.shape[1] if transpose else math.prod(w_EDZ.shape[2:])
+
+    def body(i, y):
+        x = jax.lax.dynamic_slice(x_pad, (first[i], 0), (size, x_pad.shape[1]))
+        w = _pick(w_EDZ, group[i], x.dtype)
+        dims = (((1,), (1 if transpose else 0,)), ((), ()))
+        out = jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice(y, out.astype(x.dtype), (first[i], 0))
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros((M + size, width), x_MD.dtype))[:M]
+
+
+def blocks_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
+    size = block_rows(x_MD.shape[0], sizes_E.size)
+    group, first, real, count = _blocks(sizes_E, x_MD.shape[0], size)
+    x_pad, y_pad = (jnp.pad(a, ((0, size), (0, 0))) for a in (x_MD, y_MZ))
+
+    def body(i, out):
+        x = jax.lax.dynamic_slice(x_pad, (first[i], 0), (size, x_pad.shape[1]))
+        y = jax.lax.dynamic_slice(y_pad, (first[i], 0), (size, y_pad.shape[1]))
+        y = jnp.where(jnp.arange(size)[:, None] < real[i], y, 0)
+        outer = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        sum_ = jax.lax.dynamic_index_in_dim(out, group[i], 0, keepdims=False) + outer
+        return jax.lax.dynamic_update_index_in_dim(out, sum_, group[i], 0)
+
+    shape = (sizes_E.size, x_MD.shape[1], y_MZ.shape[1])
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))

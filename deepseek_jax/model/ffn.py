@@ -1,0 +1,21 @@
+"""The dense SwiGLU network. Suffixes: B batch, T tokens, D width, F inner width."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import linear
+from deepseek_jax.core.params import Init, param
+
+
+class FFN(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one leaf [D, 2, F], multiplied at once."""
+
+    def __init__(self, dim: int, ffn_dim: int, init: Init):
+        self.gate_up = param(init, (dim, 2, ffn_dim), ("embed", None, "ffn"))
+        self.down = param(init, (ffn_dim, dim), ("ffn", "embed"))
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        gate_BTF, up_BTF = jnp.moveaxis(linear("BTD,DZF->BTZF", x_BTD, self.gate_up, ctx), 2, 0)
+        return linear("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down, ctx)

@@ -1,0 +1,94 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434 §2.1; V3 §2.1.1).
+
+Keys and values of all heads are linear maps of one latent a token; only the latent and one rotated key are
+cached. Two forms give the same numbers: *expanded* computes keys and values from the latents; *absorbed* moves
+the key map into the query and the value map behind the softmax, so that attention runs on the latents.
+
+Suffixes: B batch, T queries, S keys, D width, Q query rank, C latent rank, N heads, H nope, R rope, V value dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.configs import schema
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import dense, linear
+from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
+from deepseek_jax.core.params import Init, param
+from deepseek_jax.core.rope import apply_rope, softmax_scale
+from deepseek_jax.model.attention import Span, attend
+
+
+class MLA(nnx.Module):
+    """Pure: (x, span, memory) -> (y, memory). Leaves follow the published matrices, fused where they are."""
+
+    def __init__(self, cfg: schema.MLA, dim: int, init: Init):
+        self.cfg = cfg
+        D, N, C, H, R, V = dim, cfg.n_heads, cfg.kv_rank, cfg.nope_dim, cfg.rope_dim, cfg.v_dim
+        if cfg.q_rank is None:
+            self.q = param(init, (D, N, H + R), ("embed", "heads", "head_dim"))
+        else:
+            self.q_a = param(init, (D, cfg.q_rank), ("embed", "q_rank"))
+            self.q_norm = RMSNorm(init, cfg.q_rank, "q_rank", LATENT_EPS)
+            self.q_b = param(init, (cfg.q_rank, N, H + R), ("q_rank", "heads", "head_dim"))
+        self.kv_a = param(init, (D, C + R), ("embed", "kv_rank"))
+        self.kv_norm = RMSNorm(init, C, "kv_rank", LATENT_EPS)
+        self.kv_b = param(init, (C, N, H + V), ("kv_rank", "heads", "head_dim"))
+        self.o = param(init, (N, V, D), ("heads", "head_dim", "embed"))
+
+    def __call__(
+        self, x_BTD: jax.Array, span: Span, ctx: Context, memory: jax.Array | None = None, layer: jax.Array | int = 0
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``memory``: the cached latents of all layers, [L, B, S, C + R]; this layer's rows are written to it."""
+        cfg = self.cfg
+        q_BTNH, q_BTNR = self._queries(x_BTD, span, ctx)
+        latent = linear("BTD,DC->BTC", x_BTD, self.kv_a, ctx)
+        c_BTC, k_BTR = jnp.split(latent, [cfg.kv_rank], axis=-1)
+        c_BTC = self.kv_norm(c_BTC)
+        k_BTR = apply_rope(k_BTR, span.cos, span.sin, cfg.rope.interleaved)
+        latent_BSX = jnp.concatenate([c_BTC, k_BTR], axis=-1)
+        if memory is not None:
+            rows = jnp.arange(x_BTD.shape[0])[:, None]
+            memory = memory.at[layer, rows, span.slot].set(latent_BSX.astype(memory.dtype), mode="drop")
+            latent_BSX = memory[layer].astype(x_BTD.dtype)
+
+        form = self._absorbed if self._absorbs(x_BTD.shape[1], latent_BSX.shape[1], ctx) else self._expanded
+        o_BTNV = form(q_BTNH, q_BTNR, latent_BSX, span, ctx)
+        return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), memory
+
+    def _queries(self, x_BTD, span: Span, ctx: Context):
+        if self.cfg.q_rank is None:
+            q = linear("BTD,DNX->BTNX", x_BTD, self.q, ctx)
+        else:
+            q = self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
+            q = linear("BTQ,QNX->BTNX", q, self.q_b, ctx)
+        q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
+        return q_BTNH, apply_rope(q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved)
+
+    def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
+        cfg = self.cfg
+        c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
+        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx)
+        k_BSNH, v_BSNV = jnp.split(kv, [cfg.nope_dim], axis=-1)
+        k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
+        q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
+        return attend(q, k, v_BSNV, span, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope))
+
+    def _absorbed(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
+        cfg = self.cfg
+        w_k_CNH, w_v_CNV = jnp.split(dense(self.kv_b, latent_BSX.dtype), [cfg.nope_dim], axis=-1)
+        q_BTNC = linear("BTNH,CNH->BTNC", q_BTNH, w_k_CNH, ctx)
+        q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
+        key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
+        o_BTNC = attend(q, key, value, span, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope))
+        return linear("BTNC,CNV->BTNV", o_BTNC, w_v_CNV, ctx)
+
+    def _absorbs(self, T: int, S: int, ctx: Context) -> bool:
+        """The form with fewer multiplications, unless ``ctx.mla`` names one."""
+        if ctx.mla != "auto":
+            return ctx.mla == "absorbed"
+        C, H, R, V = self.cfg.kv_rank, self.cfg.nope_dim, self.cfg.rope_dim, self.cfg.v_dim
+        expanded = S * C * (H + V) + T * S * (H + R + V)
+        absorbed = T * C * (H + V) + T * S * (2 * C + R)
+        return absorbed < expanded

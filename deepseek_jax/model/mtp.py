@@ -1,0 +1,51 @@
+"""Multi-token prediction (V3 §2.2): module d predicts the token d + 2 ahead, keeping the causal chain.
+
+Suffixes: B batch, T tokens, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import linear
+from deepseek_jax.core.norm import RMSNorm
+from deepseek_jax.core.params import Init, param
+from deepseek_jax.model.attention import Span
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.outputs import Aux
+
+
+class MTP(nnx.Module):
+    """``norm(block(proj([norm(embedding of the next token); norm(hidden)])))``.
+
+    The paper's equation 21 writes the hidden state first; released weights, and this module, put the embedding
+    first. Embedding and head are the main model's, handed in: they are no leaves of this module.
+    """
+
+    def __init__(self, cfg: ModelConfig, init: Init):
+        self.embed_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+        self.hidden_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+        self.proj = param(init, (2 * cfg.dim, cfg.dim), (None, "embed"))
+        self.block = Block(cfg, cfg.mtp_is_moe, init)
+        self.norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        next_embedding_BTD: jax.Array,
+        span: Span,
+        ctx: Context,
+        memory: jax.Array | None = None,
+        layer: int = 0,
+    ) -> tuple[jax.Array, jax.Array | None, Aux | None]:
+        """``span.segment`` is 0 where the next token is unknown; such positions return zero.
+
+        Rotary positions are those of the hidden state; the reference takes those of the next token. Attention
+        depends on differences only.
+        """
+        x = jnp.concatenate([self.embed_norm(next_embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        x = linear("BTX,XD->BTD", x, self.proj, ctx)
+        x, memory, aux, _ = self.block(x, span, ctx, memory, layer)
+        return jnp.where(span.segment[..., None] != 0, self.norm(x), 0), memory, aux

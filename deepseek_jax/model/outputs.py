@@ -1,0 +1,47 @@
+"""What a forward pass returns. Nothing is stored on the side.
+
+Suffixes: L MoE layers (or MTP modules), B rows, T tokens, K chosen experts, E experts, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from deepseek_jax.model.cache import Cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Aux:
+    """Router statistics, a leading axis for the layers.
+
+    ``expert_index``: int32 [L, B, T, K], -1 where a token is padding. ``load``: int32 [L, E], tokens that chose
+    each expert. ``balance``: name -> float32 [L, B], unweighted balance losses a row; "sequence" is V3 eq. 17.
+    ``dropped``: int32 [L], assignments not computed (always 0 here: every form is dropless).
+    """
+
+    expert_index: jax.Array
+    load: jax.Array
+    balance: dict[str, jax.Array]
+    dropped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """``hidden``: [B, T, D] after the final norm. ``logits``: float32 [B, T, V], [B, 1, V] or None.
+
+    ``mtp_hidden`` and ``mtp_logits``: one a depth, [B, T, D] and float32 [B, T, V]. ``captured``: name ->
+    [L, B, T, ...] in layer order. ``aux`` and ``mtp_aux``: None where the model has no such router.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None
+    mtp_hidden: tuple[jax.Array, ...] = ()
+    mtp_logits: tuple[jax.Array, ...] = ()
+    cache: Cache | None = None
+    captured: dict[str, jax.Array] = field(default_factory=dict)
+    aux: Aux | None = None
+    mtp_aux: Aux | None = None
+    losses: dict[str, Any] = field(default_factory=dict)

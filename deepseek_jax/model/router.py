@@ -1,0 +1,93 @@
+"""The sigmoid router with a selection-only bias and node-limited routing (V3 §2.1.2), in float32 throughout.
+
+Suffixes: B batch, T tokens, D width, E experts, G groups, M experts a group, K chosen experts.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.configs import schema
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import dense
+from deepseek_jax.core.params import Init, param, router_bias
+
+# The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
+SUM_EPS = 1e-20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """``index_BTK``: int32, -1 at padding. ``weight_BTK``: float32, 0 at padding. ``score_BTE``: float32 sigmoid."""
+
+    index_BTK: jax.Array
+    weight_BTK: jax.Array
+    score_BTE: jax.Array
+
+
+class Router(nnx.Module):
+    """Chooses experts by score + bias and weighs them by the score alone."""
+
+    def __init__(self, cfg: schema.MoE, dim: int, init: Init):
+        self.cfg = cfg
+        self.weight = param(init, (dim, cfg.n_experts), ("embed", "expert"))
+        self.bias = router_bias(cfg.n_experts)
+
+    def __call__(
+        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
+    ) -> Routing:
+        """``replay_BTK``: experts to use instead of choosing them; their weights still come from the scores."""
+        # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE",
+            x_BTD.astype(jnp.float32),
+            dense(self.weight, jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        score_BTE = jax.nn.sigmoid(logits_BTE)
+        index_BTK = self.choose(score_BTE) if replay_BTK is None else replay_BTK
+        real_BT1 = segment_BT[..., None] != 0
+        weight_BTK = jnp.take_along_axis(score_BTE, jnp.maximum(index_BTK, 0), axis=-1)
+        if self.cfg.normalize:
+            weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdims=True) + SUM_EPS)
+        weight_BTK = jnp.where(real_BT1, weight_BTK * self.cfg.scale, 0.0)
+        return Routing(jnp.where(real_BT1, index_BTK, -1), weight_BTK, score_BTE)
+
+    def choose(self, score_BTE: jax.Array) -> jax.Array:
+        """int32 [B, T, K]: the K best biased scores within the best groups."""
+        cfg = self.cfg
+        biased_BTE = jax.lax.stop_gradient(score_BTE + self.bias.get_value())
+        if cfg.n_groups > 1:
+            biased_BTGM = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_groups, -1)
+            group_BTG = jax.lax.top_k(biased_BTGM, 2)[0].sum(-1)
+            best = jax.lax.top_k(group_BTG, cfg.top_groups)[1]
+            kept_BTG = (best[..., None] == jnp.arange(cfg.n_groups)).any(-2)
+            # -inf, not 0: a bias may make every score of a kept group negative.
+            biased_BTE = jnp.where(kept_BTG[..., None], biased_BTGM, -jnp.inf).reshape(biased_BTE.shape)
+        return jax.lax.top_k(biased_BTE, cfg.top_k)[1]
+
+
+def expert_load(index: jax.Array, n_experts: int) -> jax.Array:
+    """int32 [E]: how often each expert was chosen; -1 counts for none."""
+    return jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
+
+
+def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, top_k: int) -> jax.Array:
+    """float32 [B]: the sequence-wise balance loss before its factor alpha (V3 eq. 17-20).
+
+    f counts the *unbiased*, ungrouped top K of the scores; P is the mean of the normalised scores; padding
+    takes no part. A row is one sequence, also when it is packed from several texts.
+    """
+    real_BT = (segment_BT != 0).astype(jnp.float32)
+    tokens_B = jnp.maximum(real_BT.sum(-1), 1.0)
+    E = score_BTE.shape[-1]
+    chosen_BTK = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), top_k)[1]
+    rows = jnp.arange(score_BTE.shape[0])[:, None, None]
+    count_BE = jnp.zeros((score_BTE.shape[0], E)).at[rows, chosen_BTK].add(real_BT[..., None])
+    f_BE = count_BE * E / (top_k * tokens_B[:, None])
+    share_BTE = score_BTE / (score_BTE.sum(-1, keepdims=True) + SUM_EPS)
+    p_BE = jnp.einsum("BTE,BT->BE", share_BTE, real_BT, precision=jax.lax.Precision.HIGHEST) / tokens_B[:, None]
+    return (f_BE * p_BE).sum(-1)

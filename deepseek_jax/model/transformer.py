@@ -1,0 +1,272 @@
+"""The whole model: embedding, stacks of layers, final norm, head, MTP modules.
+
+Suffixes: B batch, T tokens, D width, V vocabulary, L layers, K chosen experts, P MTP depth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.context import DEFAULT, REMAT, Context
+from deepseek_jax.core.linear import dense
+from deepseek_jax.core.norm import RMSNorm
+from deepseek_jax.core.params import Init, param, parameter_dtype, unstack
+from deepseek_jax.core.rope import rope_tables
+from deepseek_jax.model import cache as cache_module
+from deepseek_jax.model.attention import Span
+from deepseek_jax.model.block import CAPTURABLE, Block
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.mtp import MTP
+from deepseek_jax.model.outputs import Aux, Output
+
+
+class Transformer(nnx.Module):
+    """A pytree of parameters with ``cfg``; calling it is pure.
+
+    ``stacks``: runs of equal layers, each a `Block` whose leaves have a leading layer axis (V3: 3 dense layers,
+    then 58 MoE layers). How layers are grouped does not change a number.
+    """
+
+    def __init__(self, cfg: ModelConfig, key: jax.Array, dtype):
+        self.cfg = cfg
+        keys = iter(jax.random.split(key, 5))
+        init = partial(Init, std=cfg.init_std, dtype=dtype)
+        self.embed = param(init(next(keys)), (cfg.vocab_size, cfg.dim), ("vocab", "embed"))
+        sizes = ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers))
+        self.stacks = nnx.List(
+            jax.vmap(lambda k, moe=moe: Block(cfg, moe, init(k)))(jax.random.split(next(keys), layers))
+            for moe, layers in sizes
+            if layers
+        )
+        self.norm = RMSNorm(init(key), cfg.dim, "embed", cfg.norm_eps)
+        head = None if cfg.tie_embeddings else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
+        self.head = head
+        mtp_keys = jax.random.split(jax.random.fold_in(key, 1), cfg.mtp_depth) if cfg.mtp_depth else ()
+        self.mtp = nnx.List(MTP(cfg, init(k)) for k in mtp_keys)
+
+    def init_cache(self, batch: int, length: int, rewind: int = 0, dtype=None) -> Cache:
+        """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind`` as in `Cache.rewind`."""
+        return cache_module.init_cache(self.cfg, batch, length, rewind, dtype or parameter_dtype(self))
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        next_tokens: jax.Array | None = None,
+        cache: Cache | None = None,
+        routing: jax.Array | None = None,
+        with_mtp: bool = False,
+        logits: str = "all",
+        capture: Sequence[str] = (),
+        ctx: Context | None = None,
+    ) -> Output:
+        """Runs tokens int32 [B, T] through the model.
+
+        ``positions``: int32 [B, T]; default 0..T-1, or on from the cache's length (real tokens only).
+        ``segments``: int32 [B, T], 0 is padding; a token sees its own segment only; default all 1.
+        ``next_tokens``: int32 [B, T, mtp_depth], the tokens at +1.., -1 for none; default the tokens shifted.
+        ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing. ``logits``: "all", "last" (of
+        each row's last real token) or "none". ``capture``: names of activations to return.
+
+        Raises ValueError for arguments that do not fit the model.
+        """
+        ctx = ctx or DEFAULT
+        self._check(tokens_BT, positions, segments, next_tokens, routing, with_mtp, logits, capture)
+        dtype = ctx.dtype or parameter_dtype(self)
+        span, cache = self._span(tokens_BT, positions, segments, cache)
+        x_BTD = dense(self.embed, dtype)[tokens_BT]
+        memory = None if cache is None else cache.latent
+        x_BTD, memory, aux, captured = self._layers(x_BTD, span, ctx, memory, routing, tuple(capture))
+        hidden = self.norm(x_BTD)
+        if cache is not None:
+            cache = replace(cache, latent=memory)
+
+        mtp_hidden, mtp_aux = (), None
+        if with_mtp:
+            if next_tokens is None:
+                next_tokens = shifted(tokens_BT, span.segment, self.cfg.mtp_depth)
+            mtp_hidden, cache, mtp_aux = self.predict(hidden, next_tokens, span, cache, ctx)
+        return Output(
+            hidden=hidden,
+            logits=self._select(hidden, span.segment, logits, ctx),
+            mtp_hidden=mtp_hidden,
+            mtp_logits=() if logits == "none" else tuple(self.unembed(h, ctx) for h in mtp_hidden),
+            cache=cache,
+            captured=captured,
+            aux=aux,
+            mtp_aux=mtp_aux,
+        )
+
+    def unembed(self, hidden_BTD: jax.Array, ctx: Context | None = None) -> jax.Array:
+        """float32 logits [B, T, V] of final hidden states."""
+        w = dense(self.embed, hidden_BTD.dtype).T if self.head is None else dense(self.head, hidden_BTD.dtype)
+        return jnp.einsum("BTD,DV->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
+
+    def predict(
+        self,
+        hidden_BTD: jax.Array,
+        next_tokens_BTP: jax.Array,
+        span: Span,
+        cache: Cache | None,
+        ctx: Context,
+    ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None]:
+        """The MTP modules' hidden states for known next tokens (-1: unknown), one a depth."""
+        outputs, statistics = [], []
+        known = span.segment
+        for depth, module in enumerate(self.mtp):
+            token_BT = next_tokens_BTP[..., depth]
+            known = jnp.where(token_BT >= 0, known, 0)
+            memory, own = None, replace(span, segment=known, key_segment=known, uniform=False)
+            if cache is not None:
+                segment = _write(cache.mtp_segment[depth], known, span.slot)
+                cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
+                memory, own = cache.mtp_latent, replace(own, key_segment=segment)
+            embedding = dense(self.embed, hidden_BTD.dtype)[jnp.maximum(token_BT, 0)]
+            hidden_BTD, memory, aux = module(hidden_BTD, embedding, own, ctx, memory, depth)
+            if cache is not None:
+                cache = replace(cache, mtp_latent=memory)
+            outputs.append(hidden_BTD)
+            statistics.append(aux)
+        has_aux = bool(statistics) and statistics[0] is not None
+        return tuple(outputs), cache, jax.tree.map(lambda *a: jnp.stack(a), *statistics) if has_aux else None
+
+    def _layers(self, x_BTD, span: Span, ctx: Context, memory, routing, capture: tuple[str, ...]):
+        kept = REMAT[ctx.remat]
+        first, first_moe, statistics, seen = 0, 0, [], {name: [] for name in capture}
+        for stack in self.stacks:
+            size = stack.attn_norm.weight.get_value().shape[0]
+            moe = hasattr(stack.ffn, "router")
+            replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
+
+            def layer(carry, inputs):
+                x, memory = carry
+                block, number, replay = inputs
+                x, memory, aux, activations = block(x, span, ctx, memory, number, replay)
+                return (x, memory), (aux, {name: activations[name] for name in capture if name in activations})
+
+            if kept is not None:
+                layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+            inputs = (stack, jnp.arange(first, first + size), replay)
+            if size == 1:
+                # A scan of one layer would copy its weights; generation relies on this.
+                inputs = (unstack(stack, 0), first, None if replay is None else replay[0])
+                carry, outputs = layer((x_BTD, memory), inputs)
+                outputs = jax.tree.map(lambda a: a[None], outputs)
+            else:
+                carry, outputs = jax.lax.scan(layer, (x_BTD, memory), inputs)
+            (x_BTD, memory), (aux, activations) = carry, outputs
+            if aux is not None:
+                statistics.append(aux)
+            for name, value in activations.items():
+                seen[name].append(value)
+            first, first_moe = first + size, first_moe + (size if moe else 0)
+        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
+        return x_BTD, memory, aux, {name: jnp.concatenate(values) for name, values in seen.items()}
+
+    def _span(self, tokens_BT, positions, segments, cache: Cache | None) -> tuple[Span, Cache | None]:
+        """Who sees whom, and the cache with the new tokens' positions and segments entered."""
+        B, T = tokens_BT.shape
+        segment = jnp.ones((B, T), jnp.int32) if segments is None else segments.astype(jnp.int32)
+        if cache is None:
+            position = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+            key_position, key_segment, slot = position, segment, None
+        else:
+            if cache.latent.shape[1] != B:
+                raise ValueError(f"the cache has {cache.latent.shape[1]} rows, the tokens {B}.")
+            order = jnp.cumsum(segment != 0, axis=-1)
+            slot = jnp.where(segment != 0, cache.length[:, None] + order - 1, cache.capacity)
+            position = cache.length[:, None] + jnp.maximum(order - 1, 0) if positions is None else positions
+            cache = replace(
+                cache,
+                position=_write(cache.position, position, slot),
+                segment=_write(cache.segment, segment, slot),
+                length=cache.length + order[:, -1],
+            )
+            key_position, key_segment = cache.position, cache.segment
+        rope = self.cfg.attention
+        shared = positions is None and cache is None
+        cos, sin = rope_tables(position[:1] if shared else position, rope.rope_dim, rope.rope)
+        return (
+            Span(
+                position=position,
+                segment=segment,
+                key_position=key_position,
+                key_segment=key_segment,
+                cos=cos,
+                sin=sin,
+                slot=slot,
+                causal=shared,
+                uniform=shared and segments is None,
+            ),
+            cache,
+        )
+
+    def _select(self, hidden, segment, logits: str, ctx: Context):
+        if logits == "none":
+            return None
+        if logits == "last":
+            last = jnp.max(jnp.where(segment != 0, jnp.arange(segment.shape[1]), 0), axis=-1)
+            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return self.unembed(hidden, ctx)
+
+    def _check(self, tokens, positions, segments, next_tokens, routing, with_mtp, logits, capture):
+        cfg = self.cfg
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape [batch, length], not {tokens.shape}.")
+        for name, array in (("positions", positions), ("segments", segments)):
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(f"{name} must have the tokens' shape {tokens.shape}, not {array.shape}.")
+        if with_mtp and not cfg.mtp_depth:
+            raise ValueError(f"with_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
+        if next_tokens is not None and next_tokens.shape != (*tokens.shape, cfg.mtp_depth):
+            raise ValueError(f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}.")
+        if routing is not None:
+            expected = (cfg.n_moe_layers, *tokens.shape, cfg.moe.top_k if cfg.moe else 0)
+            if routing.shape != expected:
+                raise ValueError(f"routing must have shape {expected}, not {routing.shape}.")
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f'logits={logits!r}: choose "all", "last" or "none".')
+        unknown = [name for name in capture if name not in CAPTURABLE]
+        if unknown or (cfg.n_moe_layers == 0 and "router_scores" in capture):
+            raise ValueError(f"capture={tuple(capture)}: {cfg.name} offers {', '.join(CAPTURABLE)}.")
+
+
+def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    """Enters a value a token at its slot; slots beyond the capacity are dropped."""
+    rows = jnp.arange(held_BS.shape[0])[:, None]
+    return held_BS.at[rows, slot_BT].set(new_BT.astype(held_BS.dtype), mode="drop")
+
+
+def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Array:
+    """int32 [B, T, depth]: the tokens at +1..+depth within the same segment, -1 where there is none."""
+    T = tokens_BT.shape[1]
+    columns = []
+    for ahead in range(1, depth + 1):
+        pad = ((0, 0), (0, ahead))
+        token = jnp.pad(tokens_BT, pad, constant_values=-1)[:, ahead : ahead + T]
+        segment = jnp.pad(segment_BT, pad)[:, ahead : ahead + T]
+        columns.append(jnp.where((segment == segment_BT) & (segment_BT != 0), token, -1))
+    return jnp.stack(columns, axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
+    return Transformer(cfg, key, dtype)
+
+
+def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | None = None) -> Transformer:
+    """A fresh model: matrices from N(0, cfg.init_std**2), norms 1, router biases 0 (always float32)."""
+    return _init(cfg, key, jnp.dtype(dtype))
+
+
+def abstract(cfg: ModelConfig, dtype=jnp.float32) -> Transformer:
+    """The model's tree with shapes and dtypes in place of arrays; allocates nothing."""
+    return jax.eval_shape(partial(_init, cfg, dtype=jnp.dtype(dtype)), jax.random.key(0))
+
+

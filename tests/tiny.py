@@ -1,0 +1,43 @@
+"""Tiny models whose every tensor is random, made with NumPy: jitted initialisation costs more than a forward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.model.transformer import Transformer, abstract
+
+
+def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32) -> Transformer:
+    """Norm weights 1 +- 0.1, router biases of both signs around ``bias_offset``, logits of standard deviation ~1."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, variable):
+        shape = variable.get_value().shape
+        if isinstance(variable, RouterBias):
+            value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
+            return RouterBias(value, **variable.get_metadata())
+        if path[-1] == "weight" and "router" not in path:
+            value = rng.normal(1, 0.1, shape)
+        elif path == ("embed",):
+            value = rng.normal(0, 1, shape)
+        else:
+            value = rng.normal(0, _inputs(path, shape) ** -0.5, shape)
+        return nnx.Param(jnp.asarray(value, dtype), **variable.get_metadata())
+
+    return map_variables(fill, abstract(cfg, dtype))
+
+
+def _inputs(path, shape) -> int:
+    """The number of inputs of a matrix, from its unstacked shape."""
+    name = path[-1]
+    if "stacks" in path:
+        shape = shape[1:]
+    if name in ("gate_up", "down") and len(shape) - (name == "gate_up") == 3:
+        shape = shape[1:]
+    return shape[0] * shape[1] if name == "o" else shape[0]
+
+
+def random_tokens(cfg, batch: int, length: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, length)), jnp.int32)
