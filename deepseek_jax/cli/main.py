@@ -1,0 +1,150 @@
+"""The entry point of ``deepseek-jax``: finds a command, reads its arguments, turns errors into one line.
+
+A command is one file with a frozen dataclass whose fields are its arguments and whose ``run`` does the work.
+Nothing here, and nothing a command imports at its top, loads JAX, so that help answers at once.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+
+from deepseek_jax.version import __version__
+
+# command -> (class in deepseek_jax/cli/<command>.py, what it does)
+COMMANDS = {
+    "demo": ("Demo", "the tour on the shipped checkpoint: load, check, generate, show the routing"),
+    "summary": ("Summary", "exact parameter, cache, FLOP and cost figures of a model"),
+    "convert": ("Convert", "published checkpoint layout to Orbax, or back"),
+    "verify": ("Verify", "compare a checkpoint layer by layer with PyTorch transformers"),
+    "generate": ("Generate", "continue a prompt with a checkpoint"),
+    "score": ("Score", "log-probabilities of given text"),
+    "train": ("Train", "train a model from scratch or from a checkpoint"),
+}
+NOT_BUILT = ("plot", "compile", "experiment", "sweep", "report")
+# Shows where an error comes from, for those who work on the package.
+TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
+
+
+class CommandError(ValueError):
+    """Bad input to a command; the message is all that the user sees."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: the process's own arguments) and returns its exit code.
+
+    0: done. 1: the command failed, or its check did not hold. 2: a command line that cannot be read.
+    130: interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has gone (`... | head`). What is left in the buffer has nowhere to go: without this the
+        # interpreter complains about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *arguments = argv
+    if name in ("-V", "--version"):
+        print(f"deepseek-jax {__version__}")
+        return 0
+    if name in NOT_BUILT:
+        return _fail(name, "this command is not built yet.", 2)
+    if name not in COMMANDS:
+        return _fail("", f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", 2)
+    try:
+        command = _parse(name, arguments)
+        return command if isinstance(command, int) else command.run() or 0
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted.", 130)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return _fail(name, _message(error), 1)
+
+
+def _parse(name: str, arguments: list[str]):
+    """The command's dataclass filled from its arguments, or an exit code when help or bad usage ended it."""
+    import tyro
+
+    module = importlib.import_module(f"deepseek_jax.cli.{name}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(getattr(module, COMMANDS[name][0]), prog=f"deepseek-jax {name}", args=arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return 0
+        return _fail(name, f"{_one_line(complaint.getvalue())} See deepseek-jax {name} --help.", 2)
+
+
+def _one_line(box: str) -> str:
+    """The first sentence of a parser's framed complaint."""
+    lines = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        text = line.strip("│╭╮╰╯ ").strip()
+        if set(text) == {"─"}:
+            break
+        if text and "──" not in text:
+            lines.append(text)
+    text = " ".join(lines)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"{f'deepseek-jax {name}'.strip()}: {message}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    width = max(40, min(shutil.get_terminal_size().columns, 110))
+    column = 2 + max(map(len, COMMANDS)) + 2
+
+    def fill(text: str, label: str = "", indent: int = 0) -> str:
+        return textwrap.fill(
+            text,
+            width,
+            initial_indent=label.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
+
+    return "\n".join(
+        [
+            "usage: deepseek-jax COMMAND [ARGUMENTS]",
+            "",
+            fill("The DeepSeek-V3 architecture in JAX: load, convert, verify, train and run its models."),
+            "",
+            *(fill(text, f"  {name}", column) for name, (_, text) in COMMANDS.items()),
+            "",
+            fill("deepseek-jax COMMAND --help lists a command's arguments, with units and defaults."),
+            fill("deepseek-jax --version prints the version."),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
