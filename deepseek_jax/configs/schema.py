@@ -35,8 +35,8 @@ class Yarn:
         _require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
         _require(self.original_length > 0, f"YaRN original_length must be positive: {self.original_length}.")
         _require(
-            self.beta_fast > self.beta_slow > 0,
-            f"YaRN needs beta_fast > beta_slow > 0, not {self.beta_fast} and {self.beta_slow}.",
+            self.beta_fast >= self.beta_slow > 0,
+            f"YaRN needs beta_fast >= beta_slow > 0, not {self.beta_fast} and {self.beta_slow}.",
         )
 
 

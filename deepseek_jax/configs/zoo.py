@@ -43,8 +43,11 @@ def _moonlight_16b(name: str) -> ModelConfig:
 
 
 def _kimi_k2(name: str) -> ModelConfig:
-    """Kimi-K2: V3's architecture with 384 experts and 64 heads (2507.20534, table 2, and its config.json)."""
-    yarn = Yarn(factor=32.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
+    """Kimi-K2: V3's architecture with 384 experts and 64 heads (2507.20534, table 2, and its config.json).
+
+    Its beta_fast is 1, as beta_slow is: YaRN's ramp is one frequency wide.
+    """
+    yarn = Yarn(factor=32.0, original_length=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
     return ModelConfig(
         name=name,
         vocab_size=163840,
