@@ -1,0 +1,168 @@
+"""Exact counts of a model from its config alone: parameters, activated parameters, cache bytes, FLOPs.
+
+Everything here is integer arithmetic on a `ModelConfig`; `deepseek_jax.analysis.shapes` counts the same
+parameters on the real model's tree.
+"""
+
+from dataclasses import asdict, dataclass
+
+from deepseek_jax.configs.schema import ModelConfig
+
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What `counts` returns; every figure is an exact integer.
+
+    Parameters, in elements. A published total leaves router biases and MTP modules out, and so does ``total``:
+
+    - ``components``: component -> parameters; they add up to ``total``. ``attention`` holds its latent norms.
+    - ``activated``: what one token multiplies with, input embedding and output head included.
+      ``activated_no_embedding``: the same without the input embedding, which is a lookup.
+    - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one embedding.
+    - ``router_bias``: selection biases of the main model's routers, state rather than parameters.
+    - ``mtp_components``, ``mtp``: what the MTP modules add. ``mtp_stored``: as published files hold them, each
+      with its copies of the embedding and the head. ``stored``: all weights of the published files, biases
+      included, FP8 scales not.
+
+    Cache, in bytes for each token held, in bfloat16: ``kv_bytes_per_token`` for the main model,
+    ``kv_bytes_per_token_mtp`` more when MTP modules draft; ``kv_bytes_per_token_mha`` and
+    ``kv_bytes_per_token_gqa8`` for the same layers and head sizes with as many key heads as query heads, and
+    with 8. ``kv_values_per_token_layer``: elements (576 for V3).
+
+    FLOPs for each token, a multiply-add being two:
+
+    - ``flops_per_token``: training. ``6 * activated_no_embedding`` plus causal attention, which sees half of
+      ``context`` on average; MTP modules, which a run may drop, are not counted.
+    - ``flops_per_token_mtp``: what training the MTP modules adds, their use of the head included.
+    - ``forward_flops_per_token``: a third of the training figure: prefill, averaged over ``context`` tokens.
+    - ``decode_flops_per_token``: one more token after ``context`` cached ones, in MLA's absorbed form.
+    """
+
+    model: str
+    context: int
+    total: int
+    activated: int
+    activated_no_embedding: int
+    components: dict[str, int]
+    attention_per_layer: int
+    expert: int
+    embedding: int
+    router_bias: int
+    mtp: int
+    mtp_components: dict[str, int]
+    mtp_router_bias: int
+    mtp_stored: int
+    stored: int
+    kv_values_per_token_layer: int
+    kv_bytes_per_token: int
+    kv_bytes_per_token_mtp: int
+    kv_bytes_per_token_mha: int
+    kv_bytes_per_token_gqa8: int
+    flops_per_token: int
+    flops_per_token_mtp: int
+    forward_flops_per_token: int
+    decode_flops_per_token: int
+
+    def as_dict(self) -> dict:
+        """All figures as plain Python values, for JSON."""
+        return asdict(self)
+
+
+def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
+    """Counts a model. ``context``: tokens, the length at which FLOPs are counted.
+
+    Conventions: V3 §4.2 for parameters, V2 table 1 for the cache. The FLOP formula is the one that gives the
+    250 GFLOPs a token of V3 in "Insights into DeepSeek-V3" (2505.09343, table 2).
+
+    Raises ValueError for a context that is not positive.
+    """
+    if context < 1:
+        raise ValueError(f"context must be a positive number of tokens, not {context}.")
+    a, moe = cfg.attention, cfg.moe
+    embedding = cfg.vocab_size * cfg.dim
+    attention = _attention(cfg)
+    expert = 3 * cfg.dim * moe.expert_dim if moe else 0
+    idle_layer = (moe.n_experts - moe.top_k) * expert if moe else 0
+
+    components = {
+        "embedding": embedding,
+        "attention": cfg.n_layers * attention,
+        "dense_ffn": cfg.n_dense_layers * 3 * cfg.dim * cfg.ffn_dim,
+        **_moe(cfg, cfg.n_moe_layers),
+        "norms": (2 * cfg.n_layers + 1) * cfg.dim,
+        "head": 0 if cfg.tie_embeddings else embedding,
+    }
+    total = sum(components.values())
+    activated = total - cfg.n_moe_layers * idle_layer
+    # A tied embedding is also the head, and as that it is multiplied with.
+    no_embedding = activated if cfg.tie_embeddings else activated - embedding
+
+    depth, mtp_moe = cfg.mtp_depth, cfg.mtp_depth if cfg.mtp_is_moe else 0
+    mtp_components = {
+        "projection": depth * 2 * cfg.dim * cfg.dim,
+        "attention": depth * attention,
+        "dense_ffn": (depth - mtp_moe) * 3 * cfg.dim * cfg.ffn_dim,
+        **_moe(cfg, mtp_moe),
+        "norms": depth * 5 * cfg.dim,
+    }
+    mtp = sum(mtp_components.values())
+    mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding
+    biases = moe.n_experts if moe else 0
+    mtp_stored = mtp + depth * embedding * (1 if cfg.tie_embeddings else 2)
+
+    per_key = a.n_heads * (a.nope_dim + a.rope_dim + a.v_dim)
+    absorbed_per_key = a.n_heads * (2 * a.kv_rank + a.rope_dim)
+    width, head = a.kv_rank + a.rope_dim, a.nope_dim + a.v_dim
+    forward = 2 * no_embedding + cfg.n_layers * context * per_key
+    return Counts(
+        model=cfg.name,
+        context=context,
+        total=total,
+        activated=activated,
+        activated_no_embedding=no_embedding,
+        components=components,
+        attention_per_layer=attention,
+        expert=expert,
+        embedding=embedding,
+        router_bias=cfg.n_moe_layers * biases,
+        mtp=mtp,
+        mtp_components=mtp_components,
+        mtp_router_bias=mtp_moe * biases,
+        mtp_stored=mtp_stored,
+        stored=total + mtp_stored + (cfg.n_moe_layers + mtp_moe) * biases,
+        kv_values_per_token_layer=width,
+        kv_bytes_per_token=cfg.n_layers * width * BF16_BYTES,
+        kv_bytes_per_token_mtp=depth * width * BF16_BYTES,
+        kv_bytes_per_token_mha=cfg.n_layers * a.n_heads * head * BF16_BYTES,
+        kv_bytes_per_token_gqa8=cfg.n_layers * min(8, a.n_heads) * head * BF16_BYTES,
+        flops_per_token=3 * forward,
+        flops_per_token_mtp=3 * (2 * mtp_activated + depth * context * per_key),
+        forward_flops_per_token=forward,
+        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * context * absorbed_per_key,
+    )
+
+
+def _attention(cfg: ModelConfig) -> int:
+    """One MLA layer (V2 §2.1), the norms of its latents included."""
+    a = cfg.attention
+    head = a.nope_dim + a.rope_dim
+    if a.q_rank is None:
+        queries = cfg.dim * a.n_heads * head
+    else:
+        queries = cfg.dim * a.q_rank + a.q_rank + a.q_rank * a.n_heads * head
+    latents = cfg.dim * (a.kv_rank + a.rope_dim) + a.kv_rank
+    keys_values = a.kv_rank * a.n_heads * (a.nope_dim + a.v_dim)
+    return queries + latents + keys_values + a.n_heads * a.v_dim * cfg.dim
+
+
+def _moe(cfg: ModelConfig, layers: int) -> dict[str, int]:
+    if cfg.moe is None:
+        return {"routed_experts": 0, "shared_experts": 0, "router": 0}
+    expert = 3 * cfg.dim * cfg.moe.expert_dim
+    return {
+        "routed_experts": layers * cfg.moe.n_experts * expert,
+        "shared_experts": layers * cfg.moe.n_shared * expert,
+        "router": layers * cfg.moe.n_experts * cfg.dim,
+    }

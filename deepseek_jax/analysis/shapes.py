@@ -1,0 +1,58 @@
+"""The parameters of `counts`, counted on the model's own tree: the full-size model, with shapes for arrays."""
+
+import math
+
+from deepseek_jax.analysis.counts import Counts
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.model.transformer import abstract
+
+
+def shape_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:
+    """component -> parameters, for "main" and "mtp", from `jax.eval_shape` of the model; allocates nothing.
+
+    Components are named as in `Counts`; "router_bias" stands beside them.
+    """
+    found: dict[str, dict[str, int]] = {"main": {}, "mtp": {}}
+
+    def count(path, variable):
+        part = found["mtp" if path[0] == "mtp" else "main"]
+        name = "router_bias" if isinstance(variable, RouterBias) else _component(path)
+        part[name] = part.get(name, 0) + math.prod(variable.get_value().shape)
+        return variable
+
+    map_variables(count, abstract(cfg))
+    return found
+
+
+def disagreements(cfg: ModelConfig, figures: Counts) -> list[str]:
+    """A sentence for each component in which ``figures`` and the model's own tree differ; empty when they agree."""
+    found = shape_counts(cfg)
+    expected = {
+        "main": {**figures.components, "router_bias": figures.router_bias},
+        "mtp": {**figures.mtp_components, "router_bias": figures.mtp_router_bias},
+    }
+    return [
+        f"{part} {name}: {expected[part].get(name, 0):,} by the config, {found[part].get(name, 0):,} in the model"
+        for part in expected
+        for name in sorted(expected[part] | found[part])
+        if expected[part].get(name, 0) != found[part].get(name, 0)
+    ]
+
+
+def _component(path: tuple) -> str:
+    if path == ("embed",):
+        return "embedding"
+    if path == ("head",):
+        return "head"
+    if "attn" in path:
+        return "attention"
+    if "shared" in path:
+        return "shared_experts"
+    if "router" in path:
+        return "router"
+    if "ffn" in path:
+        return "dense_ffn"
+    if path[-1] == "proj":
+        return "projection"
+    return "norms"
