@@ -15,16 +15,17 @@ BF16_BYTES = 2
 class Counts:
     """What `counts` returns; every figure is an exact integer.
 
-    Parameters, in elements. A published total leaves router biases and MTP modules out, and so does ``total``:
+    Parameters, in elements. Like published totals, ``total`` leaves out router biases and MTP modules:
 
-    - ``components``: component -> parameters; they add up to ``total``. ``attention`` holds its latent norms.
+    - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its latent norms.
     - ``activated``: what one token multiplies with, input embedding and output head included.
       ``activated_no_embedding``: the same without the input embedding, which is a lookup.
-    - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one embedding.
+    - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one
+      embedding.
     - ``router_bias``: selection biases of the main model's routers, state rather than parameters.
-    - ``mtp_components``, ``mtp``: what the MTP modules add. ``mtp_stored``: as published files hold them, each
-      with its copies of the embedding and the head. ``stored``: all weights of the published files, biases
-      included, FP8 scales not.
+    - ``mtp_components``, ``mtp``: what the MTP modules add. ``mtp_stored``: as published files hold them,
+      each with its copies of the embedding and the head. ``stored``: all weights of the published files,
+      biases included, FP8 scales not.
 
     Cache, in bytes for each token held, in bfloat16: ``kv_bytes_per_token`` for the main model,
     ``kv_bytes_per_token_mtp`` more when MTP modules draft; ``kv_bytes_per_token_mha`` and

@@ -1,4 +1,4 @@
-"""The parameters of `counts`, counted on the model's own tree: the full-size model, with shapes for arrays."""
+"""The parameters of `counts`, counted on the full-size model's own tree, with shapes in place of arrays."""
 
 import math
 
@@ -17,7 +17,7 @@ def shape_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:
 
     def count(path, variable):
         part = found["mtp" if path[0] == "mtp" else "main"]
-        name = "router_bias" if isinstance(variable, RouterBias) else _component(path)
+        name = "router_bias" if isinstance(variable, RouterBias) else _component(path, variable)
         part[name] = part.get(name, 0) + math.prod(variable.get_value().shape)
         return variable
 
@@ -26,21 +26,22 @@ def shape_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 def disagreements(cfg: ModelConfig, figures: Counts) -> list[str]:
-    """A sentence for each component in which ``figures`` and the model's own tree differ; empty when they agree."""
+    """A line for each component in which ``figures`` and the model's own tree differ; empty when they agree."""
     found = shape_counts(cfg)
     expected = {
         "main": {**figures.components, "router_bias": figures.router_bias},
         "mtp": {**figures.mtp_components, "router_bias": figures.mtp_router_bias},
     }
-    return [
-        f"{part} {name}: {expected[part].get(name, 0):,} by the config, {found[part].get(name, 0):,} in the model"
-        for part in expected
-        for name in sorted(expected[part] | found[part])
-        if expected[part].get(name, 0) != found[part].get(name, 0)
-    ]
+    lines = []
+    for part in expected:
+        for name in sorted(expected[part] | found[part]):
+            ours, tree = expected[part].get(name, 0), found[part].get(name, 0)
+            if ours != tree:
+                lines.append(f"{part} {name}: {ours:,} by the config, {tree:,} in the model")
+    return lines
 
 
-def _component(path: tuple) -> str:
+def _component(path: tuple, variable) -> str:
     if path == ("embed",):
         return "embedding"
     if path == ("head",):
@@ -52,7 +53,7 @@ def _component(path: tuple) -> str:
     if "router" in path:
         return "router"
     if "ffn" in path:
-        return "dense_ffn"
+        return "routed_experts" if "expert" in variable.get_metadata()["axes"] else "dense_ffn"
     if path[-1] == "proj":
         return "projection"
     return "norms"
