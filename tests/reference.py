@@ -1,0 +1,175 @@
+"""PyTorch reference models with the weights of one of ours, by a mapping of their own.
+
+The mapping is written out here, apart from the package's converter, so that each checks the other.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import numpy as np
+import torch
+from tiny import random_model, random_tokens
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.verify import Observed, Reference, build_reference
+from deepseek_jax.model.transformer import Transformer
+
+torch.set_num_threads(1)
+
+
+def hf_config(cfg: ModelConfig) -> dict:
+    """The published fields of ``config.json``, in today's spelling."""
+    attention, moe, yarn = cfg.attention, cfg.moe, cfg.attention.rope.yarn
+    rope = {"rope_type": "default", "rope_theta": attention.rope.theta}
+    if yarn is not None:
+        rope |= {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_length,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    routed = {}
+    if moe is not None:
+        routed = {
+            "n_routed_experts": moe.n_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.expert_dim,
+            "n_shared_experts": moe.n_shared,
+            "n_group": moe.n_groups,
+            "topk_group": moe.top_groups,
+            "norm_topk_prob": moe.normalize,
+            "routed_scaling_factor": moe.scale,
+        }
+    return routed | {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.dim,
+        "intermediate_size": cfg.ffn_dim,
+        "num_hidden_layers": cfg.n_layers,
+        "first_k_dense_replace": cfg.n_dense_layers,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_heads,
+        "q_lora_rank": attention.q_rank,
+        "kv_lora_rank": attention.kv_rank,
+        "qk_nope_head_dim": attention.nope_dim,
+        "qk_rope_head_dim": attention.rope_dim,
+        "v_head_dim": attention.v_dim,
+        "rms_norm_eps": cfg.norm_eps,
+        "max_position_embeddings": cfg.max_length,
+        "rope_parameters": rope,
+        "rope_interleave": attention.rope.interleaved,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "num_nextn_predict_layers": cfg.mtp_depth,
+    }
+
+
+def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
+    """The tree's leaves under PyTorch's names and in its layout; ``mtp.D.`` for the MTP modules.
+
+    Works on any tree of the model's structure, so on gradients too; absent leaves (None) are left out.
+    """
+    out = {}
+
+    def put(name, variable, arrange=lambda a: a):
+        if variable is not None:
+            out[name] = np.ascontiguousarray(arrange(np.asarray(variable.get_value())))
+
+    def flat_in(a):  # [in, *out] -> [out, in]
+        return a.reshape(a.shape[0], -1).T
+
+    def flat_out(a):  # [*in, out] -> [out, in]
+        return a.reshape(-1, a.shape[-1]).T
+
+    def network(name, ffn):
+        put(f"{name}.gate_proj.weight", ffn.gate_up, lambda a: a[:, 0].T)
+        put(f"{name}.up_proj.weight", ffn.gate_up, lambda a: a[:, 1].T)
+        put(f"{name}.down_proj.weight", ffn.down, lambda a: a.T)
+
+    def block(name, b):
+        attn, ffn = b.attn, b.ffn
+        put(f"{name}.input_layernorm.weight", b.attn_norm.weight)
+        put(f"{name}.post_attention_layernorm.weight", b.ffn_norm.weight)
+        if attn.cfg.q_rank is None:
+            put(f"{name}.self_attn.q_proj.weight", attn.q, flat_in)
+        else:
+            put(f"{name}.self_attn.q_a_proj.weight", attn.q_a, flat_in)
+            put(f"{name}.self_attn.q_a_layernorm.weight", attn.q_norm.weight)
+            put(f"{name}.self_attn.q_b_proj.weight", attn.q_b, flat_in)
+        put(f"{name}.self_attn.kv_a_proj_with_mqa.weight", attn.kv_a, flat_in)
+        put(f"{name}.self_attn.kv_a_layernorm.weight", attn.kv_norm.weight)
+        put(f"{name}.self_attn.kv_b_proj.weight", attn.kv_b, flat_in)
+        put(f"{name}.self_attn.o_proj.weight", attn.o, flat_out)
+        if not hasattr(ffn, "router"):
+            return network(f"{name}.mlp", ffn)
+        put(f"{name}.mlp.gate.weight", ffn.router.weight, lambda a: a.T)
+        put(f"{name}.mlp.gate.e_score_correction_bias", ffn.router.bias)
+        put(
+            f"{name}.mlp.experts.gate_up_proj",
+            ffn.gate_up,
+            lambda a: a.transpose(0, 2, 3, 1).reshape(len(a), -1, a.shape[1]),
+        )
+        put(f"{name}.mlp.experts.down_proj", ffn.down, lambda a: a.transpose(0, 2, 1))
+        return network(f"{name}.mlp.shared_experts", ffn.shared)
+
+    put("model.embed_tokens.weight", model.embed)
+    layer = 0
+    for stack in model.stacks:
+        size = stack.attn_norm.weight.get_value().shape[0]
+        for i in range(size):
+            block(f"model.layers.{layer}", jax.tree.map(lambda a, i=i: a[i], stack))
+            layer += 1
+    put("model.norm.weight", model.norm.weight)
+    put(
+        "lm_head.weight",
+        model.embed if model.head is None else model.head,
+        lambda a: a if model.head is None else a.T,
+    )
+    for depth, module in enumerate(model.mtp):
+        put(f"mtp.{depth}.enorm.weight", module.embed_norm.weight)
+        put(f"mtp.{depth}.hnorm.weight", module.hidden_norm.weight)
+        put(f"mtp.{depth}.eh_proj.weight", module.proj, lambda a: a.T)
+        put(f"mtp.{depth}.post_norm.weight", module.norm.weight)
+        block(f"mtp.{depth}.mtp_block", module.block)
+    return out
+
+
+def torch_model(model: Transformer) -> Reference:
+    """The reference with this model's weights; every one of its tensors is filled, none is left over."""
+    reference = build_reference(hf_config(model.cfg))
+    tensors = {name: torch.tensor(a) for name, a in torch_tensors(model).items()}
+    mtp = {name.removeprefix("mtp."): t for name, t in tensors.items() if name.startswith("mtp.")}
+    reference.main.load_state_dict(
+        {n: t for n, t in tensors.items() if not n.startswith("mtp.")}, strict=True
+    )
+    reference.mtp.load_state_dict(mtp, strict=True)
+    return reference
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our model and the reference, with the same weights, and tokens int32 [B, T] for both."""
+
+    model: Transformer
+    reference: Reference
+    tokens: jax.Array
+
+    def observe(self, **arguments) -> Observed:
+        with torch.no_grad():
+            return self.reference.run(self.tokens, **arguments)
+
+
+@cache
+def pair(cfg: ModelConfig, batch: int = 2, length: int = 96, seed: int = 0, bias_offset: float = 0.0) -> Pair:
+    model = random_model(cfg, seed, bias_offset)
+    return Pair(model, torch_model(model), random_tokens(cfg, batch, length, seed + 1))
+
+
+def relative(ours, theirs) -> float:
+    """Largest |difference| over the largest |reference value|."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert np.isfinite(ours).all()
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
