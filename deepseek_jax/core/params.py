@@ -91,3 +91,15 @@ def unstack(module: Tree, layer: int) -> Tree:
 def parameter_dtype(model) -> jnp.dtype:
     """The dtype of the first floating-point leaf that is not quantised."""
     return next(v.get_value().dtype for v in jax.tree.leaves(model, is_leaf=is_variable) if is_trained(v))
+
+
+def named(params) -> dict[str, jax.Array]:
+    """Every variable's value under its dotted path, such as ``stacks.1.attn.q_a``; what optimizers work on."""
+    values = {}
+    map_variables(lambda path, v: values.update({".".join(map(str, path)): v.get_value()}), params)
+    return values
+
+
+def renamed(params: Tree, values: dict[str, jax.Array]) -> Tree:
+    """``params`` with the values of `named`."""
+    return map_variables(lambda path, v: v.replace(values[".".join(map(str, path))]), params)

@@ -1,0 +1,89 @@
+"""Optimizers over named parameters, from optax: AdamW as V3 uses it, Muon as V4 does for matrices."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """``peak_lr``: learning rate after ``warmup`` steps; it stays until ``decay_from`` (a fraction of all steps),
+    then falls along a cosine to ``final_lr`` times the peak. Weight decay acts on matrices only. ``clip``: global
+    norm of the gradient. With ``muon`` matrices take orthogonalised momentum steps, scaled to AdamW's size
+    (2502.16982), and AdamW keeps the rest: embedding, head, router, norms.
+    """
+
+    peak_lr: float = 3e-3
+    warmup: int = 50
+    decay_from: float = 0.5
+    final_lr: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    muon: bool = True
+
+
+def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, constant, cosine."""
+    begin = max(cfg.warmup, int(cfg.decay_from * steps))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(cfg.peak_lr / max(cfg.warmup, 1), cfg.peak_lr, cfg.warmup),
+            optax.constant_schedule(cfg.peak_lr),
+            optax.cosine_decay_schedule(cfg.peak_lr, max(steps - begin, 1), alpha=cfg.final_lr),
+        ],
+        [cfg.warmup, begin],
+    )
+
+
+def matrix_axes(name: str, ndim: int) -> MuonDimensionNumbers | None:
+    """Input and output axes of a matrix parameter, counted from the end; None for what Muon leaves to AdamW.
+
+    Axes in front (layers, experts, gate against up) are separate matrices.
+    """
+    leaf, parent = name.split(".")[-1], name.split(".")[-2] if "." in name else ""
+    spec = {
+        "q_a": ((-2,), (-1,)),
+        "kv_a": ((-2,), (-1,)),
+        "q": ((-3,), (-2, -1)),
+        "q_b": ((-3,), (-2, -1)),
+        "kv_b": ((-3,), (-2, -1)),
+        "o": ((-3, -2), (-1,)),
+        "gate_up": ((-3,), (-1,)),
+        "down": ((-2,), (-1,)),
+        "proj": ((-2,), (-1,)),
+    }.get(leaf)
+    if spec is None or parent == "router":
+        return None
+    reduction, output = spec
+    return MuonDimensionNumbers(tuple(ndim + a for a in reduction), tuple(ndim + a for a in output))
+
+
+def is_matrix(name: str) -> bool:
+    """Whether weight decay applies: everything but the norms' gains."""
+    return not name.endswith("norm.weight")
+
+
+def make(cfg: Optimizer, steps: int, params: dict[str, jax.Array]) -> optax.GradientTransformation:
+    """The transformation for ``params``, a dict of named parameters (`core.params.named`)."""
+    lr = schedule(cfg, steps)
+    decayed = {name: is_matrix(name) for name in params}
+
+    if cfg.muon:
+        core = optax.contrib.muon(
+            lr,
+            beta=0.95,
+            weight_decay=cfg.weight_decay,
+            weight_decay_mask=decayed,
+            consistent_rms=0.2,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            adam_weight_decay=cfg.weight_decay,
+            muon_weight_dimension_numbers={n: matrix_axes(n, p.ndim) for n, p in params.items()},
+        )
+    else:
+        core = optax.adamw(lr, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), core)
