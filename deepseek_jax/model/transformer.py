@@ -118,23 +118,56 @@ class Transformer(nnx.Module):
     ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None]:
         """The MTP modules' hidden states for known next tokens (-1: unknown), one a depth."""
         outputs, statistics = [], []
-        known = span.segment
-        for depth, module in enumerate(self.mtp):
+        for depth in range(self.cfg.mtp_depth):
             token_BT = next_tokens_BTP[..., depth]
-            known = jnp.where(token_BT >= 0, known, 0)
-            memory, own = None, replace(span, segment=known, key_segment=known, uniform=False)
-            if cache is not None:
-                segment = _write(cache.mtp_segment[depth], known, span.slot)
-                cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
-                memory, own = cache.mtp_latent, replace(own, key_segment=segment)
-            embedding = dense(self.embed, hidden_BTD.dtype)[jnp.maximum(token_BT, 0)]
-            hidden_BTD, memory, aux = module(hidden_BTD, embedding, own, ctx, memory, depth)
-            if cache is not None:
-                cache = replace(cache, mtp_latent=memory)
+            hidden_BTD, span, cache, aux = self.predict_depth(depth, hidden_BTD, token_BT, span, cache, ctx)
             outputs.append(hidden_BTD)
             statistics.append(aux)
         has_aux = bool(statistics) and statistics[0] is not None
         return tuple(outputs), cache, jax.tree.map(lambda *a: jnp.stack(a), *statistics) if has_aux else None
+
+    def predict_depth(
+        self,
+        depth: int,
+        hidden_BTD: jax.Array,
+        token_BT: jax.Array,
+        span: Span,
+        cache: Cache | None,
+        ctx: Context,
+    ) -> tuple[jax.Array, Span, Cache | None, Aux | None]:
+        """MTP module ``depth`` alone, for drafts, where each module's token is the one before's prediction.
+
+        ``hidden_BTD``: what the module before returned, the final hidden states for module 0. ``token_BT``:
+        the tokens at +1 + depth, -1 where unknown; there the returned span's segment is 0.
+        """
+        known = jnp.where(token_BT >= 0, span.segment, 0)
+        own = replace(span, segment=known, key_segment=known, uniform=False)
+        memory = None
+        if cache is not None:
+            segment = _write(cache.mtp_segment[depth], known, span.slot)
+            cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
+            memory, own = cache.mtp_latent, replace(own, key_segment=segment)
+        embedding = dense(self.embed, hidden_BTD.dtype)[jnp.maximum(token_BT, 0)]
+        hidden_BTD, memory, aux = self.mtp[depth](hidden_BTD, embedding, own, ctx, memory, depth)
+        if cache is not None:
+            cache = replace(cache, mtp_latent=memory)
+        return hidden_BTD, own, cache, aux
+
+    def cached_span(self, position_BT: jax.Array, segment_BT: jax.Array, cache: Cache) -> Span:
+        """Who sees whom for tokens that the cache holds already, each at the slot of its position."""
+        rope = self.cfg.attention
+        cos, sin = rope_tables(position_BT, rope.rope_dim, rope.rope)
+        return Span(
+            position=position_BT,
+            segment=segment_BT,
+            key_position=cache.position,
+            key_segment=cache.segment,
+            cos=cos,
+            sin=sin,
+            slot=jnp.where(segment_BT != 0, position_BT, cache.capacity),
+            causal=False,
+            uniform=False,
+        )
 
     def _layers(self, x_BTD, span: Span, ctx: Context, memory, routing, capture: tuple[str, ...]):
         kept = REMAT[ctx.remat]
