@@ -26,7 +26,7 @@ def softmax_scale(head_dim: int, rope: Rope) -> float:
 
 
 def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
-    """The frequencies between which YaRN blends, (10, 23) for V3: floor and ceil, clipped to the dimensions."""
+    """The frequencies between which YaRN blends: floor and ceil, clipped; (10, 23) for V3."""
 
     def index(rotations: float) -> float:
         return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -35,17 +35,19 @@ def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
 
 
 def inverse_frequencies(dim: int, rope: Rope) -> np.ndarray:
-    """float32 [dim / 2] radians a token. Under YaRN slow pairs are divided by the factor, fast ones are kept."""
-    # The exponent and the power are each rounded to float32, as the reference does: at position 100,000 one
-    # unit in the last place of a frequency is visible.
+    """float32 [dim / 2] radians a token. Under YaRN slow pairs are divided by the factor, fast ones kept."""
+    # Rounded to float32 at the steps where the reference rounds: at position 100,000 one unit in the last
+    # place of a frequency is visible.
     pairs = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    frequencies = np.float32(1) / np.power(rope.theta, pairs.astype(np.float64)).astype(np.float32)
+    periods = np.power(rope.theta, pairs.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / periods
     if rope.yarn is None:
         return frequencies
     low, high = yarn_range(dim, rope.theta, rope.yarn)
-    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
-    keep = 1 - np.clip(ramp, 0, 1)
-    return (frequencies / rope.yarn.factor * (1 - keep) + frequencies * keep).astype(np.float32)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(high - low, 0.001))
+    keep = np.float32(1) - np.clip(ramp, 0, 1)
+    interpolated = np.float32(1) / (np.float32(rope.yarn.factor) * periods)
+    return interpolated * (1 - keep) + frequencies * keep
 
 
 def rope_tables(positions_BT: jax.Array, dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
