@@ -26,7 +26,7 @@ def shape_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 def disagreements(cfg: ModelConfig, figures: Counts) -> list[str]:
-    """A line for each component in which ``figures`` and the model's own tree differ; empty when they agree."""
+    """A line for each component in which ``figures`` and the model's own tree differ; empty: they agree."""
     found = shape_counts(cfg)
     expected = {
         "main": {**figures.components, "router_bias": figures.router_bias},

@@ -1,0 +1,69 @@
+"""``deepseek-jax summary``: exact figures of a model, from its config, checked against its own tree."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from deepseek_jax.version import __version__
+
+if TYPE_CHECKING:
+    from deepseek_jax.configs.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Exact parameter, cache, FLOP and cost figures of a model; no weights are needed."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A release such as deepseek-v3, a config.json, or a checkpoint folder."""
+    context: int = 4096
+    """Length in tokens at which FLOPs and the cache are given."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Also write the figures to this file."""
+
+    def run(self) -> int:
+        from deepseek_jax.analysis.counts import counts
+        from deepseek_jax.analysis.published import COSTS, release_of
+        from deepseek_jax.analysis.shapes import disagreements
+        from deepseek_jax.cli.summary_tables import print_summary
+
+        cfg = find_config(self.model)
+        figures = counts(cfg, self.context)
+        wrong = disagreements(cfg, figures)
+        if wrong:
+            raise ValueError(f"the counts and the model's own shapes disagree: {'; '.join(wrong)}.")
+        print_summary(cfg, figures)
+        print("\nChecked against the model's own shapes (jax.eval_shape): all components agree.")
+        if self.json is not None:
+            cost = COSTS.get(release_of(cfg))
+            record = {
+                "deepseek_jax": __version__,
+                "config": asdict(cfg),
+                "counts": figures.as_dict(),
+                "cost": cost and {**asdict(cost), "gpu_hours": cost.gpu_hours, "dollars": cost.dollars},
+            }
+            self.json.write_text(json.dumps(record, indent=2) + "\n")
+        return 0
+
+
+def find_config(model: str) -> "ModelConfig":
+    """The config of a release's name, a config.json or a checkpoint folder.
+
+    Raises ConfigError for a name that is neither, ValueError for a file that is not JSON, OSError for one that
+    cannot be read, and what `config_from_json` raises for one that it cannot build.
+    """
+    from deepseek_jax.configs.hf import config_from_json
+    from deepseek_jax.configs.zoo import zoo
+
+    path = Path(model)
+    if model in zoo() or not path.exists():
+        return zoo(model)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    return config_from_json(data, name=path.name if path.is_dir() else path.resolve().parent.name)

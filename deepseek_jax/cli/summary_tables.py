@@ -1,0 +1,163 @@
+"""The tables of ``deepseek-jax summary``, made to fit 80 columns."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deepseek_jax.analysis.counts import Counts, counts
+from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, Claim, Cost, release_of
+from deepseek_jax.configs.schema import ModelConfig
+
+
+def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -> None:
+    """Prints every table of a model to ``console`` (default: standard output)."""
+    console = console or Console(highlight=False)
+    tables = [_parameters(cfg, c), _mtp(cfg, c) if cfg.mtp_depth else None, _cache(cfg, c), _flops(c)]
+    # Published FLOPs hold at one length, whatever length the other tables are for.
+    published = counts(cfg, CONTEXT)
+    release = release_of(cfg)
+    if release in CLAIMS:
+        tables.append(_claims(CLAIMS[release], published))
+    if release in COSTS:
+        tables.append(_cost(published, COSTS[release]))
+    console.print(Text(_title(cfg), style="bold"))
+    for table in filter(None, tables):
+        console.print()
+        console.print(table)
+
+
+def _title(cfg: ModelConfig) -> str:
+    a = cfg.attention
+    queries = "no query compression" if a.q_rank is None else f"query rank {a.q_rank}"
+    parts = [
+        f"{cfg.name}: {cfg.n_layers} layers of width {cfg.dim}",
+        f"{a.n_heads} heads, latent {a.kv_rank} + {a.rope_dim}, {queries}",
+    ]
+    if cfg.moe is not None:
+        parts.append(f"{cfg.moe.n_shared} shared + {cfg.moe.n_experts} routed experts, top {cfg.moe.top_k}")
+    return "; ".join(parts)
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=justify == "right")
+    return table
+
+
+def _parameters(cfg: ModelConfig, c: Counts) -> Table:
+    table = _table("Parameters", ("component", "left"), ("made of", "left"), ("count", "right"))
+    made_of = {
+        "embedding": f"{cfg.vocab_size:,} x {cfg.dim:,}",
+        "attention": f"{cfg.n_layers} x {c.attention_per_layer:,}",
+        "dense_ffn": f"{cfg.n_dense_layers} x {3 * cfg.dim * cfg.ffn_dim:,}",
+        "norms": f"{2 * cfg.n_layers + 1} x {cfg.dim:,}",
+        "head": "tied to the embedding" if cfg.tie_embeddings else f"{cfg.dim:,} x {cfg.vocab_size:,}",
+    }
+    if cfg.moe is not None:
+        made_of["routed_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {c.expert:,}"
+        made_of["shared_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_shared} x {c.expert:,}"
+        made_of["router"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {cfg.dim:,}"
+    for name, count in c.components.items():
+        if count or name == "head":
+            table.add_row(name.replace("_", " "), made_of[name], f"{count:,}")
+    table.add_section()
+    table.add_row("total", "without router biases and MTP", f"{c.total:,}", style="bold")
+    table.add_row("activated", "by one token, input embedding left out", f"{c.activated_no_embedding:,}")
+    table.add_row("activated", "input embedding and head included", f"{c.activated:,}")
+    if c.router_bias:
+        table.add_row(
+            "router biases", f"{cfg.n_moe_layers} x {cfg.moe.n_experts}, state", f"{c.router_bias:,}"
+        )
+    return table
+
+
+def _mtp(cfg: ModelConfig, c: Counts) -> Table:
+    table = _table(
+        f"MTP, depth {cfg.mtp_depth}", ("component", "left"), ("made of", "left"), ("count", "right")
+    )
+    projection = c.mtp_components["projection"]
+    table.add_row("layer", "attention, experts, router, norms", f"{c.mtp - projection:,}")
+    table.add_row("projection", f"{2 * cfg.dim:,} x {cfg.dim:,}", f"{projection:,}")
+    table.add_section()
+    table.add_row("total", "embedding and head are the model's own", f"{c.mtp:,}", style="bold")
+    table.add_row("as stored", "with its copies of embedding and head", f"{c.mtp_stored:,}")
+    table.add_row("router biases", "state", f"{c.mtp_router_bias:,}")
+    table.add_row("whole checkpoint", "all weights and biases, no FP8 scales", f"{c.stored:,}")
+    return table
+
+
+def _cache(cfg: ModelConfig, c: Counts) -> Table:
+    table = _table(
+        "Cache, bfloat16",
+        ("attention", "left"),
+        ("bytes a token", "right"),
+        (f"{c.context:,} tokens", "right"),
+        ("to MLA", "right"),
+    )
+    mla = f"MLA ({c.kv_values_per_token_layer} values a token and layer)"
+    rows = [
+        (mla, c.kv_bytes_per_token),
+        ("GQA, 8 key heads", c.kv_bytes_per_token_gqa8),
+        (f"MHA, {cfg.attention.n_heads} key heads", c.kv_bytes_per_token_mha),
+    ]
+    for name, size in rows:
+        mebibytes = f"{size * c.context / 2**20:,.1f} MiB"
+        table.add_row(name, f"{size:,}", mebibytes, f"{size / c.kv_bytes_per_token:.2f}x")
+    if c.kv_bytes_per_token_mtp:
+        extra = c.kv_bytes_per_token_mtp
+        mebibytes = f"{extra * c.context / 2**20:,.1f} MiB"
+        table.add_row("more for MTP drafts", f"{extra:,}", mebibytes, f"{extra / c.kv_bytes_per_token:.2f}x")
+    return table
+
+
+def _flops(c: Counts) -> Table:
+    table = _table(
+        f"GFLOPs a token at {c.context:,} tokens", ("what", "left"), ("formula", "left"), ("GFLOPs", "right")
+    )
+    for name, formula, value in (
+        ("training", "6 N + causal attention", c.flops_per_token),
+        ("training, MTP too", "the same for the MTP modules", c.flops_per_token + c.flops_per_token_mtp),
+        ("prefill", "a third of training", c.forward_flops_per_token),
+        ("decode", "2 N + absorbed attention over the cache", c.decode_flops_per_token),
+    ):
+        if name != "training, MTP too" or c.flops_per_token_mtp:
+            table.add_row(name, formula, _giga(value))
+    table.caption = "N: activated parameters, input embedding left out"
+    table.caption_justify = "left"
+    return table
+
+
+def _giga(value: int) -> str:
+    return f"{value / 1e9:,.2f}" if value >= 1e9 else f"{value / 1e9:.6f}"
+
+
+def _claims(claims: tuple[Claim, ...], c: Counts) -> Table:
+    table = _table("Beside what is published", ("figure", "left"), ("ours", "right"), ("published", "right"))
+    table.add_column("source")
+    for claim in claims:
+        table.add_row(claim.name, claim.ours(c), claim.published, claim.source)
+    return table
+
+
+def _cost(c: Counts, cost: Cost) -> Table:
+    table = _table(
+        f"Training, as published: {cost.n_gpus:,} {cost.gpu}, {cost.tokens / 1e12:.1f}T tokens",
+        ("stage", "left"),
+        (f"{cost.gpu} hours", "right"),
+        (f"at ${cost.price} an hour", "right"),
+        ("source", "left"),
+    )
+    for stage in cost.stages:
+        table.add_row(stage.name, f"{stage.gpu_hours:,}", f"${stage.gpu_hours * cost.price:,}", cost.source)
+    table.add_section()
+    table.add_row("total", f"{cost.gpu_hours:,}", f"${cost.dollars:,}", cost.source, style="bold")
+    rate, share = cost.flops_per_second(c.flops_per_token), cost.utilization(c.flops_per_token)
+    table.caption = (
+        f"Research and ablations before it are not included. Pre-training took {cost.days:.1f} days; "
+        f"at {_giga(c.flops_per_token)} GFLOPs a token each GPU did {rate / 1e12:.1f} TFLOPs a second, "
+        f"{share:.1%} of {cost.peak_flops / 1e12:.0f} (2505.09343, table 4, measured 38.94%)."
+    )
+    table.caption_justify = "left"
+    return table
