@@ -1,0 +1,123 @@
+"""Chat templates: a checkpoint's own Jinja program that turns messages into text.
+
+A template is code from whoever made the checkpoint, so it runs in Jinja's immutable sandbox and sees
+plain data only. The environment is the one templates are written for, that of PyTorch transformers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# Names a message's chain of thought goes by; templates read the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """A compiled template; ``variables`` (bos_token, eos_token, ...) are there in every rendering.
+
+    Raises:
+        ValueError: the source is not a Jinja template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]):
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
+        self._variables = dict(variables)
+
+    def render(self, messages: Sequence[Mapping], **variables) -> str:
+        """The text of ``messages``.
+
+        Raises:
+            ValueError: there are no messages, one is not a mapping, or the template refuses them.
+        """
+        if not messages:
+            raise ValueError("A chat needs at least one message.")
+        for message in messages:
+            if not isinstance(message, Mapping):
+                raise ValueError(f"A chat message is a mapping with a role and a content, not {message!r}.")
+        known = {"tools": None, "documents": None, **self._variables, **variables}
+        try:
+            return self._template.render(messages=[_message(m) for m in messages], **_plain(known))
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"The checkpoint's chat template refuses this chat: {error}") from error
+
+
+def read_template(folder: Path, config: Mapping) -> str | None:
+    """The template's source: ``chat_template.jinja``, else ``chat_template`` of tokenizer_config.json.
+
+    Of several named templates, the one called ``default``.
+
+    Raises:
+        ValueError: several templates and none of them the default.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if not isinstance(template, list):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise ValueError(
+            f"tokenizer_config.json of {folder} has chat templates {sorted(named)}, none the default."
+        )
+    return named["default"]
+
+
+class _Generation(jinja2.ext.Extension):
+    """Lets ``{% generation %}`` blocks, which mark the assistant's tokens for training, pass as they are."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # Jinja's own filter escapes HTML and sorts keys.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _message(message: Mapping) -> dict:
+    """A message without its empty (None) entries, its reasoning under the name that templates read."""
+    message = _plain({key: value for key, value in message.items() if value is not None})
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _plain(value):
+    """A copy out of plain data: a template is never handed an object with methods of its own."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a chat holds text, numbers, lists and mappings, not a {type(value).__name__}")

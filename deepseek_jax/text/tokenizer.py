@@ -1,0 +1,208 @@
+"""A checkpoint's own tokenizer: text to ids and back, by its ``tokenizer.json``, and text as it streams.
+
+Chats are rendered by the checkpoint's own template, see ``chat.py``.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from deepseek_jax.text.chat import ChatTemplate, read_template
+
+
+class TokenizerError(ValueError):
+    """A checkpoint's tokenizer files are missing or do not make a tokenizer."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        backend: the ``tokenizers.Tokenizer`` that does the work.
+        bos_token, eos_token, pad_token: the tokens' text, or None.
+        bos_id, eos_id, pad_id: their ids, or None.
+        add_bos: whether ``encode`` puts the BOS token first, as ``tokenizer_config.json`` says.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict | None = None, template: str | None = None
+    ):
+        config = config or {}
+        self.backend = backend
+        special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        self.bos_token, self.eos_token, self.pad_token = special.values()
+        self.bos_id, self.eos_id, self.pad_id = (self._id(name, text) for name, text in special.items())
+        # A configuration that does not say leaves it to the post-processor of tokenizer.json.
+        self.add_bos = config.get("add_bos_token")
+        if self.add_bos is None:
+            self.add_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
+        if self.add_bos and self.bos_id is None:
+            raise TokenizerError("tokenizer_config.json says add_bos_token but names no bos_token.")
+        variables = {
+            name: text
+            for name in (
+                "bos_token",
+                "eos_token",
+                "unk_token",
+                "sep_token",
+                "pad_token",
+                "cls_token",
+                "mask_token",
+            )
+            if (text := _token_text(config.get(name))) is not None
+        }
+        self._template = ChatTemplate(template, variables) if template is not None else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included: ids are below it, unless the file leaves gaps."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """The ids of ``text``; ``add_bos`` None puts BOS first where the checkpoint's configuration says so.
+
+        Raises:
+            ValueError: ``add_bos`` is true and there is no BOS token.
+        """
+        return self.encode_batch([text], add_bos)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
+        """``encode`` of many texts at once, on all cores."""
+        add_bos = self.add_bos if add_bos is None else add_bos
+        if add_bos and self.bos_id is None:
+            raise ValueError("This tokenizer has no BOS token: tokenizer_config.json names none.")
+        first = [self.bos_id] if add_bos else []
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [first + encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of ``ids``; bytes that are not whole UTF-8 characters become U+FFFD.
+
+        Raises:
+            ValueError: an id that the tokenizer does not have.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if i < 0 or self.backend.id_to_token(i) is None:
+                raise ValueError(f"Token id {i} is not in the tokenizer, which has {self.vocab_size} tokens.")
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables) -> str:
+        """The text of a chat by the checkpoint's own template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}``, and whatever else the template reads.
+            add_generation_prompt: whether the text ends where the assistant begins to answer.
+            **variables: more of the template's variables, such as ``tools`` or ``thinking``.
+
+        Raises:
+            ValueError: the checkpoint has no template, or the template refuses these messages.
+        """
+        if self._template is None:
+            raise ValueError(
+                "This checkpoint has no chat template (neither chat_template.jinja nor chat_template in "
+                "tokenizer_config.json); encode the prompt's text instead."
+            )
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def chat(self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
+        """The ids of a chat. BOS is the template's own business, so none is added."""
+        return self.encode(self.render(messages, add_generation_prompt, **variables), add_bos=False)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, int32 [vocab_size]; special tokens stand for none.
+
+        Raises:
+            ValueError: the tokenizer is not byte-level, so that a token's bytes are not known by themselves.
+        """
+        if not isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
+            raise ValueError(
+                "Bytes per token are known for byte-level tokenizers only; the decoder of this one is "
+                f"{type(self.backend.decoder).__name__}."
+            )
+        size = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.backend.get_vocab(with_added_tokens=False).items():
+            size[i] = len(token)  # one character of the byte-level alphabet stands for one byte
+        for i, added in self.backend.get_added_tokens_decoder().items():
+            size[i] = 0 if added.special else len(added.content.encode())
+        return size
+
+    def _id(self, name: str, text: str | None) -> int | None:
+        if text is None:
+            return None
+        found = self.backend.token_to_id(text)
+        if found is None:
+            raise TokenizerError(
+                f"tokenizer_config.json names {name} {text!r}, which tokenizer.json does not have."
+            )
+        return found
+
+
+class Stream:
+    """Decodes ids as they come, giving out whole characters only.
+
+    A character may be spread over several tokens; what is not complete yet waits for the next push.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._pending: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Takes in the next ids; returns the text that is now certain, perhaps none."""
+        ready = ""
+        for i in ids:
+            self._pending.append(int(i))
+            text = self._tokenizer.decode(self._pending, self._skip)
+            # A character cut short shows as a replacement at the end, and takes at most three more bytes:
+            # with four tokens waiting, what still does not decode never will.
+            if not text.endswith("�") or len(self._pending) > 4:
+                ready += text
+                self._pending = []
+        return ready
+
+    def finish(self) -> str:
+        """The rest; bytes that never became a character come out as U+FFFD."""
+        text = self._tokenizer.decode(self._pending, self._skip)
+        self._pending = []
+        return text
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder: its ``tokenizer.json``, configuration and chat template.
+
+    Raises:
+        TokenizerError: a ValueError; ``tokenizer.json`` is missing or a file is damaged.
+    """
+    folder = Path(path)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json; without it, give and take token ids instead of text."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+    config = _read_config(folder / "tokenizer_config.json")
+    return Tokenizer(backend, config, read_template(folder, config))
+
+
+def _read_config(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{file} holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def _token_text(entry) -> str | None:
+    """Older files write a token as an object with its text under ``content``."""
+    return entry.get("content") if isinstance(entry, dict) else entry

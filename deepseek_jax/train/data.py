@@ -1,0 +1,158 @@
+"""Documents to training rows and batches, and the held-out stream with its bits per byte.
+
+Every document becomes BOS, its tokens, EOS. The documents of a split follow one another in one stream;
+the training stream is cut into rows of T tokens that are packed without a mask between documents
+(V3 4.1), and grain shuffles the rows anew in each epoch. All of it is a function of the seed.
+
+Legend: n tokens of a stream, R rows, T tokens a row, B rows a batch, W windows, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.corpus import Document
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: Tokenizer, seed: int | None = None
+) -> np.ndarray:
+    """The stream of all documents, int32 [n]: BOS, tokens, EOS of each.
+
+    ``seed`` shuffles the documents' order (None: as given); it follows from the seed and the paths alone.
+
+    Raises:
+        ValueError: no documents, or a tokenizer without BOS or EOS.
+    """
+    if not documents:
+        raise ValueError("There are no documents to tokenise.")
+    if tokenizer.bos_id is None or tokenizer.eos_id is None:
+        raise ValueError("Training text needs a tokenizer with a BOS and an EOS token; this one names none.")
+    if seed is not None:
+        documents = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{d.path}".encode()).digest())
+    parts = []
+    for ids in tokenizer.encode_batch([d.text for d in documents], add_bos=True):
+        parts.append(np.asarray([*ids, tokenizer.eos_id], np.int32))
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """An endless, shuffled, resumable supply of batches from a token stream.
+
+    Attributes:
+        rows_RT: int32 [R, T], the stream cut into rows; up to T - 1 tokens at its end are left out.
+        batch_size: rows a batch.
+        seed: of the order of rows; every epoch has another.
+    """
+
+    rows_RT: np.ndarray
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def cut(cls, stream_n: np.ndarray, *, length: int, batch_size: int, seed: int) -> "TrainingRows":
+        """Cuts ``stream_n`` into rows of ``length`` tokens.
+
+        Raises:
+            ValueError: lengths below 2, a batch size below 1, or less text than one batch.
+        """
+        if length < 2 or batch_size < 1:
+            raise ValueError(
+                f"Rows need 2 tokens or more and batches 1 row or more; got {length} and {batch_size}."
+            )
+        count = len(stream_n) // length
+        if count < batch_size:
+            raise ValueError(
+                f"The training text has {len(stream_n)} tokens, too few for one batch of {batch_size} x "
+                f"{length}: give more text, or shorter or fewer rows."
+            )
+        return cls(np.ascontiguousarray(stream_n[: count * length]).reshape(count, length), batch_size, seed)
+
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Batches ``{"tokens": int32 [B, T]}`` without end, from the first; a ``grain.DatasetIterator``.
+
+        ``get_state()`` gives its position, a small dict for JSON; ``set_state(state)`` goes on from it.
+        """
+        batches = self._order().map(lambda row: {"tokens": self.rows_RT[row]}).batch(self.batch_size)
+        # One thread, no read-ahead: rows are slices of an array in memory.
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+    def rows_seen(self, steps: int) -> np.ndarray:
+        """The different rows of the first ``steps`` batches in the order of first sight, int32 [rows, T].
+
+        What a model has been trained on after so many steps, and so what an n-gram baseline may count.
+        """
+        order = self._order()
+        count = min(steps * self.batch_size, len(self.rows_RT))  # the first epoch meets every row once
+        return self.rows_RT[[order[i] for i in range(count)]]
+
+    def tokens_seen(self, steps: int) -> np.ndarray:
+        """``rows_seen`` as one stream, int32 [rows * T]."""
+        return self.rows_seen(steps).reshape(-1)
+
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.range(len(self.rows_RT)).seed(self.seed).shuffle().repeat()
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """A held-out stream in windows that score each of its tokens but the first exactly once.
+
+    Each window begins with the last token of the one before, so W windows of T tokens have W (T - 1)
+    predictions, and the last window is filled up with padding.
+
+    Attributes:
+        stream_n: int32 [n].
+        windows_WT: int32 [W, T]; padding is id 0 where ``segments_WT`` is 0.
+        segments_WT: int32 [W, T], 1 at real tokens and 0 at padding, as the model takes them.
+        bytes_n: int32 [n], UTF-8 bytes that each token of the stream stands for; BOS and EOS have none.
+    """
+
+    stream_n: np.ndarray
+    windows_WT: np.ndarray
+    segments_WT: np.ndarray
+    bytes_n: np.ndarray
+
+    @classmethod
+    def cut(cls, stream_n: np.ndarray, bytes_V: np.ndarray, *, length: int) -> "HeldOut":
+        """Cuts ``stream_n`` into windows of ``length``; ``bytes_V`` is ``Tokenizer.token_bytes()``.
+
+        Raises:
+            ValueError: a length below 2, or a stream of fewer than 2 tokens.
+        """
+        if length < 2 or len(stream_n) < 2:
+            raise ValueError(
+                f"Windows and the held-out stream need 2 tokens or more; got {length} and {len(stream_n)}."
+            )
+        count = -(-(len(stream_n) - 1) // (length - 1))
+        at_WT = np.arange(count)[:, None] * (length - 1) + np.arange(length)
+        real_WT = at_WT < len(stream_n)
+        windows_WT = np.where(real_WT, stream_n[np.minimum(at_WT, len(stream_n) - 1)], 0)
+        return cls(stream_n, windows_WT.astype(np.int32), real_WT.astype(np.int32), bytes_V[stream_n])
+
+    def scores(self, nats_WT1: np.ndarray) -> np.ndarray:
+        """Nats of each scored token in stream order, [n - 1], from those of the windows' predictions.
+
+        ``nats_WT1`` is [W, T - 1]; its entry (w, t) belongs to the token ``windows_WT[w, t + 1]``. What
+        stands at padding is dropped.
+        """
+        expected = (self.windows_WT.shape[0], self.windows_WT.shape[1] - 1)
+        if nats_WT1.shape != expected:
+            raise ValueError(
+                f"One score for each prediction is needed, {expected}; got shape {nats_WT1.shape}."
+            )
+        return np.asarray(nats_WT1)[self.segments_WT[:, 1:] == 1]
+
+    def bits_per_byte(self, nats_n1: np.ndarray) -> float:
+        """Bits per byte of the text, from the nats of every scored token in stream order, [n - 1]."""
+        if nats_n1.shape != (len(self.stream_n) - 1,):
+            raise ValueError(f"{len(self.stream_n) - 1} scores are needed, got shape {nats_n1.shape}.")
+        return float(
+            np.sum(nats_n1, dtype=np.float64) / math.log(2) / np.sum(self.bytes_n[1:], dtype=np.int64)
+        )
