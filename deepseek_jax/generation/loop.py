@@ -1,0 +1,191 @@
+"""What runs on the device: prefill in chunks, and the loop of decoding steps with MTP drafts.
+
+A row's known tokens are its prompt and what was generated. All but the last are in the cache; a step feeds the
+last one and the drafts after it, keeps the drafts that hold, and draws one token more. Plain decoding is the
+same step with no drafts. Shapes depend on the batch, the cache's capacity and the chunk only, never on a
+prompt's length.
+
+Suffixes: B rows, S slots, T = P + 1 tokens a step, P drafts (MTP modules), W = 2 P positions that the modules
+see again, V vocabulary, D width.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.generation.sampling import DRAFT, Sampling, distribution, draw, verify
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.transformer import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything a row's continuation depends on; donated to every call.
+
+    ``tokens``: int32 [B, S], known tokens, then drafts. ``logprob``: float32 [B, S], of each generated token.
+    ``known``, ``limit``: int32 [B], known tokens, and how many there may be. ``done``: bool [B].
+    ``offered``: int32 scalar, drafts that the next step verifies: none in the first step.
+    ``q``: float32 [B, P, V], what they were drawn from. ``recent``: [B, P - 1, D], the hidden states before
+    the last known token, which deeper modules need again. ``drafted``, ``accepted``: int32 [B].
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    logprob: jax.Array
+    known: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    offered: jax.Array
+    q: jax.Array
+    recent: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+
+
+@partial(jax.jit, static_argnames=("chunk", "depth", "ctx"), donate_argnames=("state",))
+def prefill(
+    model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context
+) -> State:
+    """Feeds the prompts' tokens start..start + chunk, but never a prompt's last one: that is `decode`'s first.
+
+    ``depth``: MTP modules in use, 0 or all.
+    """
+    position_BT = jnp.broadcast_to(start + jnp.arange(chunk), (state.known.shape[0], chunk))
+    real_BT = position_BT < state.known[:, None] - 1
+    next_tokens = None
+    if depth:
+        ahead = [_tokens_at(state.tokens, position_BT + d, state.known) for d in range(1, depth + 1)]
+        next_tokens = jnp.stack(ahead, axis=-1)
+    out = model(
+        _tokens_at(state.tokens, position_BT, state.known, missing=0),
+        segments=real_BT.astype(jnp.int32),
+        next_tokens=next_tokens,
+        cache=state.cache,
+        with_mtp=depth > 0,
+        logits="none",
+        ctx=ctx,
+    )
+    return replace(state, cache=out.cache, recent=_latest(state.recent, out.hidden, real_BT.sum(-1)))
+
+
+@partial(jax.jit, static_argnames=("depth", "ctx"), donate_argnames=("state",))
+def decode(
+    model: Transformer,
+    state: State,
+    sampling: Sampling,
+    stop_V: jax.Array,
+    steps: jax.Array,
+    *,
+    depth: int,
+    ctx: Context,
+) -> State:
+    """Up to ``steps`` steps, fewer when every row is done. ``stop_V``: bool [V], tokens that end a row."""
+
+    def body(carry):
+        i, state = carry
+        return i + 1, _step(model, state, sampling, stop_V, depth, ctx)
+
+    def more(carry):
+        i, state = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Context) -> State:
+    """Verifies the drafts, draws one token more, takes rejected ones back, drafts again."""
+    active_B, first_B = ~state.done, state.cache.length
+    ahead_T = jnp.arange(depth + 1)
+    position_BT = first_B[:, None] + ahead_T
+    tokens_BT = jnp.take_along_axis(state.tokens, position_BT, axis=1, mode="clip")
+    segment_BT = (active_B[:, None] & (ahead_T <= state.offered)).astype(jnp.int32)
+    out = model(tokens_BT, segments=segment_BT, cache=state.cache, logits="all", ctx=ctx)
+
+    p_BTV = distribution(out.logits, sampling)
+    drafts_BP = tokens_BT[:, 1:]
+    accepted_B, last_B = verify(p_BTV, state.q, drafts_BP, state.offered, sampling, position_BT + 1)
+    new_BT = jnp.pad(drafts_BP, ((0, 0), (0, 1)))
+    new_BT = jnp.where(ahead_T == accepted_B[:, None], last_B[:, None], new_BT)
+    # A stop token ends the row; what was accepted after it is dropped.
+    stops_BT = stop_V[new_BT]
+    ended_BT = jnp.cumsum(stops_BT, axis=-1) - stops_BT > 0
+    kept_BT = (ahead_T <= accepted_B[:, None]) & (position_BT + 1 < state.limit[:, None]) & ~ended_BT
+    kept_BT &= active_B[:, None]
+
+    logit_BT = jnp.take_along_axis(out.logits, new_BT[..., None], axis=-1)[..., 0]
+    known_B = state.known + kept_BT.sum(-1)
+    rejected_B = jnp.where(active_B, state.offered - accepted_B, 0)
+    state = replace(
+        state,
+        cache=out.cache.rewind(rejected_B) if depth else out.cache,
+        tokens=_put(state.tokens, new_BT, position_BT + 1, kept_BT),
+        logprob=_put(
+            state.logprob, logit_BT - jax.nn.logsumexp(out.logits, axis=-1), position_BT + 1, kept_BT
+        ),
+        known=known_B,
+        done=state.done | (kept_BT & stops_BT).any(-1) | (known_B >= state.limit),
+        drafted=state.drafted + jnp.where(active_B, state.offered, 0),
+        accepted=state.accepted + (kept_BT & (ahead_T < accepted_B[:, None])).sum(-1),
+    )
+    return _draft(model, state, out.hidden, first_B, accepted_B, sampling, depth, ctx) if depth else state
+
+
+def _draft(
+    model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampling, depth: int, ctx
+) -> State:
+    """One draft a module, each module reading the one before and its draft.
+
+    The modules see the new positions, and the ``depth - 1`` before them again: there the deeper ones had
+    drafts in place of tokens that are known now.
+    """
+    hidden_BWD = jnp.concatenate([state.recent, hidden_BTD], axis=1)
+    place_W = jnp.arange(2 * depth)
+    position_BW = first_B[:, None] - (depth - 1) + place_W
+    at_B = depth - 1 + accepted_B
+    real_BW = (position_BW >= 0) & (place_W <= at_B[:, None]) & ~state.done[:, None]
+    span = model.cached_span(jnp.maximum(position_BW, 0), real_BW.astype(jnp.int32), state.cache)
+    recent, cache, tokens, q = (
+        _latest(state.recent, hidden_BTD, accepted_B + 1),
+        state.cache,
+        state.tokens,
+        [],
+    )
+    for d in range(depth):
+        next_BW = jnp.take_along_axis(tokens, position_BW + 1 + d, axis=1, mode="clip")
+        hidden_BWD, span, cache, _ = model.predict_depth(d, hidden_BWD, next_BW, span, cache, ctx)
+        hidden_B1D = jnp.take_along_axis(hidden_BWD, at_B[:, None, None], axis=1)
+        q.append(distribution(model.unembed(hidden_B1D, ctx), sampling)[:, 0])
+        position_B = first_B + accepted_B + 2 + d
+        token_B = draw(q[-1], sampling, position_B, DRAFT)
+        tokens = _put(tokens, token_B[:, None], position_B[:, None], ~state.done[:, None])
+    return replace(
+        state,
+        cache=cache,
+        tokens=tokens,
+        recent=recent,
+        q=jnp.stack(q, axis=1),
+        offered=jnp.full_like(state.offered, depth),
+    )
+
+
+def _tokens_at(tokens_BS, position_BT, known_B, missing: int = -1):
+    """The known tokens at positions, ``missing`` beyond them."""
+    token_BT = jnp.take_along_axis(tokens_BS, position_BT, axis=1, mode="clip")
+    return jnp.where(position_BT < known_B[:, None], token_BT, missing)
+
+
+def _put(held_BS, new_BT, position_BT, kept_BT):
+    """Writes the kept entries at their positions."""
+    rows, slots = jnp.arange(held_BS.shape[0])[:, None], jnp.where(kept_BT, position_BT, held_BS.shape[1])
+    return held_BS.at[rows, slots].set(new_BT, mode="drop")
+
+
+def _latest(recent_BXD, hidden_BTD, real_B):
+    """The last X hidden states of each row after ``real_B`` more."""
+    index = real_B[:, None] + jnp.arange(recent_BXD.shape[1])
+    both = jnp.concatenate([recent_BXD, hidden_BTD.astype(recent_BXD.dtype)], axis=1)
+    return jnp.take_along_axis(both, index[..., None], axis=1)
