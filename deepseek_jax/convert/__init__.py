@@ -1,1 +1,1 @@
-"""Published checkpoints: reading, writing, verifying."""
+"""Published checkpoints: the safetensors format, one table of names, loading, saving, conversion."""

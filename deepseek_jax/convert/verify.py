@@ -1,7 +1,7 @@
 """Verification against PyTorch transformers: the same files, read by PyTorch alone, layer by layer.
 
-The reference is `DeepseekV3ForCausalLM` with its MTP layers, float32 on the CPU. Nothing here goes through this
-package's reader, so that a mistake there cannot hide. PyTorch is imported inside functions only.
+The reference is `DeepseekV3ForCausalLM` with its MTP layers, float32 on the CPU. Nothing here goes through
+this package's reader, so that a mistake there cannot hide. PyTorch is imported inside functions only.
 
 Suffixes: L layers, B rows, T tokens, K chosen experts, E experts.
 """
@@ -34,8 +34,8 @@ class Observed:
     """One forward pass of the reference; torch tensors.
 
     ``logits``: [B, T, V]; ``hidden``: [B, T, D] after the final norm. ``mtp_logits``: one a depth d,
-    [B, T - 1 - d, V]. ``captured``: "attn", "ffn", "block" -> one [B, T, D] a layer. ``index``, ``biased``: one a
-    MoE layer, the chosen experts [B, T, K] in no order and score + bias [B, T, E]; ``mtp_index`` and
+    [B, T - 1 - d, V]. ``captured``: "attn", "ffn", "block" -> one [B, T, D] a layer. ``index``, ``biased``:
+    one a MoE layer, the chosen experts [B, T, K] in no order and score + bias [B, T, E]; ``mtp_index`` and
     ``mtp_biased`` the same for the MTP modules, T - 1 - d long.
     """
 
@@ -159,7 +159,7 @@ def _long(array):
     return torch.tensor(np.asarray(array), dtype=torch.long)
 
 
-# --- Reading a folder with PyTorch ---------------------------------------------------------------------------
+# --- Reading a folder with PyTorch ----------------------------------------------------------------------
 
 
 def build_reference(config: dict) -> Reference:
@@ -233,7 +233,7 @@ def reference_model(path: str | Path) -> Reference:
 
 
 def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
-    """(published name, float32 tensor) of every weight, read by ``safetensors.torch``; scales are consumed."""
+    """(published name, float32 tensor) of every weight, FP8 times its scales; read by safetensors."""
     import torch
     from safetensors import safe_open
 
@@ -290,14 +290,14 @@ def _place(name: str, targets: dict, n_layers: int):
     return f"{fused}[{number}].{part}", view[:half] if part == "gate" else view[half:]
 
 
-# --- Routing -------------------------------------------------------------------------------------------------
+# --- Routing --------------------------------------------------------------------------------------------
 
 
 def choose(biased: np.ndarray, moe: MoE) -> tuple[np.ndarray, np.ndarray]:
     """The experts that scores + bias [..., E] select, [..., K] ascending, and each choice's margin [...].
 
-    The margin is the smaller of two gaps: between the last chosen and the first unchosen group, and between the
-    last chosen and the first unchosen expert within the chosen groups.
+    The margin is the smaller of two gaps: between the last chosen and the first unchosen group, and between
+    the last chosen and the first unchosen expert within the chosen groups.
     """
     grouped = biased.reshape(*biased.shape[:-1], moe.n_groups, -1)
     margin = np.full(biased.shape[:-1], np.inf, np.float32)

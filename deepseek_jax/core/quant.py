@@ -13,6 +13,8 @@ import numpy as np
 
 FP8 = ml_dtypes.float8_e4m3fn
 FP8_MAX = 448.0
+# The smallest normal float32: a scale below it could not be divided by.
+SMALLEST_SCALE = np.finfo(np.float32).tiny
 
 
 @jax.tree_util.register_dataclass
@@ -66,36 +68,49 @@ def dequantize_matrix(values: np.ndarray, scale: np.ndarray, block: tuple[int, i
 
 
 def quantize_matrix(
-    w: np.ndarray, block: tuple[int, int], like: tuple[np.ndarray, np.ndarray] | None = None
+    w: np.ndarray,
+    block: tuple[int, int],
+    like: tuple[np.ndarray, np.ndarray] | None = None,
+    powers_of_two: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """FP8 values [N, K] and float32 scales for a matrix w [N, K], on the host.
 
-    A block's scale is its largest magnitude / 448, 1 for a block of zeros. ``like``: values and scales that w
-    may have been dequantised from; a block whose stored values still represent w exactly in w's dtype keeps
-    both, any other is quantised anew.
+    A block's scale is its largest magnitude / 448, 1 for a block of zeros; ``powers_of_two`` rounds it up to one
+    (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored values still
+    represent w exactly in w's dtype keeps both, any other is quantised anew.
 
     Raises ValueError for values that are not finite.
     """
     n, k = w.shape
-    bn, bk = block
-    rows, cols = -(-n // bn), -(-k // bk)
     w32 = w.astype(np.float32)
     if not np.isfinite(w32).all():
-        raise ValueError(f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised.")
-    padded = np.zeros((rows * bn, cols * bk), np.float32)
-    padded[:n, :k] = np.abs(w32)
-    amax = padded.reshape(rows, bn, cols, bk).max(axis=(1, 3))
-    scale = np.where(amax > 0, amax / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
+        raise ValueError(
+            f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised."
+        )
+    amax = _per_block(np.abs(w32), block, np.maximum)
+    scale = np.where(amax > 0, np.maximum(amax / np.float32(FP8_MAX), SMALLEST_SCALE), np.float32(1))
+    if powers_of_two:
+        mantissa, exponent = np.frexp(scale)
+        scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
+    scale = scale.astype(np.float32)
     if like is not None:
         values, stored = like
         same = dequantize_matrix(values, stored, block).astype(w.dtype) == w
-        padded = np.ones((rows * bn, cols * bk), bool)
-        padded[:n, :k] = same
-        keep = padded.reshape(rows, bn, cols, bk).all(axis=(1, 3))
+        keep = _per_block(same, block, np.logical_and)
         scale = np.where(keep, stored.astype(np.float32), scale)
-    spreaded = spread(spread(scale, 0, bn, n, np), 1, bk, k, np)
-    quantized = np.clip(w32 / spreaded, -FP8_MAX, FP8_MAX).astype(FP8)
+
+    def whole(grid: np.ndarray) -> np.ndarray:
+        return spread(spread(grid, 0, block[0], n, np), 1, block[1], k, np)
+
+    with np.errstate(all="ignore"):  # kept blocks may have a scale of 0
+        quantized = np.clip(w32 / whole(scale), -FP8_MAX, FP8_MAX).astype(FP8)
     if like is not None:
-        kept = spread(spread(keep, 0, bn, n, np), 1, bk, k, np)
-        quantized = np.where(kept, values, quantized)
+        quantized = np.where(whole(keep), values, quantized)
     return quantized, scale
+
+
+def _per_block(x: np.ndarray, block: tuple[int, int], reduce: np.ufunc) -> np.ndarray:
+    """[ceil(N / bn), ceil(K / bk)]: each block's values reduced to one; blocks at the edges are partial."""
+    for axis in (0, 1):
+        x = reduce.reduceat(x, np.arange(0, x.shape[axis], block[axis]), axis=axis)
+    return x

@@ -1,0 +1,241 @@
+"""`load_pretrained`: a published checkpoint as a model.
+
+Tensors are read one at a time into the leaves' final, stacked arrays: memory is the model and one tensor.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.configs.hf import config_from_json
+from deepseek_jax.configs.schema import ConfigError, ModelConfig
+from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, layout
+from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
+from deepseek_jax.model.transformer import Transformer, abstract
+
+FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
+SCALES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float8_e8m0fnu))
+# So many problems of one kind are named; the rest are counted.
+NAMED = 5
+ALIGNMENT = 64
+
+
+def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Transformer:
+    """A model from a published folder: ``config.json`` and safetensors files, with or without an index.
+
+    ``dtype``: of all parameters; FP8 weights are dequantised in float32 (value times its block's scale) and
+    cast. None keeps every tensor as it is stored, FP8 as `Quantized` leaves. The router bias is float32 always.
+
+    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or dtype, truncated or not
+    finite, and for copies of the embedding or head that differ; ConfigError for a config that is not supported.
+    """
+    folder = Path(path)
+    cfg, block = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    tensors, leaves = layout(cfg, block)
+    check_tensors(checkpoint, cfg, tensors, block)
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
+    by_leaf: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.copy:
+            _check_copy(checkpoint, tensor, tensors)
+        else:
+            by_leaf.setdefault(tensor.path, []).append(tensor)
+
+    def fill(path, variable):
+        leaf_dtype = np.dtype(np.float32) if isinstance(variable, RouterBias) else dtype
+        value = _load_leaf(checkpoint, by_leaf[path], leaves[path], leaf_dtype, block)
+        return type(variable)(value, **variable.get_metadata())
+
+    return map_variables(fill, abstract(cfg))
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
+    """A folder's config and the rows and columns of its FP8 blocks."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    data = load_json(path)
+    try:
+        return config_from_json(data, name=folder.resolve().name), block_size(data)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}") from None
+
+
+def block_size(data: dict) -> tuple[int, int]:
+    """The FP8 block of a config.json's quantization_config, 128 x 128 without one.
+
+    Raises ConfigError for another format than block-wise FP8 E4M3.
+    """
+    quantization = data.get("quantization_config")
+    if quantization is None:
+        return BLOCK
+    if not isinstance(quantization, dict):
+        raise ConfigError(f"config.json: quantization_config must be an object, not {quantization!r}.")
+    for field, built in (("quant_method", "fp8"), ("fmt", "e4m3")):
+        value = quantization.get(field, built if field == "fmt" else None)
+        if value != built:
+            raise ConfigError(
+                f"config.json: quantization_config {field} {value!r} is not supported, only {built!r}."
+            )
+    block = quantization.get("weight_block_size", list(BLOCK))
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {block!r}.")
+    return tuple(block)
+
+
+def scale_shape(tensor: Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    """The published shape of a quantised tensor's scales; blocks at the edges are partial."""
+    return tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=True))
+
+
+def check_tensors(checkpoint: Checkpoint, cfg: ModelConfig, tensors, block: tuple[int, int]) -> None:
+    """Compares the names, shapes and dtypes of a checkpoint with those that its config implies.
+
+    Raises one CheckpointError that names what is missing, unexpected and wrong.
+    """
+    entries, problems = checkpoint.entries, []
+    expected, missing = set(), []
+    for tensor in tensors:
+        expected.add(tensor.name)
+        entry = entries.get(tensor.name)
+        if entry is None:
+            missing.append(tensor.name)
+            continue
+        if entry.shape != tensor.shape:
+            problems.append(
+                f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}"
+            )
+            continue
+        if entry.dtype == FP8 and tensor.fp8:
+            expected.add(tensor.name + SCALE)
+            scale, shape = entries.get(tensor.name + SCALE), scale_shape(tensor, block)
+            if scale is None:
+                missing.append(tensor.name + SCALE)
+            elif scale.shape != shape:
+                problems.append(
+                    f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}"
+                )
+            elif scale.dtype not in SCALES:
+                problems.append(
+                    f"{scale.file}: {scale.name} has dtype {scale.dtype}, not float32 or float8_e8m0fnu"
+                )
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{entry.file}: {tensor.name} has dtype {entry.dtype}, which is not read here")
+    unexpected = [n for n in entries if n not in expected and not n.endswith(IGNORED)]
+    problems = _some(problems)
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {', '.join(_some(missing))}")
+        prefixes = tuple(f"model.layers.{cfg.n_layers + d}." for d in range(cfg.mtp_depth))
+        if all(name.startswith(prefixes) for name in missing) and not any(
+            n.startswith(prefixes) for n in entries
+        ):
+            problems[-1] += " (no MTP layer is here: num_nextn_predict_layers in config.json should be 0)"
+    if unexpected:
+        files = [f"{name} in {entries[name].file.name}" for name in unexpected]
+        problems.append(f"{len(unexpected)} tensors are unexpected: {', '.join(_some(files))}")
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(problems) + ".")
+
+
+def _some(items: list[str]) -> list[str]:
+    return items if len(items) <= NAMED else [*items[:NAMED], f"and {len(items) - NAMED} more"]
+
+
+def check_finite(entry: Entry, array: np.ndarray) -> None:
+    """Raises CheckpointError naming the first value that is not finite, and for a negative scale."""
+    bad = ~np.isfinite(array) if array.itemsize > 2 else _not_finite(array)
+    if entry.name.endswith(SCALE):
+        bad |= array.astype(np.float32) < 0
+    if bad.any():
+        where = np.unravel_index(int(bad.argmax()), array.shape)
+        value = float(array[where])
+        raise CheckpointError(
+            f"{entry.file}: {entry.name} is {value} at {[int(i) for i in where]}, one of {int(bad.sum())} bad values."
+        )
+
+
+def _not_finite(array: np.ndarray) -> np.ndarray:
+    """By bit pattern: ml_dtypes' own test goes element by element."""
+    if array.dtype == FP8:
+        return (array.view(np.uint8) & 0x7F) == 0x7F
+    if array.dtype == jnp.float8_e8m0fnu:
+        return array.view(np.uint8) == 0xFF
+    mask = np.uint16(0x7F80 if array.dtype == jnp.bfloat16 else 0x7C00)
+    return (array.view(np.uint16) & mask) == mask
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor's stored values, checked to be finite."""
+    array = checkpoint.read(name)
+    check_finite(checkpoint.entries[name], array)
+    return array
+
+
+def _check_copy(checkpoint: Checkpoint, copy: Tensor, tensors) -> None:
+    """The MTP layer's copy of the embedding or head equals the original, byte for byte."""
+    original = next(t for t in tensors if t.path == copy.path and not t.copy)
+    ours, theirs = checkpoint.entries[copy.name], checkpoint.entries[original.name]
+    if ours.dtype != theirs.dtype:
+        raise CheckpointError(
+            f"{ours.file}: {copy.name} is a copy of {original.name}, but has dtype {ours.dtype}, not {theirs.dtype}."
+        )
+    a, b = ours.read(), theirs.read()
+    differ = a.view(np.uint8).reshape(*a.shape, -1) != b.view(np.uint8).reshape(*b.shape, -1)
+    differ = differ.any(-1)
+    if differ.any():
+        where = np.unravel_index(int(differ.argmax()), differ.shape)
+        raise CheckpointError(
+            f"{ours.file}: {copy.name} is a copy of {original.name}, but {int(differ.sum())} values differ; at "
+            f"{[int(i) for i in where]} they are {float(a[where])} and {float(b[where])}."
+        )
+
+
+def _load_leaf(checkpoint: Checkpoint, tensors: list[Tensor], leaf: Leaf, dtype, block: tuple[int, int]):
+    """One leaf: an array, or with ``dtype`` None and FP8 tensors a `Quantized`."""
+    stored = _same_dtype(checkpoint, [t.name for t in tensors]) if dtype is None else dtype
+    values = aligned(leaf.matrix, stored)
+    scales = None
+    if stored == FP8:
+        scales = aligned(leaf.scale, _same_dtype(checkpoint, [t.name + SCALE for t in tensors]))
+    for tensor in tensors:
+        array = read_tensor(checkpoint, tensor.name)
+        if array.dtype == FP8:
+            scale = read_tensor(checkpoint, tensor.name + SCALE)
+            if scales is None:
+                array = dequantize_matrix(array, scale, block)
+            else:
+                scales[tensor.index] = scale.T
+        values[tensor.index] = array.T if tensor.transposed else array
+    if scales is None:
+        return jax.device_put(values.reshape(leaf.shape))
+    return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block, leaf.dims)
+
+
+def _same_dtype(checkpoint: Checkpoint, names: list[str]) -> np.dtype:
+    """The dtype of tensors that share a leaf."""
+    first = checkpoint.entries[names[0]]
+    for name in names:
+        entry = checkpoint.entries[name]
+        if entry.dtype != first.dtype:
+            raise CheckpointError(
+                f"{first.name} is stored as {first.dtype} and {name} as {entry.dtype}; they share one leaf, so "
+                "dtype=None cannot keep both: load with a dtype."
+            )
+    return first.dtype
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose start JAX can take over without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,198 @@
+"""Published tensor names and our leaves: one table, from which both directions follow.
+
+A published Linear weight is [out, in], our matrix is [in, out]. Several published tensors share one leaf: the
+layers of a stack, the experts, gate and up. `Tensor.index` says where in the leaf's *matrix form* a tensor
+stands: the leaf with fused heads, for instance q_b [L, Q, N * X], experts' gate_up [L, E, D, 2, F].
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.params import map_variables
+from deepseek_jax.model.transformer import abstract
+
+BLOCK = (128, 128)
+SCALE = "_scale_inv"
+
+# ours, published (within a layer), and whether releases store it as FP8.
+ATTENTION = (
+    ("attn_norm.weight", "input_layernorm.weight", False),
+    ("attn.q", "self_attn.q_proj.weight", True),
+    ("attn.q_a", "self_attn.q_a_proj.weight", True),
+    ("attn.q_norm.weight", "self_attn.q_a_layernorm.weight", False),
+    ("attn.q_b", "self_attn.q_b_proj.weight", True),
+    ("attn.kv_a", "self_attn.kv_a_proj_with_mqa.weight", True),
+    ("attn.kv_norm.weight", "self_attn.kv_a_layernorm.weight", False),
+    ("attn.kv_b", "self_attn.kv_b_proj.weight", True),
+    ("attn.o", "self_attn.o_proj.weight", True),
+    ("ffn_norm.weight", "post_attention_layernorm.weight", False),
+)
+DENSE = (
+    ("ffn.gate_up", "mlp.{half}_proj.weight", True),
+    ("ffn.down", "mlp.down_proj.weight", True),
+)
+MOE = (
+    ("ffn.router.weight", "mlp.gate.weight", False),
+    ("ffn.router.bias", "mlp.gate.e_score_correction_bias", False),
+    ("ffn.gate_up", "mlp.experts.{expert}.{half}_proj.weight", True),
+    ("ffn.down", "mlp.experts.{expert}.down_proj.weight", True),
+    ("ffn.shared.gate_up", "mlp.shared_experts.{half}_proj.weight", True),
+    ("ffn.shared.down", "mlp.shared_experts.down_proj.weight", True),
+)
+MTP = (
+    ("embed_norm.weight", "enorm.weight", False),
+    ("hidden_norm.weight", "hnorm.weight", False),
+    ("proj", "eh_proj.weight", False),
+    ("norm.weight", "shared_head.norm.weight", False),
+)
+ROOT = (
+    ("embed", "model.embed_tokens.weight", False),
+    ("norm.weight", "model.norm.weight", False),
+    ("head", "lm_head.weight", False),
+)
+# The MTP layer's copies of the embedding and the head.
+COPIES = (("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head"))
+HALVES = ("gate", "up")
+# Buffers that older tools saved; they follow from the config.
+IGNORED = ("rotary_emb.inv_freq",)
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A published tensor: its name and shape, and the place in the model that holds it.
+
+    ``path``: the leaf. ``index``: the part of the leaf's matrix form, stacked axes first. ``transposed``:
+    whether the part is the published tensor's transpose. ``fp8``: whether releases quantise it. ``copy``:
+    whether it is the MTP layer's duplicate of a tensor that stands elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    index: tuple[int | slice, ...]
+    transposed: bool
+    fp8: bool
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf's shapes: ``shape`` as the model has it, ``matrix`` with fused heads; of these the first ``stacked``
+    axes are layers. ``block``: extent of an FP8 block along the other axes of ``matrix``."""
+
+    shape: tuple[int, ...]
+    matrix: tuple[int, ...]
+    stacked: int
+    block: tuple[int, ...]
+
+    @property
+    def scale(self) -> tuple[int, ...]:
+        """The shape of the block scales."""
+        lead, rest = self.matrix[: self.stacked], self.matrix[self.stacked :]
+        return (*lead, *(-(-n // b) for n, b in zip(rest, self.block, strict=True)))
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.shape[self.stacked :]
+
+
+@cache
+def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
+    """Every published tensor of a model in published order, and the shapes of its leaves.
+
+    ``block``: an FP8 block's rows and columns in the published [out, in] matrix.
+    """
+    shapes: dict[Path, tuple[int, ...]] = {}
+    map_variables(lambda path, v: shapes.setdefault(path, v.get_value().shape), abstract(cfg))
+    tensors, leaves = [], {}
+
+    def add(prefix: Path, rows, published: str, lead: tuple[int, ...] = ()) -> None:
+        for ours, theirs, fp8 in rows:
+            path = (*prefix, *ours.split("."))
+            if path not in shapes:
+                continue
+            leaf = leaves.setdefault(path, _leaf(shapes[path], path, theirs, len(lead), block))
+            tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8))
+
+    add((), ROOT[:1], "")
+    number = 0
+    for moe, size in ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers)):
+        stack = 1 if moe and cfg.n_dense_layers else 0
+        for layer in range(size):
+            rows = ATTENTION + (MOE if moe else DENSE)
+            add(("stacks", stack), rows, f"model.layers.{number}.", (layer,))
+            number += 1
+    add((), ROOT[1:], "")
+    main = {tensor.path: tensor for tensor in tensors if len(tensor.path) == 1}
+    for depth in range(cfg.mtp_depth):
+        published = f"model.layers.{number + depth}."
+        add(("mtp", depth), MTP, published)
+        add(("mtp", depth, "block"), ATTENTION + (MOE if cfg.mtp_is_moe else DENSE), published)
+        for theirs, ours in COPIES:
+            source = main.get((ours,), main[("embed",)])
+            tensors.append(
+                Tensor(
+                    published + theirs,
+                    source.shape,
+                    source.path,
+                    source.index,
+                    source.transposed,
+                    False,
+                    True,
+                )
+            )
+    missing = set(shapes) - set(leaves)
+    if missing:
+        raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")
+    return tuple(tensors), leaves
+
+
+def _leaf(shape: tuple[int, ...], path: Path, theirs: str, stacked: int, block: tuple[int, int]) -> Leaf:
+    """Heads stand between the matrix's axes: fused with the inputs of ``o``, with the outputs of the others."""
+    lead, rest = shape[:stacked], shape[stacked:]
+    special = ("{expert}" in theirs) + ("{half}" in theirs)
+    if special or len(rest) < 2:
+        matrix = rest
+    elif path[-1] == "o":
+        matrix = (math.prod(rest[:-1]), rest[-1])
+    else:
+        matrix = (rest[0], math.prod(rest[1:]))
+    blocks = ()
+    if len(matrix) >= 2:
+        rows, columns = block
+        blocks = (
+            *((1,) if "{expert}" in theirs else ()),
+            columns,
+            *((1,) if "{half}" in theirs else ()),
+            rows,
+        )
+    return Leaf(shape, (*lead, *matrix), stacked, blocks)
+
+
+def published_block(path: Path, block: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns, in the published matrix, of a leaf's block."""
+    return block[-1], block[-3 if path[-1] == "gate_up" else -2]
+
+
+def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool):
+    matrix = leaf.matrix[leaf.stacked :]
+    experts = range(matrix[0]) if "{expert}" in name else (None,)
+    halves = enumerate(HALVES) if "{half}" in name else ((None, None),)
+    halves = tuple(halves)
+    for expert in experts:
+        for number, half in halves:
+            index = (*lead, *(() if expert is None else (expert,)), slice(None))
+            index += () if number is None else (number,)
+            # The embedding is used as it is published: rows are looked up.
+            transposed = len(matrix) >= 2 and path != ("embed",)
+            if len(matrix) >= 2:
+                index += (slice(None),)
+                shape = (matrix[-1], matrix[1] if expert is not None else matrix[0])
+                shape = shape if transposed else shape[::-1]
+            else:
+                shape = matrix
+            yield Tensor(name.format(expert=expert, half=half), shape, path, index, transposed, fp8)

@@ -1,0 +1,280 @@
+"""The safetensors format: a reader and a streaming writer that know FP8, and folders of such files.
+
+A file is 8 bytes of little-endian header length, a JSON header (name -> dtype, shape, offsets into the rest),
+then the tensors' bytes without gaps. Tensors are read and written one at a time through plain file reads: a
+mapped file that is cut short kills the process, and its pages count as the process's memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.version import __version__
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete or contradicts itself; the message names file, tensor and value."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype, shape and its bytes [start, stop) in the file."""
+
+    file: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> np.ndarray:
+        """The tensor's values, a new array. Raises CheckpointError if the file has become shorter."""
+        buffer = np.empty(self.nbytes, np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            view, done = memoryview(buffer), 0
+            while done < self.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"{self.file}: truncated within {self.name}, {done} of {self.nbytes} bytes."
+                    )
+                done += count
+        return buffer.view(self.dtype).reshape(self.shape)
+
+
+def load_json(path: Path) -> dict:
+    """A JSON object from a file. Raises CheckpointError when it is missing, not JSON or no object."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}.")
+    return data
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and the metadata of a file.
+
+    Raises CheckpointError for a damaged header: length, JSON, dtypes, shapes, and offsets that leave gaps,
+    overlap, or do not end where the file ends.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{path}: the file has {size} bytes, too few for its header of {length}.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: the header is not valid JSON: {e}.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header must be a JSON object, not {type(header).__name__}.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, not {metadata!r}.")
+    entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
+        if entry.start != end:
+            raise CheckpointError(
+                f"{path}: {entry.name} starts at byte {entry.start}, the one before ends at {end}."
+            )
+        end = entry.stop
+    if end != size:
+        raise CheckpointError(f"{path}: the header describes {end} bytes, the file has {size} (truncated?).")
+    return entries, metadata
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return result
+
+
+def _entry(path: Path, name: str, info, base: int) -> Entry:
+    def refuse(what: str):
+        return CheckpointError(f"{path}: {name} has {what}.")
+
+    def naturals(value, count=None) -> bool:
+        ok = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        return ok and (count is None or len(value) == count)
+
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= set(info):
+        raise refuse(f"a header without dtype, shape and data_offsets: {info!r}")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not naturals(shape):
+        raise refuse(f"a bad shape: {shape!r}")
+    if not naturals(offsets, 2) or offsets[0] > offsets[1]:
+        raise refuse(f"bad offsets: {offsets!r}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != size:
+        raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {size}")
+    return Entry(path, name, DTYPES[dtype], tuple(shape), base + offsets[0], base + offsets[1])
+
+
+class Writer:
+    """Writes one file: the header first, then each tensor at its place, in any order, one at a time.
+
+    Used as a context manager. The file has a temporary name beside ``path`` until all tensors are in it and on
+    the disk; after an error nothing is left. ``specs``: name -> (dtype, shape).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: dict[str, tuple[np.dtype, tuple[int, ...]]],
+        metadata: dict[str, str] | None = None,
+    ):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.writing")
+        header = {"__metadata__": {"format": "pt", "deepseek_jax_version": __version__, **(metadata or {})}}
+        position = 0
+        # Wide dtypes first keeps every tensor aligned, which PyTorch's reader needs.
+        self.places = {}
+        for name in sorted(specs, key=lambda n: (-np.dtype(specs[n][0]).itemsize, n)):
+            dtype, shape = np.dtype(specs[name][0]), tuple(specs[name][1])
+            stop = position + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+            self.places[name] = (dtype, shape, position)
+            position = stop
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        self.header = raw + b" " * (-len(raw) % 8)
+        self.size = 8 + len(self.header) + position
+
+    def __enter__(self) -> "Writer":
+        self.file = self.temporary.open("wb", buffering=0)
+        try:
+            self.file.write(len(self.header).to_bytes(8, "little"))
+            self._write(self.header)
+            self.file.truncate(self.size)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Writes a tensor; its dtype and shape are those announced, and it is written once."""
+        dtype, shape, position = self.places.pop(name)
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"{name} was announced as {dtype} {shape}, but is {array.dtype} {array.shape}.")
+        self.file.seek(8 + len(self.header) + position)
+        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+    def _write(self, data) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self.file.write(view) :]
+
+    def _discard(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                if self.places:
+                    raise ValueError(
+                        f"{self.path}: {len(self.places)} tensors were never written: {min(self.places)}."
+                    )
+                os.fsync(self.file.fileno())
+                self.temporary.replace(self.path)
+        finally:
+            self._discard()
+
+
+class Checkpoint:
+    """The tensors of a folder: ``model.safetensors.index.json`` and its files, or all ``*.safetensors``.
+
+    ``entries``: name -> `Entry`. Raises CheckpointError if the folder has no such file, if the index and the
+    files disagree, or if two files hold a tensor of one name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder.")
+        self.indexed = (self.folder / INDEX).exists()
+        files = self._indexed_files() if self.indexed else sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            bins = sorted(p.name for p in self.folder.glob("*.bin"))
+            hint = f"; {bins[0]} is a PyTorch file: save it as safetensors first" if bins else ""
+            raise CheckpointError(f"{self.folder} holds no .safetensors file{hint}.")
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in read_header(file)[0].items():
+                if name in self.entries:
+                    raise CheckpointError(f"{name} stands in both {self.entries[name].file} and {file}.")
+                self.entries[name] = entry
+        if self.indexed:
+            self._check_index()
+
+    def _indexed_files(self) -> list[Path]:
+        path = self.folder / INDEX
+        self.map = load_json(path).get("weight_map")
+        if not isinstance(self.map, dict) or not self.map:
+            raise CheckpointError(f"{path} has no weight_map.")
+        for name, file in self.map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{path}: {name} is mapped to {file!r}, which is no file name.")
+            if not (self.folder / file).is_file():
+                raise CheckpointError(f"{self.folder / file} does not exist, but {path} has {name} in it.")
+        return [self.folder / file for file in sorted(set(self.map.values()))]
+
+    def _check_index(self) -> None:
+        path = self.folder / INDEX
+        for name, file in self.map.items():
+            if name not in self.entries:
+                raise CheckpointError(f"{self.folder / file} lacks {name}, which {path} has in it.")
+            if self.entries[name].file.name != file:
+                raise CheckpointError(
+                    f"{path} has {name} in {file}, but it stands in {self.entries[name].file}."
+                )
+        for name, entry in self.entries.items():
+            if name not in self.map:
+                raise CheckpointError(f"{entry.file} holds {name}, which {path} does not list.")
+
+    def read(self, name: str) -> np.ndarray:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
