@@ -52,8 +52,8 @@ class Summary:
 def find_config(model: str) -> "ModelConfig":
     """The config of a release's name, a config.json or a checkpoint folder.
 
-    Raises ConfigError for a name that is neither, ValueError for a file that is not JSON, OSError for one that
-    cannot be read, and what `config_from_json` raises for one that it cannot build.
+    Raises ConfigError for a name that is neither and for a config that cannot be built, ValueError for a file
+    that is not JSON, OSError for one that cannot be read.
     """
     from deepseek_jax.configs.hf import config_from_json
     from deepseek_jax.configs.zoo import zoo
@@ -66,4 +66,4 @@ def find_config(model: str) -> "ModelConfig":
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
-    return config_from_json(data, name=path.name if path.is_dir() else path.resolve().parent.name)
+    return config_from_json(data, name=file.resolve().parent.name)

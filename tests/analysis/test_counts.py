@@ -1,0 +1,168 @@
+"""The counts of every release are the published figures, and what the model's own tree holds."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, release_of
+from deepseek_jax.analysis.shapes import disagreements, shape_counts
+from deepseek_jax.configs.zoo import zoo
+
+
+def test_v3_parameters():
+    c = counts(zoo("deepseek-v3"))
+    assert c.total == 671_026_404_352
+    assert c.router_bias == 14_848
+    assert c.attention_per_layer == 187_107_328
+    assert c.expert == 44_040_192
+    assert c.embedding == 926_679_040
+    assert sum(c.components.values()) == c.total
+
+
+def test_v3_activated_parameters():
+    c = counts(zoo("deepseek-v3"))
+    assert c.activated_no_embedding == 36_625_603_584
+    assert c.activated == 37_552_282_624
+    assert c.activated - c.activated_no_embedding == c.embedding
+
+
+def test_v3_mtp_and_the_whole_checkpoint():
+    c = counts(zoo("deepseek-v3"))
+    assert c.mtp_components["projection"] == 2 * 7168 * 7168
+    assert c.mtp - c.mtp_components["projection"] == 11_507_307_520
+    assert c.mtp == 11_610_067_968
+    assert c.mtp_stored == 13_463_426_048
+    assert c.mtp_router_bias == 256
+    assert c.stored == 671_026_404_352 + 13_463_426_048 + 14_848 + 256
+
+
+def test_v3_cache():
+    c = counts(zoo("deepseek-v3"))
+    assert c.kv_values_per_token_layer == 576
+    assert c.kv_bytes_per_token == 70_272
+    assert c.kv_bytes_per_token_mha == 2 * 128 * 128 * 61 * 2
+    assert c.kv_bytes_per_token_gqa8 == 2 * 8 * 128 * 61 * 2
+    assert c.kv_bytes_per_token_mtp == 576 * 2
+    # V2, table 1: as much as grouped attention with 2.25 groups.
+    assert c.kv_bytes_per_token / (c.kv_bytes_per_token_gqa8 / 8) == 2.25
+
+
+def test_v3_flops():
+    c = counts(zoo("deepseek-v3"), context=4096)
+    # Forward and backward of scores (192) and values (128), 128 heads, 61 layers, 2048 keys on average.
+    assert c.flops_per_token == 6 * 36_625_603_584 + 3 * 2 * 2048 * (192 + 128) * 128 * 61
+    assert c.flops_per_token == 250_455_926_784
+    assert c.forward_flops_per_token * 3 == c.flops_per_token
+    assert c.decode_flops_per_token == 2 * 36_625_603_584 + 2 * 4096 * (576 + 512) * 128 * 61
+
+
+def test_flops_grow_with_the_context_and_parameters_do_not():
+    short, long = counts(zoo("deepseek-v3"), context=1), counts(zoo("deepseek-v3"), context=131_072)
+    assert short.total == long.total
+    assert short.kv_bytes_per_token == long.kv_bytes_per_token
+    assert long.flops_per_token - short.flops_per_token == 131_071 * 3 * 320 * 128 * 61
+
+
+def test_other_releases():
+    moonlight, kimi = counts(zoo("moonlight-16b")), counts(zoo("kimi-k2"))
+    assert moonlight.total == 15_960_108_544
+    # 2502.16982, table 4, leaves both embeddings out.
+    assert round((moonlight.total - 2 * moonlight.embedding) / 1e9, 2) == 15.29
+    assert round((moonlight.activated - 2 * moonlight.embedding) / 1e9, 2) == 2.24
+    assert round(kimi.total / 1e12, 2) == 1.03
+    assert kimi.activated_no_embedding < 32.6e9 < kimi.activated
+    assert kimi.mtp == moonlight.mtp == moonlight.mtp_stored == 0
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_the_full_size_model_holds_what_is_counted(name):
+    cfg = zoo(name)
+    c = counts(cfg)
+    assert disagreements(cfg, c) == []
+    main = shape_counts(cfg)["main"]
+    assert sum(main.values()) == c.total + c.router_bias
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True},
+        {"mtp_depth": 0},
+        {"mtp_depth": 3},
+        {"n_dense_layers": 0},
+        {"n_dense_layers": 3, "moe": None},
+        {"n_dense_layers": 3, "moe": None, "mtp_depth": 2, "tie_embeddings": True},
+        {"moe": replace(zoo("tiny-v3").moe, n_shared=0)},
+        {"attention": replace(zoo("tiny-v3").attention, q_rank=None)},
+    ],
+    ids=str,
+)
+def test_ablations_hold_what_is_counted(changes):
+    cfg = zoo("tiny-v3", **changes)
+    assert disagreements(cfg, counts(cfg)) == []
+
+
+def test_a_wrong_count_is_noticed():
+    cfg = zoo("tiny-v3")
+    c = counts(cfg)
+    wrong = replace(c, components={**c.components, "attention": c.components["attention"] + 1})
+    (line,) = disagreements(cfg, wrong)
+    assert "main attention" in line
+
+
+def test_a_tied_embedding_is_multiplied_with():
+    untied, tied = counts(zoo("tiny-v3")), counts(zoo("tiny-v3", tie_embeddings=True))
+    assert tied.total == untied.total - untied.embedding
+    assert tied.activated_no_embedding == untied.activated_no_embedding
+    assert tied.flops_per_token == untied.flops_per_token
+
+
+def test_context_must_be_positive():
+    with pytest.raises(ValueError, match="context must be a positive number of tokens, not 0"):
+        counts(zoo("tiny-v3"), context=0)
+
+
+def test_training_cost():
+    cost, c = COSTS["deepseek-v3"], counts(zoo("deepseek-v3"), CONTEXT)
+    assert cost.gpu_hours == 2_788_000
+    assert cost.dollars == 5_576_000
+    assert round(cost.days, 1) == 54.2
+    assert round(cost.flops_per_second(c.flops_per_token) / 1e12, 1) == 386.5
+    assert round(cost.utilization(c.flops_per_token), 3) == 0.391
+
+
+def test_claims_beside_our_figures():
+    ours = {
+        (name, claim.name): claim.ours(counts(zoo(name), CONTEXT))
+        for name in CLAIMS
+        for claim in CLAIMS[name]
+    }
+    assert ours["deepseek-v3", "parameters"] == "671.03B"
+    assert ours["deepseek-v3", "activated"] == "36.63B to 37.55B"
+    assert ours["deepseek-v3", "MTP layer"] == "11.51B"
+    assert ours["deepseek-v3", "whole checkpoint"] == "684.49B"
+    assert ours["deepseek-v3", "cache a token"] == "70.272 KB"
+    assert ours["deepseek-v3", "training a token"] == "250.46 GFLOPs"
+    assert ours["moonlight-16b", "without embeddings"] == "15.29B"
+    assert ours["moonlight-16b", "the same, activated"] == "2.24B"
+
+
+def test_an_ablation_is_not_the_release():
+    assert release_of(zoo("deepseek-v3")) == "deepseek-v3"
+    assert release_of(zoo("deepseek-v3", n_layers=60)) is None
+
+
+def test_counting_does_not_load_jax():
+    code = (
+        "import sys, deepseek_jax as dsj; dsj.counts(dsj.zoo('deepseek-v3')); sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_as_dict_is_plain():
+    c = counts(zoo("deepseek-v3"))
+    assert c.as_dict()["components"]["attention"] == 61 * 187_107_328
+    assert c.as_dict()["total"] == c.total

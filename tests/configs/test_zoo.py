@@ -1,0 +1,153 @@
+"""The releases are what their publishers say, and a wrong name or value is refused in one sentence."""
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from deepseek_jax.configs.schema import MLA, ConfigError, MoE, Rope, Yarn
+from deepseek_jax.configs.zoo import zoo
+
+
+def test_names():
+    assert {"deepseek-v3", "deepseek-r1", "deepseek-v3.1", "moonlight-16b", "kimi-k2", "tiny-v3"} <= set(
+        zoo()
+    )
+    for name in zoo():
+        assert zoo(name).name == name
+
+
+def test_v3():
+    cfg = zoo("deepseek-v3")
+    assert (cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_dense_layers, cfg.ffn_dim) == (
+        129280,
+        7168,
+        61,
+        3,
+        18432,
+    )
+    assert (cfg.max_length, cfg.norm_eps, cfg.mtp_depth, cfg.init_std) == (163840, 1e-6, 1, 0.006)
+    assert (cfg.bos_id, cfg.eos_ids, cfg.tie_embeddings) == (0, (1,), False)
+    yarn = Yarn(factor=40, original_length=4096, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)
+    assert cfg.attention == MLA(
+        n_heads=128,
+        kv_rank=512,
+        nope_dim=128,
+        rope_dim=64,
+        v_dim=128,
+        q_rank=1536,
+        rope=Rope(10000, yarn, True),
+    )
+    assert cfg.moe == MoE(
+        n_experts=256,
+        top_k=8,
+        expert_dim=2048,
+        n_shared=1,
+        n_groups=8,
+        top_groups=4,
+        normalize=True,
+        scale=2.5,
+    )
+
+
+def test_moonlight():
+    cfg = zoo("moonlight-16b")
+    assert (cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_dense_layers, cfg.ffn_dim) == (
+        163840,
+        2048,
+        27,
+        1,
+        11264,
+    )
+    assert (cfg.max_length, cfg.norm_eps, cfg.mtp_depth, cfg.bos_id, cfg.eos_ids) == (
+        8192,
+        1e-5,
+        0,
+        163584,
+        (163585,),
+    )
+    assert cfg.attention == MLA(
+        n_heads=16, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, q_rank=None, rope=Rope(50000)
+    )
+    assert cfg.moe == MoE(n_experts=64, top_k=6, expert_dim=1408, n_shared=2, scale=2.446)
+
+
+def test_kimi_k2():
+    cfg = zoo("kimi-k2")
+    assert (cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_dense_layers, cfg.ffn_dim) == (
+        163840,
+        7168,
+        61,
+        1,
+        18432,
+    )
+    assert (cfg.max_length, cfg.norm_eps, cfg.mtp_depth, cfg.model_type) == (131072, 1e-6, 0, "kimi_k2")
+    # Both betas are 1 in its config.json: the ramp between kept and divided frequencies is one wide.
+    yarn = Yarn(factor=32, original_length=4096, beta_fast=1, beta_slow=1, mscale=1, mscale_all_dim=1)
+    assert cfg.attention == MLA(
+        n_heads=64, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, q_rank=1536, rope=Rope(50000, yarn)
+    )
+    assert cfg.moe == MoE(n_experts=384, top_k=8, expert_dim=2048, n_shared=1, scale=2.827)
+
+
+def test_r1_and_v31_are_v3():
+    v3 = zoo("deepseek-v3")
+    for name in ("deepseek-r1", "deepseek-v3.1"):
+        assert replace(zoo(name), name="deepseek-v3") == v3
+
+
+def test_the_tiny_twin_has_every_mechanism():
+    cfg = zoo("tiny-v3")
+    assert cfg.attention.q_rank
+    assert cfg.attention.rope.yarn.original_length < cfg.max_length
+    assert cfg.moe.n_groups > cfg.moe.top_groups > 1
+    assert cfg.moe.n_shared
+    assert cfg.n_dense_layers
+    assert cfg.mtp_depth
+
+
+def test_configs_are_hashable_and_frozen():
+    cfg = zoo("deepseek-v3")
+    assert hash(cfg) == hash(zoo("deepseek-v3"))
+    with pytest.raises(FrozenInstanceError):
+        cfg.dim = 1
+
+
+def test_changes_are_applied():
+    cfg = zoo("tiny-v3", n_layers=5, mtp_depth=2)
+    assert (cfg.n_layers, cfg.n_moe_layers, cfg.mtp_depth) == (5, 4, 2)
+
+
+def test_unknown_and_unbuilt_names_say_so():
+    with pytest.raises(ConfigError, match=r"there is no model 'deepseek-v33'; built are: deepseek-v3, "):
+        zoo("deepseek-v33")
+    with pytest.raises(ConfigError, match=r"'deepseek-v4-pro' belongs to the family but is not built yet"):
+        zoo("deepseek-v4-pro")
+
+
+V3 = zoo("deepseek-v3")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(V3, dim=0), "dim must be positive, not 0"),
+        (lambda: replace(V3, n_dense_layers=62), "n_dense_layers=62 does not lie within the 61 layers"),
+        (lambda: replace(V3, moe=None), "58 layers are neither dense nor have a MoE config"),
+        (lambda: replace(V3, eos_ids=(129280,)), "eos_ids 129280 lies outside the vocabulary of 129280"),
+        (lambda: replace(V3, bos_id=-1), "bos_id -1 lies outside"),
+        (lambda: replace(V3.moe, n_groups=7), "256 experts do not divide into 7 groups"),
+        (lambda: replace(V3.moe, top_groups=9), "top_groups=9 exceeds n_groups=8"),
+        (lambda: replace(V3.moe, top_k=129), "top_k=129 exceeds the 128 experts that 4 of 8 groups offer"),
+        (lambda: replace(V3.moe, n_groups=256), "have 1 each"),
+        (lambda: replace(V3.attention, rope_dim=63), "rope_dim must be even, not 63"),
+        (lambda: Yarn(factor=0.5, original_length=4096), "YaRN factor must be at least 1, not 0.5"),
+        (
+            lambda: Yarn(factor=2, original_length=4096, beta_fast=1, beta_slow=2),
+            "YaRN needs beta_fast >= beta_slow > 0, not 1 and 2",
+        ),
+        (lambda: Rope(theta=1), "RoPE theta must exceed 1, not 1"),
+    ],
+)
+def test_a_contradiction_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
