@@ -17,7 +17,7 @@ from deepseek_jax.model.transformer import Transformer
 # Tokens of a prompt that one prefill call feeds, and decoding steps that one call runs on the device.
 CHUNK = 128
 STEPS = 32
-# The smallest cache, in tokens a row; larger ones are the next power of two, so that few programs are compiled.
+# The smallest cache, in tokens a row; larger ones are powers of two, so that few programs are compiled.
 MIN_CACHE = 256
 
 
@@ -25,9 +25,9 @@ MIN_CACHE = 256
 class Info:
     """What came with the tokens, a list entry a row.
 
-    ``logprobs``: of each new token, the float32 log-softmax of the model's logits (no temperature or filter),
-    in nats. ``finish_reason``: "stop" (a stop id came), "length", or "interrupted". ``drafted``, ``accepted``:
-    drafts of the MTP modules that were verified, and those that are in the output.
+    ``logprobs``: of each new token, the float32 log-softmax of the model's logits (no temperature or
+    filter), in nats. ``finish_reason``: "stop" (a stop id came), "length", or "interrupted". ``drafted``,
+    ``accepted``: drafts of the MTP modules that were verified, and those that are in the output.
     """
 
     logprobs: list[list[float]]
@@ -59,9 +59,10 @@ def generate(
     filters act in the order temperature, top-k, top-p, min-p.
 
     ``use_mtp``: the MTP modules draft ``cfg.mtp_depth`` tokens a step (V3 §5.4.3). The distribution of the
-    output stays the same; greedy output is the same up to near-ties. ``stop_ids``: tokens that end a row (kept
-    in its output); None for the model's ``cfg.eos_ids``, () for none. ``cache_length``: tokens a row of the
-    cache, prompt and new; default the next power of two, from 256. ``chunk``: prompt tokens a prefill call.
+    output stays the same; greedy output is the same up to near-ties. ``stop_ids``: tokens that end a row
+    (kept in its output); None for the model's ``cfg.eos_ids``, () for none. ``cache_length``: tokens a row
+    of the cache, prompt and new; default the next power of two, from 256. ``chunk``: prompt tokens a prefill
+    call feeds.
 
     Raises ValueError for an empty prompt, ids outside the vocabulary, settings out of range, and for a prompt
     that with its new tokens exceeds the cache or the model's length.
@@ -102,16 +103,16 @@ def stream(
     cache_length: int | None = None,
     chunk: int = CHUNK,
     steps: int = STEPS,
-) -> "Stream":
+) -> "Generation":
     """`generate` as an iterator: each item is the rows' new tokens of up to ``steps`` decoding steps.
 
     Arguments and errors are those of `generate`, and are checked here, before the first item. Leaving the
     iteration at any time (Ctrl-C too) loses nothing that came: ``result()`` has it.
     """
     cfg, ctx = model.cfg, ctx or DEFAULT
-    prompts = _check_prompts(prompts, cfg.vocab_size)
+    prompts = check_prompts(prompts, cfg.vocab_size)
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("steps", steps)):
-        _check_count(name, value)
+        check_count(name, value)
     if use_mtp and not cfg.mtp_depth:
         raise ValueError(f"use_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
     depth = cfg.mtp_depth if use_mtp else 0
@@ -138,10 +139,10 @@ def stream(
         drafted=np.zeros(batch, np.int32),
         accepted=np.zeros(batch, np.int32),
     )
-    return Stream(unstacked(model), state, sampling, stop_V, lengths, depth, ctx, chunk, steps)
+    return Generation(unstacked(model), state, sampling, stop_V, lengths, depth, ctx, chunk, steps)
 
 
-class Stream(Iterator[list[list[int]]]):
+class Generation(Iterator[list[list[int]]]):
     """A generation under way; made by `stream`."""
 
     def __init__(
@@ -203,7 +204,7 @@ class Stream(Iterator[list[list[int]]]):
         )
 
 
-def _check_prompts(prompts, vocab_size: int) -> list[list[int]]:
+def check_prompts(prompts, vocab_size: int) -> list[list[int]]:
     rows = list(prompts)
     if not rows:
         raise ValueError("there is no prompt: give a list with at least one list of token ids.")
@@ -230,7 +231,7 @@ def _check_id(where: str, i, vocab_size: int) -> int:
     return int(i)
 
 
-def _check_count(name: str, value) -> None:
+def check_count(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}={value!r}: must be an integer of at least 1.")
 
@@ -245,9 +246,10 @@ def _capacity(cfg, longest: int, new: int, depth: int, cache_length: int | None)
         )
     if cache_length is None:
         return min(max(1 << (needed - 1).bit_length(), MIN_CACHE), cfg.max_length) + depth
-    _check_count("cache_length", cache_length)
+    check_count("cache_length", cache_length)
     if needed > cache_length:
         raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond cache_length={cache_length}."
+            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond "
+            f"cache_length={cache_length}."
         )
     return cache_length + depth

@@ -11,9 +11,9 @@ from deepseek_jax.model.transformer import Transformer
 def unstacked(model: Transformer) -> Transformer:
     """The same model with every layer a stack of its own, which `Transformer` runs without a scan.
 
-    On a CPU the new leaves are views of the old ones where JAX allows it, else copies: done once, outside jit.
-    On an accelerator the model is returned as it is: there weights are read at memory speed either way, and
-    one compiled layer is better than many. A model whose stacks hold one layer each is returned as it is too.
+    On a CPU the new leaves are views of the old ones where JAX allows it, else copies: done once, outside
+    jit. On an accelerator the model is returned as it is: there one compiled layer is better than many. A
+    model whose stacks hold one layer each is returned as it is too.
     """
     on_cpu = next(iter(jax.tree.leaves(model)[0].devices())).platform == "cpu"
     sizes = [stack.attn_norm.weight.get_value().shape[0] for stack in model.stacks]

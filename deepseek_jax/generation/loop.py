@@ -1,8 +1,8 @@
 """What runs on the device: prefill in chunks, and the loop of decoding steps with MTP drafts.
 
-A row's known tokens are its prompt and what was generated. All but the last are in the cache; a step feeds the
-last one and the drafts after it, keeps the drafts that hold, and draws one token more. Plain decoding is the
-same step with no drafts. Shapes depend on the batch, the cache's capacity and the chunk only, never on a
+A row's known tokens are its prompt and what was generated. All but the last are in the cache; a step feeds
+the last one and the drafts after it, keeps the drafts that hold, and draws one token more. Plain decoding is
+the same step with no drafts. Shapes depend on the batch, the cache's capacity and the chunk only, never on a
 prompt's length.
 
 Suffixes: B rows, S slots, T = P + 1 tokens a step, P drafts (MTP modules), W = 2 P positions that the modules
@@ -50,7 +50,7 @@ class State:
 def prefill(
     model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context
 ) -> State:
-    """Feeds the prompts' tokens start..start + chunk, but never a prompt's last one: that is `decode`'s first.
+    """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
     ``depth``: MTP modules in use, 0 or all.
     """

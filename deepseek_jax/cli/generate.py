@@ -1,0 +1,184 @@
+"""``deepseek-jax generate``: continue prompts with a checkpoint."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from deepseek_jax.version import __version__
+
+DTYPE = Literal["bfloat16", "float32", "stored"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts with a checkpoint; text streams as it comes, Ctrl-C keeps what was made."""
+
+    ckpt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")] = ()
+    """Text to continue; several texts make a batch."""
+    prompt_ids: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
+    """Token ids to continue instead of text, for a checkpoint without tokenizer.json; nothing is added."""
+    chat: bool = False
+    """Take each prompt as a user's message, and render it by the checkpoint's own chat template."""
+    max_new_tokens: int = 64
+    """Tokens to generate at most; a stop token of the checkpoint ends a text earlier."""
+    temperature: float = 0.0
+    """0: the likeliest token each time; 1: the model's own distribution."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only; 0: all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the likeliest one's probability, in [0, 1]."""
+    seed: int = 0
+    """Seed of the random numbers; text i of a batch has its own."""
+    use_mtp: bool = False
+    """Let the multi-token-prediction modules draft tokens; the distribution stays the same."""
+    dtype: DTYPE = "bfloat16"
+    """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Also write tokens, text, log-probabilities (nats) and settings to this file."""
+
+    def run(self) -> int:
+        if bool(self.prompt) == bool(self.prompt_ids):
+            raise ValueError("give either --prompt TEXT or --prompt-ids ID [ID ...].")
+        if self.chat and self.prompt_ids:
+            raise ValueError("--chat renders text: give --prompt, not --prompt-ids.")
+        check_destination(self.json)
+        tokenizer = open_tokenizer(self.ckpt, needed="--prompt-ids" if self.prompt else None)
+        if tokenizer is None:
+            print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
+        prompts = (
+            [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, p) for p in self.prompt]
+        )
+
+        from deepseek_jax.generation.engine import stream
+
+        settings = {
+            name: getattr(self, name)
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "use_mtp")
+        }
+        run = stream(load_model(self.ckpt, self.dtype), prompts, **settings)
+        labels = self.prompt if len(prompts) > 1 else ()
+        printer, interrupted, times = Printer(len(prompts), tokenizer, labels), False, [time.perf_counter()]
+        counts = []
+        try:
+            for new in run:
+                times.append(time.perf_counter())
+                counts.append(sum(map(len, new)))
+                printer.push(new, [reason != "interrupted" for reason in run.result()[1].finish_reason])
+        except KeyboardInterrupt:
+            interrupted = True
+        tokens, info = run.result()
+        printer.finish()
+        print(report(counts, times, info), file=sys.stderr)
+        if self.json is not None:
+            rows = [
+                {
+                    "prompt_ids": prompt,
+                    "ids": new,
+                    "text": None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
+                    **{name: values[row] for name, values in vars(info).items()},
+                }
+                for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
+            ]
+            write_json(
+                self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows}
+            )
+        return 130 if interrupted else 0
+
+    def _encode(self, tokenizer, text: str) -> list[int]:
+        return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else tokenizer.encode(text)
+
+
+class Printer:
+    """Prints texts one after another while all of them grow: the first unfinished one streams."""
+
+    def __init__(self, rows: int, tokenizer, labels: tuple[str, ...] = ()):
+        from deepseek_jax.text.tokenizer import Stream
+
+        self._streams = None if tokenizer is None else [Stream(tokenizer) for _ in range(rows)]
+        self._waiting, self._row, self._labels = [""] * rows, 0, labels
+        self._label()
+
+    def push(self, new: list[list[int]], done: list[bool]) -> None:
+        """Takes in the rows' new ids and which rows are complete."""
+        for row, ids in enumerate(new):
+            if self._streams is None:
+                self._waiting[row] += "".join(f"{i} " for i in ids)
+            else:
+                self._waiting[row] += self._streams[row].push(ids)
+        while self._row < len(done) and done[self._row]:
+            self._write(last=True)
+        if self._row < len(done) and self._waiting[self._row]:
+            self._write(last=False)
+
+    def finish(self) -> None:
+        """Prints what is left of all rows, complete or not."""
+        while self._row < len(self._waiting):
+            self._write(last=True)
+
+    def _write(self, last: bool) -> None:
+        text, self._waiting[self._row] = self._waiting[self._row], ""
+        if last and self._streams is not None:
+            text += self._streams[self._row].finish()
+        print(text, end="\n" if last else "", flush=True)
+        if last:
+            self._row += 1
+            self._label()
+
+    def _label(self) -> None:
+        if self._row < len(self._labels):
+            print(f"[{self._row + 1}] {self._labels[self._row]!r}")
+
+
+def report(counts: list[int], times: list[float], info) -> str:
+    """One line: tokens, seconds, speed after the first call (which compiles), drafts, reasons."""
+    parts = [f"{sum(counts)} tokens in {times[-1] - times[0]:.1f} s, compilation included"]
+    if len(counts) > 1:
+        parts.append(f"{sum(counts[1:]) / (times[-1] - times[1]):.1f} tokens/s after the first {counts[0]}")
+    drafted, accepted = sum(info.drafted), sum(info.accepted)
+    if drafted:
+        parts.append(f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})")
+    return "; ".join([*parts, f"ended by: {', '.join(info.finish_reason)}"])
+
+
+def open_tokenizer(ckpt: Path, needed: str | None):
+    """The checkpoint's tokenizer, None without a tokenizer.json; a ValueError where text was given instead of
+    the option ``needed``."""
+    from deepseek_jax.text.tokenizer import load_tokenizer
+
+    if not ckpt.is_dir():
+        raise ValueError(f"{ckpt} is not a checkpoint folder.")
+    if (ckpt / "tokenizer.json").is_file():
+        return load_tokenizer(ckpt)
+    if needed:
+        raise ValueError(f"{ckpt} has no tokenizer.json, so it takes no text: give token ids with {needed}.")
+    return None
+
+
+def load_model(ckpt: Path, dtype: DTYPE):
+    from deepseek_jax.convert.load import load_pretrained
+
+    return load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype)
+
+
+def check_destination(path: Path | None) -> None:
+    """Raises ValueError before the work is done when its result could not be written."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--json {path}: there is no folder {path.parent}.")
+    if path is not None and path.is_dir():
+        raise ValueError(f"--json {path}: this is a folder.")
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Writes a record with the package's version, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"deepseek_jax": __version__, **record}, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,93 @@
+"""``deepseek-jax score``: log-probabilities of a given text."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deepseek_jax.cli.generate import DTYPE, check_destination, load_model, open_tokenizer, write_json
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of a given text: total, per token, bits per byte.
+
+    A text longer than the model is scored in windows that begin half a model's length apart. Without a BOS
+    token the first token has no probability and is left out.
+    """
+
+    ckpt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """UTF-8 text to score; with --ids, token ids."""
+    ids: bool = False
+    """FILE holds token ids separated by spaces or lines, for a checkpoint without tokenizer.json."""
+    tokens: bool = False
+    """Also print each token and its log-probability (nats)."""
+    dtype: DTYPE = "bfloat16"
+    """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Also write the figures and every token's log-probability (nats) to this file."""
+
+    def run(self) -> int:
+        check_destination(self.json)
+        tokenizer = open_tokenizer(self.ckpt, needed=None if self.ids else "--ids")
+        text = _read(self.file)
+        ids = _parse_ids(self.file, text) if self.ids else tokenizer.encode(text)
+        if len(ids) < 2:
+            raise ValueError(f"{self.file}: {len(ids)} tokens are too few to score; give at least two.")
+        n_bytes = None if self.ids else _scored_bytes(tokenizer, text, ids)
+
+        from deepseek_jax.generation.score import score
+
+        logprobs = score(load_model(self.ckpt, self.dtype), ids)
+        if self.tokens:
+            for i, value in zip(ids[1:], logprobs, strict=True):
+                print(
+                    f"{value:10.4f}  {i:>7}  {'' if tokenizer is None else repr(tokenizer.decode([i]))}".rstrip()
+                )
+        total = math.fsum(logprobs)
+        mean = total / len(logprobs)
+        figures = {
+            "tokens": len(logprobs),
+            "bytes": n_bytes,
+            "total_nats": total,
+            "nats_per_token": mean,
+            "bits_per_token": -mean / math.log(2),
+            "bits_per_byte": None if not n_bytes else -total / math.log(2) / n_bytes,
+        }
+        print(f"tokens scored    {len(logprobs)}" + ("" if n_bytes is None else f" ({n_bytes} bytes)"))
+        print(f"log-probability  {total:.4f} nats; {mean:.4f} a token (perplexity {_exp(-mean):.4g})")
+        if n_bytes:
+            print(f"bits per byte    {figures['bits_per_byte']:.4f}")
+        if self.json is not None:
+            record = {"checkpoint": str(self.ckpt), "file": str(self.file), "dtype": self.dtype}
+            write_json(self.json, {**record, **figures, "ids": ids, "logprobs": logprobs})
+        return 0
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
+
+
+def _parse_ids(file: Path, text: str) -> list[int]:
+    words = text.split()
+    for word in words:
+        if not word.isdecimal():
+            raise ValueError(f"{file} holds {word!r}: with --ids it must hold token ids.")
+    return [int(word) for word in words]
+
+
+def _scored_bytes(tokenizer, text: str, ids: list[int]) -> int:
+    """UTF-8 bytes of the scored tokens: all of the text where a BOS stands first."""
+    whole = len(text.encode())
+    return whole if tokenizer.add_bos else whole - int(tokenizer.token_bytes()[ids[0]])
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,84 @@
+"""Log-probabilities of given tokens, chunk by chunk through the cache.
+
+Suffixes: B rows (one), T tokens of a chunk, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.params import parameter_dtype
+from deepseek_jax.generation.engine import MIN_CACHE, check_count, check_prompts
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.transformer import Transformer
+
+CHUNK = 256
+
+
+def score(
+    model: Transformer,
+    ids: Sequence[int],
+    ctx: Context | None = None,
+    *,
+    window: int | None = None,
+    chunk: int = CHUNK,
+) -> list[float]:
+    """log p(ids[i] | ids[..i]) in nats for i = 1, 2, ...: one value fewer than there are tokens.
+
+    A text longer than ``window`` tokens (default: the model's length) is scored in windows that begin half a
+    window apart: every token sees at least half a window before it, or the text's beginning. ``chunk``:
+    tokens that one call feeds.
+
+    Raises ValueError for fewer than two tokens, ids outside the vocabulary, and a window that the model
+    cannot hold.
+    """
+    cfg, ctx = model.cfg, ctx or DEFAULT
+    (tokens,) = check_prompts([ids], cfg.vocab_size)
+    if len(tokens) < 2:
+        raise ValueError("one token alone has no log-probability: give at least two.")
+    window = cfg.max_length if window is None else window
+    check_count("chunk", chunk)
+    check_count("window", window)
+    if not 2 <= window <= cfg.max_length:
+        raise ValueError(f"window={window}: must lie in 2..{cfg.max_length}, the length of {cfg.name}.")
+    size = min(window, len(tokens))
+    capacity = min(max(1 << (size - 1).bit_length(), MIN_CACHE), cfg.max_length)
+    dtype = ctx.dtype or parameter_dtype(model)
+
+    values, start = [], 0
+    while len(values) < len(tokens) - 1:
+        part = np.asarray(tokens[start : start + window], np.int32)
+        cache, pieces = model.init_cache(1, capacity, dtype=dtype), []
+        for first in range(0, len(part) - 1, chunk):
+            fed = np.zeros((3, 1, chunk), np.int32)
+            size = min(chunk, len(part) - 1 - first)
+            fed[0, 0, :size] = part[first : first + size]
+            fed[1, 0, :size] = part[first + 1 : first + 1 + size]
+            fed[2, 0, :size] = 1
+            cache, logprob_BT = _feed(model, cache, *fed, ctx=ctx)
+            pieces.append(np.array(logprob_BT[0])[:size])
+        found = np.concatenate(pieces)
+        if not np.isfinite(found).all():
+            raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
+        values.extend(found[len(values) - start :].tolist())
+        start += window // 2
+    return values
+
+
+@partial(jax.jit, static_argnames=("ctx",), donate_argnames=("cache",))
+def _feed(
+    model: Transformer,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    next_BT: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    ctx: Context,
+) -> tuple[Cache, jax.Array]:
+    out = model(tokens_BT, segments=segment_BT, cache=cache, ctx=ctx)
+    logit_BT = jnp.take_along_axis(out.logits, next_BT[..., None], axis=-1)[..., 0]
+    return out.cache, logit_BT - jax.nn.logsumexp(out.logits, axis=-1)
