@@ -4,7 +4,7 @@ The mapping is written out here, apart from the package's converter, so that eac
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from tiny import random_model, random_tokens
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.convert.verify import Observed, Reference, build_reference
+from deepseek_jax.convert.verify import Observed, Reference, agreement, build_reference
+from deepseek_jax.core.context import Context
+from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
 
 torch.set_num_threads(1)
@@ -83,6 +85,9 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
     def flat_out(a):  # [*in, out] -> [out, in]
         return a.reshape(-1, a.shape[-1]).T
 
+    def experts_in(a):  # [E, in, 2, F] -> [E, 2F, in]
+        return a.transpose(0, 2, 3, 1).reshape(len(a), -1, a.shape[1])
+
     def network(name, ffn):
         put(f"{name}.gate_proj.weight", ffn.gate_up, lambda a: a[:, 0].T)
         put(f"{name}.up_proj.weight", ffn.gate_up, lambda a: a[:, 1].T)
@@ -106,11 +111,7 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
             return network(f"{name}.mlp", ffn)
         put(f"{name}.mlp.gate.weight", ffn.router.weight, lambda a: a.T)
         put(f"{name}.mlp.gate.e_score_correction_bias", ffn.router.bias)
-        put(
-            f"{name}.mlp.experts.gate_up_proj",
-            ffn.gate_up,
-            lambda a: a.transpose(0, 2, 3, 1).reshape(len(a), -1, a.shape[1]),
-        )
+        put(f"{name}.mlp.experts.gate_up_proj", ffn.gate_up, experts_in)
         put(f"{name}.mlp.experts.down_proj", ffn.down, lambda a: a.transpose(0, 2, 1))
         return network(f"{name}.mlp.shared_experts", ffn.shared)
 
@@ -122,11 +123,8 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
             block(f"model.layers.{layer}", jax.tree.map(lambda a, i=i: a[i], stack))
             layer += 1
     put("model.norm.weight", model.norm.weight)
-    put(
-        "lm_head.weight",
-        model.embed if model.head is None else model.head,
-        lambda a: a if model.head is None else a.T,
-    )
+    if model.head is not None:
+        put("lm_head.weight", model.head, lambda a: a.T)
     for depth, module in enumerate(model.mtp):
         put(f"mtp.{depth}.enorm.weight", module.embed_norm.weight)
         put(f"mtp.{depth}.hnorm.weight", module.hidden_norm.weight)
@@ -139,11 +137,12 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
 def torch_model(model: Transformer) -> Reference:
     """The reference with this model's weights; every one of its tensors is filled, none is left over."""
     reference = build_reference(hf_config(model.cfg))
-    tensors = {name: torch.tensor(a) for name, a in torch_tensors(model).items()}
-    mtp = {name.removeprefix("mtp."): t for name, t in tensors.items() if name.startswith("mtp.")}
-    reference.main.load_state_dict(
-        {n: t for n, t in tensors.items() if not n.startswith("mtp.")}, strict=True
-    )
+    main, mtp = {}, {}
+    for name, array in torch_tensors(model).items():
+        (mtp if name.startswith("mtp.") else main)[name.removeprefix("mtp.")] = torch.tensor(array)
+    if model.head is None:
+        main["lm_head.weight"] = main["model.embed_tokens.weight"]
+    reference.main.load_state_dict(main, strict=True)
     reference.mtp.load_state_dict(mtp, strict=True)
     return reference
 
@@ -173,3 +172,35 @@ def relative(ours, theirs) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     assert np.isfinite(ours).all()
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+CAPTURED = ("attn", "ffn", "block", "router_scores")
+
+
+@partial(jax.jit, static_argnames=("with_mtp", "logits", "capture", "ctx"))
+def forward(model: Transformer, tokens: jax.Array, **arguments) -> Output:
+    """The model's call, jitted once for all tests."""
+    return model(tokens, **arguments)
+
+
+def full(p: Pair, routing=None, ctx: Context | None = None) -> Output:
+    """Everything the model returns; one compilation a config serves every test that asks for this."""
+    cfg = p.model.cfg
+    capture = CAPTURED if cfg.moe else CAPTURED[:3]
+    return forward(p.model, p.tokens, routing=routing, with_mtp=cfg.mtp_depth > 0, capture=capture, ctx=ctx)
+
+
+def experts(indices) -> np.ndarray:
+    """A list of torch indices, one a layer, as int [L, B, T, K]."""
+    return np.stack([np.asarray(index) for index in indices])
+
+
+def assert_same_routing(ours, theirs, biased, moe) -> int:
+    """Sets of experts [..., K] agree outside near-ties; returns how many tokens flipped at one."""
+    result = agreement(np.asarray(ours), np.asarray(theirs), np.asarray(biased), moe)
+    assert result.ok, result
+    if result.flipped:
+        print(
+            f"{result.flipped} of {result.tokens} tokens flipped at near-ties of at most {result.widest:.1e}"
+        )
+    return result.flipped

@@ -1,0 +1,135 @@
+"""The three forms of the expert computation agree, forward and backward, with a loop over tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.model.experts import block_rows, routed_experts, sort_by_expert
+
+FORMS = ("dense", "blocks", "ragged")
+E, D, F = 6, 16, 12
+
+
+def patterns(n: int, k: int) -> dict[str, np.ndarray]:
+    """Choices of k of E experts for n tokens: even, skewed, and with experts or whole tokens left out."""
+    rng = np.random.default_rng(0)
+    random = rng.random((n, E)).argsort(-1)[:, :k]
+    holes = random.copy()
+    holes[rng.random(n) < 0.3] = -1
+    return {
+        "random": random,
+        "padding": holes,
+        "all padding": np.full((n, k), -1),
+        "the same for all": np.broadcast_to(np.arange(2, 2 + k), (n, k)),
+        "some experts empty": np.where(random % 2 == 0, random, random - 1) if k == 1 else random % 3 * 2,
+    }
+
+
+@partial(jax.jit, static_argnums=5)
+def run(x, index, weight, gate_up, down, form, cotangent):
+    """The output, and the gradients of its inner product with ``cotangent`` for x, weight and both matrices."""
+
+    def f(x, weight, gate_up, down):
+        return routed_experts(x, index, weight, gate_up, down, Context(experts=form))
+
+    y, back = jax.vjp(f, x, weight, gate_up, down)
+    return y, back(cotangent)
+
+
+def tensors(n: int, k: int):
+    rng = np.random.default_rng(1)
+    shapes = ((n, D), (n, k), (E, D, 2, F), (E, F, D), (n, D))
+    return [jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for shape in shapes]
+
+
+def loop(x, index, weight, gate_up, down):
+    """Token by token, in float64."""
+    x, weight, gate_up, down = (np.asarray(a, np.float64) for a in (x, weight, gate_up, down))
+    y = np.zeros(x.shape)
+    for n, chosen in enumerate(index):
+        for j, e in enumerate(chosen):
+            if e >= 0:
+                gate, up = x[n] @ gate_up[e, :, 0], x[n] @ gate_up[e, :, 1]
+                y[n] += weight[n, j] * (gate / (1 + np.exp(-gate)) * up) @ down[e]
+    return y
+
+
+def assert_forms_agree(n, k, index, forms=FORMS):
+    x, weight, gate_up, down, cotangent = tensors(n, k)
+    weight = jnp.where(jnp.asarray(index) >= 0, weight, 0.0)
+    results = {form: run(x, jnp.asarray(index), weight, gate_up, down, form, cotangent) for form in forms}
+    np.testing.assert_allclose(results["dense"][0], loop(x, index, weight, gate_up, down), atol=2e-5)
+    real = (np.asarray(index) >= 0).astype(np.float32)
+    for form in forms[1:]:
+        y, (dx, dweight, dgate_up, ddown) = results[form]
+        oracle, (ex, eweight, egate_up, edown) = results["dense"]
+        for name, a, b in (
+            ("y", y, oracle),
+            ("dx", dx, ex),
+            ("dweight", dweight * real, eweight * real),
+            ("dgate_up", dgate_up, egate_up),
+            ("ddown", ddown, edown),
+        ):
+            assert np.isfinite(a).all(), (form, name)
+            np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1.0), err_msg=f"{form} {name}")
+
+
+@pytest.mark.parametrize("name", patterns(40, 2))
+def test_forms_agree(name):
+    index = patterns(40, 2)[name]
+    if name == "some experts empty":
+        assert len(np.unique(index)) < E
+    assert_forms_agree(40, 2, index)
+
+
+# Rows a block: 8 (decoding), 16, 128; row counts that blocks do not divide.
+@pytest.mark.parametrize(("n", "k", "rows"), [(3, 1, 8), (67, 2, 16), (450, 2, 128)])
+def test_blocks_of_every_size(n, k, rows):
+    assert block_rows(n * k, E) == rows
+    for index in patterns(n, k).values():
+        assert_forms_agree(n, k, index, ("dense", "blocks"))
+
+
+def test_repeated_expert_of_a_token_adds_up():
+    # A replayed choice may name an expert twice.
+    assert_forms_agree(40, 2, np.full((40, 2), 3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_experts_equal_dequantised_ones(form):
+    rng = np.random.default_rng(2)
+    x, weight, *_ = tensors(40, 2)
+    index = jnp.asarray(patterns(40, 2)["padding"])
+
+    def leaf(shape, block):
+        values = jnp.asarray(rng.normal(0, 1, shape), FP8)
+        grid = [-(-s // b) for s, b in zip(shape, block, strict=True)]
+        return Quantized(values, jnp.asarray(rng.random(grid), jnp.float32), block, shape)
+
+    gate_up, down = leaf((E, D, 2, F), (1, 8, 1, 8)), leaf((E, F, D), (1, 8, 8))
+    ctx = Context(experts=form)
+    quantised = routed_experts(x, index, weight, gate_up, down, ctx)
+    plain = routed_experts(x, index, weight, gate_up.dequantize(x.dtype), down.dequantize(x.dtype), ctx)
+    np.testing.assert_allclose(quantised, plain, atol=1e-6)
+
+
+def test_sorting_keeps_order_within_an_expert():
+    index = jnp.asarray([[2, 0], [-1, -1], [0, 2], [5, 0]])
+    order, inverse, sizes = sort_by_expert(index, E)
+    np.testing.assert_array_equal(order, [1, 4, 7, 0, 5, 6, 2, 3])
+    np.testing.assert_array_equal(order[inverse], np.arange(8))
+    np.testing.assert_array_equal(sizes, [3, 0, 2, 0, 0, 1])
+
+
+def test_auto_is_the_block_form_on_a_cpu():
+    x, weight, gate_up, down, _ = tensors(40, 2)
+    index = jnp.asarray(patterns(40, 2)["random"])
+    auto, blocks = (
+        routed_experts(x, index, weight, gate_up, down, Context(experts=form)) for form in ("auto", "blocks")
+    )
+    np.testing.assert_array_equal(auto, blocks)

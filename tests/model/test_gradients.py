@@ -1,0 +1,95 @@
+"""Gradients of every parameter against torch autograd, main model and MTP modules together."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import experts, full, pair, torch_tensors
+from test_parity import CONFIGS, TINY
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.params import combine, partition
+
+CASES = [name for name, (cfg, _) in CONFIGS.items() if cfg.moe]
+
+
+def cotangents(logits, mtp_logits):
+    """One fixed direction for each logit: the loss is their inner product."""
+    rng = np.random.default_rng(11)
+    return [rng.normal(0, 1, tuple(a.shape)).astype(np.float32) for a in (logits, *mtp_logits)]
+
+
+def torch_gradients(p, directions) -> dict[str, np.ndarray]:
+    reference = p.reference
+    for module in (reference.main, reference.mtp):
+        module.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        seen = reference.run(p.tokens)
+        outputs = [seen.logits, *seen.mtp_logits]
+        sum((o * torch.tensor(d)).sum() for o, d in zip(outputs, directions, strict=True)).backward()
+    named = dict(reference.main.named_parameters())
+    named |= {f"mtp.{name}": value for name, value in reference.mtp.named_parameters()}
+    return {name: value.grad.numpy() for name, value in named.items()}
+
+
+def jax_gradients(p, directions, ctx=None) -> dict[str, np.ndarray]:
+    params, rest = partition(p.model)
+    T = p.tokens.shape[1]
+
+    def loss(params):
+        out = combine(params, rest)(p.tokens, with_mtp=len(directions) > 1, ctx=ctx)
+        total = jnp.sum(out.logits * directions[0])
+        for depth, direction in enumerate(directions[1:]):
+            total += jnp.sum(out.mtp_logits[depth][:, : T - 1 - depth] * direction)
+        return total
+
+    return torch_tensors(jax.jit(jax.grad(loss))(params))
+
+
+def check(name: str, ctx: Context | None = None):
+    cfg, offset = CONFIGS[name]
+    p = pair(cfg, bias_offset=offset)
+    seen = p.observe()
+    # Where a choice of experts differs, gradients are of different functions.
+    np.testing.assert_array_equal(np.sort(full(p).aux.expert_index, -1), np.sort(experts(seen.index), -1))
+    directions = cotangents(seen.logits, seen.mtp_logits)
+    ours, theirs = jax_gradients(p, directions, ctx), torch_gradients(p, directions)
+    assert ours.keys() == theirs.keys()
+    for tensor, expected in theirs.items():
+        assert np.linalg.norm(expected) > 0, tensor
+        error = np.linalg.norm(ours[tensor] - expected) / np.linalg.norm(expected)
+        assert error <= 1e-4, (tensor, error)
+
+
+def test_gradients_of_every_parameter_equal_torch():
+    check("tiny-v3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES[1:])
+def test_gradients_of_other_shapes(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ctx", [Context(experts=e, mla=m) for e, m in (("ragged", "absorbed"), ("dense", "expanded"))]
+)
+def test_gradients_of_other_forms(ctx):
+    check("queries not compressed", ctx)
+
+
+def test_remat_changes_no_gradient():
+    p = pair(replace(TINY, mtp_depth=0), batch=1, length=16)
+    seen = p.observe()
+    directions = cotangents(seen.logits, [])
+    base = jax_gradients(p, directions, Context(remat="none"))
+    for remat in ("full", "attention", "sublayers"):
+        again = jax_gradients(p, directions, Context(remat=remat))
+        for name, value in base.items():
+            np.testing.assert_allclose(
+                again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name
+            )

@@ -1,0 +1,169 @@
+"""The router against transformers' on many tokens, and each of its rules by itself."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import assert_same_routing, build_reference, hf_config, relative
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+from deepseek_jax.configs.schema import MoE
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert.verify import choose
+from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.core.params import Init
+from deepseek_jax.model.router import Router, expert_load, sequence_balance
+
+GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
+PLAIN = MoE(n_experts=32, top_k=6, expert_dim=8, normalize=False, scale=1.5)
+
+
+@partial(jax.jit, static_argnums=3)
+def call(router, x_BTD, segment_BT, ctx=DEFAULT, replay=None):
+    return router(x_BTD, segment_BT, ctx, replay)
+
+
+def make(cfg: MoE, offset: float, dim: int = 48):
+    """Our router and transformers', with the same weights and tokens [4, 512, dim]."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, dim**-0.5, (dim, cfg.n_experts)).astype(np.float32)
+    bias = rng.normal(offset, 0.1, cfg.n_experts).astype(np.float32)
+    ours = Router(cfg, dim, Init(jax.random.key(0), 1.0, jnp.float32))
+    ours.weight.set_value(jnp.asarray(weight))
+    ours.bias.set_value(jnp.asarray(bias))
+    model = replace(zoo("tiny-v3"), dim=dim, moe=cfg)
+    theirs = DeepseekV3TopkRouter(build_reference(hf_config(model)).main.config)
+    theirs.weight.data, theirs.e_score_correction_bias = torch.tensor(weight.T), torch.tensor(bias)
+    return ours, theirs, rng.normal(0, 2, (4, 512, dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, -5.0])
+@pytest.mark.parametrize("cfg", [GROUPED, PLAIN], ids=["groups", "no groups"])
+def test_choice_and_weights_equal_transformers(cfg, offset):
+    ours, theirs, x = make(cfg, offset)
+    result = call(ours, x, jnp.ones(x.shape[:2], jnp.int32))
+    with torch.no_grad():
+        logits, weights, index = theirs(torch.tensor(x))
+    biased = (logits.sigmoid() + theirs.e_score_correction_bias).reshape(4, 512, -1)
+    index, weights = index.reshape(4, 512, -1).numpy(), weights.reshape(4, 512, -1).numpy()
+    flipped = assert_same_routing(result.index_BTK, index, biased, cfg)
+    same = (np.sort(result.index_BTK, -1) == np.sort(index, -1)).all(-1)
+    ours_sorted = np.take_along_axis(np.asarray(result.weight_BTK), np.argsort(result.index_BTK, -1), -1)
+    theirs_sorted = np.take_along_axis(weights, np.argsort(index, -1), -1)
+    assert relative(ours_sorted[same], theirs_sorted[same]) <= 1e-6
+    assert flipped == (~same).sum()
+    assert relative(result.score_BTE, logits.sigmoid().reshape(4, 512, -1)) <= 1e-6
+    np.testing.assert_array_equal(choose(np.asarray(biased), cfg)[0][same], np.sort(index, -1)[same])
+
+
+def test_bias_moves_the_choice_and_never_the_weights():
+    ours, _, x = make(GROUPED, 0.0)
+    ones = jnp.ones(x.shape[:2], jnp.int32)
+    before = call(ours, x, ones)
+    ours.bias.set_value(ours.bias.get_value().at[3].add(10.0))
+    after = call(ours, x, ones)
+    assert (after.index_BTK == 3).any(-1).all()
+    assert not (before.index_BTK == 3).any(-1).all()
+    np.testing.assert_array_equal(before.score_BTE, after.score_BTE)
+    chosen = np.take_along_axis(np.asarray(after.score_BTE), np.asarray(after.index_BTK), -1)
+    np.testing.assert_allclose(after.weight_BTK, 2.5 * chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def one_token(scores, cfg: MoE, bias=0.0):
+    """The experts chosen for one token with these sigmoid scores."""
+    router = Router(cfg, 1, Init(jax.random.key(0), 1.0, jnp.float32))
+    router.bias.set_value(jnp.broadcast_to(jnp.float32(bias), (cfg.n_experts,)))
+    return set(np.asarray(router.choose(jnp.asarray(scores, jnp.float32)[None, None]))[0, 0].tolist())
+
+
+def test_a_group_is_scored_by_the_sum_of_its_two_best():
+    cfg = MoE(n_experts=6, top_k=2, expert_dim=8, n_groups=2, top_groups=1)
+    # The first group holds the best expert, the second the better pair.
+    assert one_token([0.9, 0.1, 0.1, 0.6, 0.6, 0.1], cfg) == {3, 4}
+
+
+def test_masked_groups_lose_to_negative_scores():
+    cfg = MoE(n_experts=4, top_k=2, expert_dim=8, n_groups=2, top_groups=1)
+    # With a fill of 0 instead of -inf the masked group's experts would win over the negative ones.
+    assert one_token([0.9, 0.8, 0.2, 0.1], cfg, bias=-3.0) == {0, 1}
+
+
+def test_padding_is_routed_nowhere():
+    ours, _, x = make(GROUPED, 0.0)
+    segment = jnp.ones(x.shape[:2], jnp.int32).at[:, 400:].set(0)
+    result = call(ours, x, segment)
+    assert (result.index_BTK[:, 400:] == -1).all()
+    assert (result.weight_BTK[:, 400:] == 0).all()
+    assert (result.index_BTK[:, :400] >= 0).all()
+    load = expert_load(result.index_BTK, 32)
+    assert load.dtype == jnp.int32
+    assert load.sum() == 4 * 400 * 4
+    np.testing.assert_array_equal(
+        load, np.bincount(np.asarray(result.index_BTK[:, :400]).ravel(), minlength=32)
+    )
+
+
+def test_replayed_experts_are_weighed_by_their_scores():
+    ours, _, x = make(GROUPED, 0.0)
+    replay = jnp.broadcast_to(jnp.asarray([31, 0, 7, 2]), (4, 512, 4))
+    result = call(ours, x, jnp.ones(x.shape[:2], jnp.int32), DEFAULT, replay)
+    np.testing.assert_array_equal(result.index_BTK, replay)
+    score = np.asarray(result.score_BTE)[..., [31, 0, 7, 2]]
+    np.testing.assert_allclose(result.weight_BTK, 2.5 * score / score.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_bias():
+    ours, _, x = make(GROUPED, 0.0)
+
+    def loss(router):
+        return router(jnp.asarray(x), jnp.ones(x.shape[:2], jnp.int32), DEFAULT).weight_BTK[..., 0].sum()
+
+    gradient = jax.jit(jax.grad(loss))(ours)
+    assert (gradient.bias.get_value() == 0).all()
+    assert (gradient.weight.get_value() != 0).any()
+
+
+def test_router_stays_float32_under_bfloat16():
+    ours, _, x = make(GROUPED, 5.0)
+    x16 = jnp.asarray(x, jnp.bfloat16)
+    ones = jnp.ones(x.shape[:2], jnp.int32)
+    low, high = call(ours, x16, ones), call(ours, x16.astype(jnp.float32), ones)
+    assert low.weight_BTK.dtype == low.score_BTE.dtype == jnp.float32
+    np.testing.assert_array_equal(low.index_BTK, high.index_BTK)
+    np.testing.assert_array_equal(low.weight_BTK, high.weight_BTK)
+
+
+def naive_balance(score, segment, top_k):
+    """V3 equations 17 to 20, one sequence, one expert, one token at a time."""
+    E = score.shape[-1]
+    tokens = [t for t in range(len(score)) if segment[t] != 0]
+    total = 0.0
+    for i in range(E):
+        f = (
+            sum(1 for t in tokens if i in np.argsort(-score[t], kind="stable")[:top_k])
+            * E
+            / (top_k * len(tokens))
+        )
+        p = sum(score[t, i] / score[t].sum() for t in tokens) / len(tokens)
+        total += f * p
+    return total
+
+
+def test_sequence_balance_is_the_papers():
+    rng = np.random.default_rng(3)
+    score = rng.random((3, 20, 8))
+    segment = np.ones((3, 20), np.int32)
+    segment[1, 13:], segment[2, :4] = 0, 0
+    ours = sequence_balance(jnp.asarray(score, jnp.float32), jnp.asarray(segment), 3)
+    assert ours.shape == (3,)
+    expected = [naive_balance(score[b], segment[b], 3) for b in range(3)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_sequence_balance_of_uniform_scores_is_one():
+    uniform = jnp.full((1, 10, 8), 0.5)
+    np.testing.assert_allclose(sequence_balance(uniform, jnp.ones((1, 10), jnp.int32), 2), 1.0, rtol=1e-6)
