@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: the process's own arguments) and returns its exit code.
 
     0: done. 1: the command failed, or its check did not hold. 2: a command line that cannot be read.
-    130: interrupted.
+    130: interrupted. 141: the reader of the output has gone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone (`... | head`). What is left in the buffer has nowhere to go: without this the
         # interpreter complains about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -150,7 +150,7 @@ def test_a_command_sets_the_exit_code(returned, code, monkeypatch):
     assert cli.main(["summary"]) == code
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_reader_that_leaves_ends_the_command_quietly():
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run(
@@ -161,4 +161,4 @@ def test_a_reader_that_leaves_is_no_error():
         check=False,
     )
     os.close(write)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (141, "")

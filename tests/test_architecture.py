@@ -1,0 +1,158 @@
+"""Imports point one way, heavy ones are late, and the rules on how Flax and JAX are used hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_jax.cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "deepseek_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What a folder may import besides itself and `version`. `cli` may import everything.
+MAY_IMPORT = {
+    "configs": set(),
+    "core": {"configs"},
+    "text": set(),
+    "model": {"configs", "core"},
+    "convert": {"configs", "core", "model"},
+    "analysis": {"configs", "core", "model"},
+    "generation": {"configs", "core", "model", "text"},
+    "train": {"configs", "core", "model", "text", "convert", "analysis"},
+}
+REFERENCE = {"torch", "transformers", "safetensors"}
+REFERENCE_HOME = "convert/verify.py"
+# Flax's own transforms and side channels: modules are plain pytrees here, driven by jax alone.
+BANNED_NNX = {
+    "jit",
+    "grad",
+    "value_and_grad",
+    "scan",
+    "remat",
+    "vmap",
+    "cond",
+    "while_loop",
+    "pop",
+    "split",
+    "merge",
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(node: ast.AST) -> list[str]:
+    """Every module imported below a node, with its full name."""
+    found = []
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found += [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"relative import in line {child.lineno}"
+            # `from deepseek_jax import core` names a module in its second half.
+            found += [f"{child.module}.{alias.name}" for alias in child.names]
+    return found
+
+
+def top_level(path: Path) -> list[str]:
+    """Modules imported when a file is imported: not in functions, not for type checkers only."""
+    found, waiting = [], list(tree(path).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found += imports(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def loaded_by(code: str, modules: set[str]) -> set[str]:
+    """Which of ``modules`` a fresh interpreter has loaded after ``code``."""
+    script = f"import sys\n{code}\nprint(*({modules!r} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_every_folder_has_a_rule():
+    folders = {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE}
+    assert folders == {*MAY_IMPORT, "cli"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_one_way(path):
+    if path.parent == PACKAGE:
+        if path.name == "version.py":
+            assert imports(tree(path)) == []
+        return
+    folder = path.relative_to(PACKAGE).parts[0]
+    if folder == "cli":
+        return
+    for module in imports(tree(path)):
+        parts = module.split(".")
+        assert parts[0] not in ("tests", "experiments"), f"{name(path)} imports {module}"
+        if parts[0] == "deepseek_jax":
+            allowed = {folder, "version"} | MAY_IMPORT[folder]
+            assert len(parts) > 1, f"{name(path)} imports the public API instead of a module"
+            assert parts[1] in allowed, (
+                f"{name(path)} imports {module}; {folder} may import {sorted(allowed)}"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_torch_and_transformers_stay_in_functions_of_verify(path):
+    found = {module.split(".")[0] for module in imports(tree(path))} & REFERENCE
+    assert not found or name(path) == REFERENCE_HOME, f"{name(path)} imports {found}"
+    assert not {module.split(".")[0] for module in top_level(path)} & REFERENCE
+
+
+def test_the_package_loads_no_jax():
+    assert loaded_by("import deepseek_jax; dir(deepseek_jax)", {"jax", "flax", "numpy", "torch"}) == set()
+
+
+def test_commands_load_no_jax():
+    code = "import importlib\n" + "\n".join(
+        f"importlib.import_module('deepseek_jax.cli.{c}')" for c in COMMANDS
+    )
+    assert loaded_by(code, {"jax", "flax", "orbax", "grain", "torch", "transformers"}) == set()
+
+
+def test_loading_the_public_api_loads_no_torch():
+    code = "import deepseek_jax as dsj\nfor n in dsj.__all__: getattr(dsj, n)"
+    assert loaded_by(code, {"torch", "transformers"}) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_flax_modules_are_driven_by_jax_alone(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            assert not (owner == "nnx" and node.attr in BANNED_NNX), (
+                f"{name(path)}:{node.lineno}: nnx.{node.attr}"
+            )
+            assert node.attr != "sow", f"{name(path)}:{node.lineno}: sow"
+            # It says "cpu" while a program is compiled for another platform.
+            assert node.attr != "default_backend", f"{name(path)}:{node.lineno}: default_backend"
+
+
+def test_the_walk_sees_what_it_has_to(tmp_path):
+    file = tmp_path / "example.py"
+    file.write_text(
+        "import a\nfrom b import c\ntry:\n    import d\nexcept ImportError:\n    pass\n"
+        "if TYPE_CHECKING:\n    import e\n\ndef f():\n    import g.h\n\nclass K:\n    import i\n"
+    )
+    assert set(imports(tree(file))) == {"a", "b.c", "d", "e", "g.h", "i"}
+    assert set(top_level(file)) == {"a", "b.c", "d", "i"}

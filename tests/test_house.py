@@ -1,0 +1,147 @@
+"""The rules of the house: notes have their tests, paths that are written exist, names are documented."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import deepseek_jax as dsj
+from deepseek_jax.cli.main import COMMANDS, NOT_BUILT
+
+ROOT = Path(__file__).parent.parent
+CODE = sorted(
+    path for folder in ("deepseek_jax", "tests", "experiments") for path in (ROOT / folder).rglob("*.py")
+)
+TEXTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "paper_notes").glob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
+        *(ROOT / "checkpoints").rglob("*.md"),
+    ]
+)
+NOTES = {path.stem for path in (ROOT / "paper_notes").glob("*.md")} - {"README"}
+PAPER_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "paper").glob("test_*.py")}
+EXPERIMENTS = {path.parent.name for path in (ROOT / "experiments").glob("*/run.py")}
+MEASUREMENTS = ("bench_", "compile_")
+SUFFIXES = (".py", ".md", ".toml", ".json", ".cff", ".png", ".safetensors", ".npz", ".log")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def written_paths(text: str) -> set[str]:
+    """What stands in backticks and claims to be a path of this repository."""
+    tops = {path.name for path in ROOT.iterdir()}
+    found = set()
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        path = quoted.removeprefix("./").rstrip("/")
+        if re.search(r"[\s<>{}*$=()]|\.\.\.|://", path):
+            continue
+        inside = path.split("/")[0] in tops and "/" in path
+        if inside or (path.endswith(SUFFIXES) and "/" in path):
+            found.add(path)
+    return found
+
+
+def commands(text: str) -> set[str]:
+    """Every subcommand that a text's code spans and code blocks run."""
+    code = re.findall(r"^```.*?^```|`[^`\n]+`", text, flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"\bdeepseek-jax ([a-z][a-z-]*)", "\n".join(code)))
+
+
+def test_every_note_has_a_test_or_an_experiment():
+    assert sorted(NOTES - PAPER_TESTS - EXPERIMENTS) == []
+
+
+def test_every_paper_test_has_a_note():
+    assert sorted(PAPER_TESTS - NOTES) == []
+
+
+def test_every_experiment_has_a_note():
+    assert sorted(stem for stem in EXPERIMENTS - NOTES if not stem.startswith(MEASUREMENTS)) == []
+
+
+def test_every_note_is_in_the_index():
+    index = ROOT / "paper_notes" / "README.md"
+    text = index.read_text(encoding="utf-8") if NOTES else ""
+    assert [stem for stem in sorted(NOTES) if f"{stem}.md" not in text] == []
+
+
+def test_every_experiment_is_in_the_ledger():
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert [stem for stem in sorted(EXPERIMENTS) if f"`{stem}`" not in text] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_written_paths_exist(path):
+    text = path.read_text(encoding="utf-8")
+    # A path may be written from the repository's folder or from the text's own.
+    dead = [p for p in written_paths(text) if not (ROOT / p).exists() and not (path.parent / p).exists()]
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    dead += [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert sorted(dead) == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_written_commands_exist(path):
+    unknown = commands(path.read_text(encoding="utf-8")) - set(COMMANDS)
+    assert unknown <= set(NOT_BUILT), f"no such command: {sorted(unknown - set(NOT_BUILT))}"
+    for command in unknown:
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if f"deepseek-jax {command}" in line
+        ]
+        assert all("not built" in line for line in lines), f"{command} is written of as if it were built"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_nothing_is_left_for_later(path):
+    marks = "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X"))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.search(rf"\b({marks})\b", line)] == []
+
+
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_every_file_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name(path)} has no docstring"
+
+
+def test_the_version_stands_in_one_place():
+    version = re.compile(rf"(?<![\d.]){re.escape(dsj.__version__)}(?![\d.])")
+    files = [*CODE, ROOT / "pyproject.toml", ROOT / "CITATION.cff"]
+    holders = [name(path) for path in files if version.search(path.read_text(encoding="utf-8"))]
+    assert holders == ["deepseek_jax/version.py"]
+
+
+@pytest.mark.parametrize("public", [public for public in dsj.__all__ if public != "__version__"])
+def test_the_public_api_is_documented(public):
+    thing = getattr(dsj, public)
+    doc = inspect.getdoc(thing) or ""
+    # A dataclass without a docstring gets its own signature as one.
+    assert len(doc) > 40, f"dsj.{public} has no docstring"
+    assert not doc.startswith(f"{public}("), f"dsj.{public} has no docstring"
+    assert public in dir(dsj)
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        dsj.no_such_name  # noqa: B018
+
+
+def test_test_files_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted({n for n in names if names.count(n) > 1}) == []
+
+
+def test_the_checks_see_what_they_have_to():
+    text = "`deepseek_jax/nowhere.py`, `tests/<stem>.py`, `x/y`, `a b/c.py`, `docs/z.md`"
+    assert written_paths(text) == {"deepseek_jax/nowhere.py", "docs/z.md"}
+    assert commands("deepseek-jax is prose; `deepseek-jax fly`\n```\ndeepseek-jax run x\n```\n") == {
+        "fly",
+        "run",
+    }
