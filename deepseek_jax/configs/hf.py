@@ -2,8 +2,8 @@
 
 Two spellings are read, that of the released files (``rope_theta`` with ``rope_scaling``,
 ``num_nextn_predict_layers``, ``n_routed_experts``) and that of transformers 5 (``rope_parameters``,
-``num_mtp_layers``, ``num_local_experts``); the first is written. A field that shapes a tensor has to be there.
-Another that is missing has the value that transformers gives it, which is V3's.
+``num_mtp_layers``, ``num_local_experts``); the first is written. A field that shapes a tensor has to be
+there. Another that is missing has the value that transformers gives it, which is V3's.
 """
 
 from typing import Any
@@ -30,7 +30,6 @@ YARN_FIELDS = (
 # Fields with one value that is built; any other is refused.
 FIXED = {
     "attention_bias": False,
-    "mlp_bias": False,
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -51,7 +50,8 @@ class _Fields:
         alias = ALIASES.get(name)
         if alias in self.data and name in self.data and self.data[alias] != self.data[name]:
             raise ConfigError(
-                f"{self.where} contradicts itself: {name} is {self.data[name]!r}, {alias} {self.data[alias]!r}."
+                f"{self.where} contradicts itself: {name} is {self.data[name]!r}, {alias} "
+                f"{self.data[alias]!r}."
             )
         for spelling in (name, alias):
             if spelling in self.data:
@@ -83,14 +83,14 @@ class _Fields:
 def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     """The model that a published config.json describes. ``name``: what to call it; default its model_type.
 
-    Raises ConfigError for a model_type or mechanism that is not built, a missing field that shapes a tensor, a
-    field of the wrong type, and fields that contradict each other.
+    Raises ConfigError for a model_type or mechanism that is not built, a missing field that shapes a tensor,
+    a field of the wrong type, and fields that contradict each other.
     """
     fields = _Fields(data)
     model_type = fields.value("model_type", None)
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}."
+            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}."
         )
     for field, built in FIXED.items():
         value = fields.value(field, built)
@@ -101,8 +101,8 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     dense = fields.integer("first_k_dense_replace")
     if depth > 0 and layers <= dense < layers + depth:
         raise ConfigError(
-            f"config.json: first_k_dense_replace {dense} makes all {layers} layers dense and an MTP layer MoE; "
-            "an MTP layer is of the kind that ends the model."
+            f"config.json: first_k_dense_replace {dense} makes all {layers} layers dense and an MTP layer "
+            "MoE; an MTP layer is of the kind that ends the model."
         )
     has_moe = dense < layers or fields.value("n_routed_experts", None) is not None
     eos = fields.value("eos_token_id", 1)
@@ -222,7 +222,7 @@ def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
 
 
 def config_to_json(cfg: ModelConfig, quantization: dict | None = None) -> dict:
-    """The published config.json of a model, a JSON object; ``quantization``: its quantization_config, if any."""
+    """The published config.json of a model; ``quantization``: its quantization_config, if any."""
     a, moe, yarn = cfg.attention, cfg.moe, cfg.attention.rope.yarn
     data = {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -275,7 +275,6 @@ def config_to_json(cfg: ModelConfig, quantization: dict | None = None) -> dict:
         "bos_token_id": cfg.bos_id,
         "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
     }
-    data.pop("mlp_bias")
     if quantization is not None:
         data["quantization_config"] = quantization
     return data

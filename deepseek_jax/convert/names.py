@@ -81,8 +81,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf's shapes: ``shape`` as the model has it, ``matrix`` with fused heads; of these the first ``stacked``
-    axes are layers. ``block``: extent of an FP8 block along the other axes of ``matrix``."""
+    """A leaf's shapes: ``shape`` as the model has it, ``matrix`` with fused heads.
+
+    Of both the first ``stacked`` axes are layers. ``block``: an FP8 block's extent along the other axes of
+    ``matrix``.
+    """
 
     shape: tuple[int, ...]
     matrix: tuple[int, ...]
@@ -152,7 +155,7 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
 
 
 def _leaf(shape: tuple[int, ...], path: Path, theirs: str, stacked: int, block: tuple[int, int]) -> Leaf:
-    """Heads stand between the matrix's axes: fused with the inputs of ``o``, with the outputs of the others."""
+    """Heads are fused with the inputs of ``o``, and with the outputs of the other matrices."""
     lead, rest = shape[:stacked], shape[stacked:]
     special = ("{expert}" in theirs) + ("{half}" in theirs)
     if special or len(rest) < 2:

@@ -41,7 +41,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete or contradicts itself; the message names file, tensor and value."""
+    """A checkpoint that is damaged, incomplete or contradicts itself; the message names what and where."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,28 @@ class Entry:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def read(self) -> np.ndarray:
-        """The tensor's values, a new array. Raises CheckpointError if the file has become shorter."""
-        buffer = np.empty(self.nbytes, np.uint8)
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """The tensor's values, or its rows [first, last), in a new array.
+
+        Raises CheckpointError if the file has become shorter than its header said.
+        """
+        shape, start, size = self.shape, self.start, self.nbytes
+        if first or last is not None:
+            rows = range(self.shape[0])[first:last]
+            shape, row = (len(rows), *self.shape[1:]), self.nbytes // max(self.shape[0], 1)
+            start, size = start + first * row, len(rows) * row
+        buffer = np.empty(size, np.uint8)
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(start)
             view, done = memoryview(buffer), 0
-            while done < self.nbytes:
+            while done < size:
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(
-                        f"{self.file}: truncated within {self.name}, {done} of {self.nbytes} bytes."
+                        f"{self.file}: truncated within {self.name}, at byte {start + done}."
                     )
                 done += count
-        return buffer.view(self.dtype).reshape(self.shape)
+        return buffer.view(self.dtype).reshape(shape)
 
 
 def load_json(path: Path) -> dict:
@@ -156,8 +164,8 @@ def _entry(path: Path, name: str, info, base: int) -> Entry:
 class Writer:
     """Writes one file: the header first, then each tensor at its place, in any order, one at a time.
 
-    Used as a context manager. The file has a temporary name beside ``path`` until all tensors are in it and on
-    the disk; after an error nothing is left. ``specs``: name -> (dtype, shape).
+    Used as a context manager. The file has a temporary name beside ``path`` until all tensors are in it and
+    on the disk; after an error nothing is left. ``specs``: name -> (dtype, shape).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """`save_pretrained`: a model in the published layout.
 
-Everything is written into a temporary folder beside the destination, which takes the destination's name at the
-end: a failure leaves nothing.
+Everything is written into a temporary folder beside the destination, which takes the destination's name at
+the end: a failure leaves nothing.
 """
 
 import json
@@ -18,7 +18,7 @@ from flax import nnx
 
 from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_from_json, config_to_json
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.load import block_size, scale_shape
+from deepseek_jax.convert.load import block_size, not_finite, scale_shape
 from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Entry, Writer, load_json
 from deepseek_jax.core.params import RouterBias, map_variables
@@ -49,12 +49,12 @@ def save_pretrained(
     """Writes ``config.json`` and safetensors files, with an index when there are several.
 
     ``quantize="fp8"``: the linear maps of attention and networks as FP8 E4M3 with a scale for each 128 x 128
-    block of the published matrix, all else bfloat16, the router bias float32. ``None``: as the model holds it.
-    ``like``: a published folder whose dtypes, scales, file split, tokenizer files and further config fields are
-    taken; a block that its values still represent keeps its scale and bytes.
+    block of the published matrix, all else bfloat16, the router bias float32. None: as the model holds it.
+    ``like``: a published folder whose dtypes, scales, file split, tokenizer files and further config fields
+    are taken; a block that its values still represent keeps its scale and bytes.
 
-    Raises FileExistsError when ``path`` is there and not empty, CheckpointError when ``like`` does not hold the
-    model's tensors, ValueError for an unknown ``quantize`` and for values that cannot be quantised.
+    Raises FileExistsError when ``path`` is there and not empty, CheckpointError when ``like`` does not hold
+    the model's tensors, ValueError for an unknown ``quantize`` and for values that are not finite.
     """
     if quantize not in (None, "fp8"):
         raise ValueError(f'quantize={quantize!r}: choose "fp8" or None.')
@@ -192,7 +192,7 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         held = dequantize_matrix(values, scale, held_block)
     if dtype != FP8:
         array = held.astype(dtype)
-        if not np.isfinite(array.astype(np.float32)).all():
+        if not_finite(array).any():
             raise ValueError(f"{name} holds values that are not finite as {dtype}; it is not saved.")
         return array, None
     stored = None

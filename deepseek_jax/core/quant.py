@@ -23,8 +23,8 @@ class Quantized:
     """A weight kept as low-precision values with a scale a block.
 
     ``values``: [..., *dims], low precision. ``scale``: [..., *ceil(dims / block)], float32 or float8_e8m0fnu.
-    ``block``: the block's extent along each of the trailing ``len(block)`` axes. ``dims``: the logical shape of
-    one leaf, to which ``values``'s trailing axes are reshaped (heads are fused in the stored matrix).
+    ``block``: the block's extent along each of the trailing ``len(block)`` axes. ``dims``: the logical shape
+    of one leaf, to which ``values``'s trailing axes are reshaped (heads are fused in the stored matrix).
     Leading axes (stacked layers) stand before both.
     """
 
@@ -75,9 +75,9 @@ def quantize_matrix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """FP8 values [N, K] and float32 scales for a matrix w [N, K], on the host.
 
-    A block's scale is its largest magnitude / 448, 1 for a block of zeros; ``powers_of_two`` rounds it up to one
-    (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored values still
-    represent w exactly in w's dtype keeps both, any other is quantised anew.
+    A block's scale is its largest magnitude / 448, 1 for a block of zeros; ``powers_of_two`` rounds it up to
+    one (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored
+    values still represent w exactly in w's dtype keeps both, any other is quantised anew.
 
     Raises ValueError for values that are not finite.
     """

@@ -1,0 +1,310 @@
+"""config.json, both spellings and both ways."""
+
+import contextlib
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_jax.configs.hf import config_from_json, config_to_json
+from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.zoo import zoo
+
+# The released config.json of DeepSeek-V3, less the fields that concern no tensor and no number.
+V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def changed(**changes):
+    data = copy.deepcopy(V3)
+    data.update(changes)
+    return {key: value for key, value in data.items() if value is not ...}
+
+
+def test_released_v3_is_the_zoo():
+    """The fresh-initialisation scale apart, on which the paper (0.006) and the file (0.02) differ."""
+    assert config_from_json(V3, "deepseek-v3") == replace(zoo("deepseek-v3"), init_std=0.02)
+
+
+def test_both_spellings_agree():
+    new = changed(rope_theta=..., rope_scaling=..., num_nextn_predict_layers=..., n_routed_experts=...)
+    scaling = {k: v for k, v in V3["rope_scaling"].items() if k != "type"}
+    new["rope_parameters"] = {**scaling, "rope_type": "yarn", "rope_theta": 10000.0}
+    new["num_mtp_layers"], new["num_local_experts"] = 1, 256
+    assert config_from_json(new) == config_from_json(V3)
+    assert config_from_json(
+        {**new, "rope_scaling": V3["rope_scaling"], "rope_theta": 10000}
+    ) == config_from_json(V3)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "moonlight-16b", "kimi-k2", "tiny-v3"])
+def test_zoo_round_trip(name):
+    cfg = zoo(name)
+    data = json.loads(json.dumps(config_to_json(cfg)))
+    assert config_from_json(data, name) == cfg
+
+
+def test_defaults_are_those_of_the_reference():
+    from transformers import DeepseekV3Config
+
+    reference = DeepseekV3Config()
+    optional = "n_group topk_group norm_topk_prob routed_scaling_factor num_experts_per_tok rms_norm_eps"
+    optional += " tie_word_embeddings initializer_range bos_token_id eos_token_id max_position_embeddings"
+    bare = changed(
+        **dict.fromkeys(optional.split(), ...), rope_scaling=..., rope_theta=..., rope_interleave=...
+    )
+    cfg = config_from_json(bare)
+    assert (cfg.moe.n_groups, cfg.moe.top_groups) == (reference.n_group, reference.topk_group)
+    assert (cfg.moe.normalize, cfg.moe.scale) == (reference.norm_topk_prob, reference.routed_scaling_factor)
+    assert (cfg.moe.top_k, cfg.norm_eps) == (reference.num_experts_per_tok, reference.rms_norm_eps)
+    assert (cfg.tie_embeddings, cfg.init_std) == (reference.tie_word_embeddings, reference.initializer_range)
+    assert (cfg.bos_id, cfg.eos_ids) == (reference.bos_token_id, (reference.eos_token_id,))
+    assert cfg.max_length == reference.max_position_embeddings
+    assert cfg.attention.rope == Rope(
+        reference.rope_parameters["rope_theta"], None, reference.rope_interleave
+    )
+
+
+def test_the_reference_reads_what_is_written(tmp_path):
+    """Every field that we write means to transformers what it means here."""
+    from transformers import DeepseekV3Config
+
+    cfg = zoo("deepseek-v3")
+    reference = DeepseekV3Config(**config_to_json(cfg))
+    reference.save_pretrained(tmp_path)
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in again
+    assert config_from_json(again, "deepseek-v3") == cfg
+
+
+def test_yarn_without_mscale_leaves_the_softmax_alone():
+    scaling = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+    yarn = config_from_json(changed(rope_scaling=scaling)).attention.rope.yarn
+    assert yarn == Yarn(4.0, 64, 32.0, 1.0, mscale=0.0, mscale_all_dim=0.0)
+
+
+def test_dense_models():
+    moe = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+    data = changed(**dict.fromkeys(moe, ...), first_k_dense_replace=62)
+    cfg = config_from_json(data)
+    assert cfg.moe is None
+    assert (cfg.n_dense_layers, cfg.mtp_depth, cfg.mtp_is_moe) == (61, 1, False)
+    assert config_from_json(config_to_json(cfg)) == cfg
+
+
+@pytest.mark.parametrize("ids", [None, 1, [1], [1, 2]])
+def test_stop_tokens(ids):
+    expected = () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    cfg = config_from_json(changed(eos_token_id=ids, bos_token_id=None))
+    assert (cfg.eos_ids, cfg.bos_id) == (expected, None)
+    assert config_from_json(config_to_json(cfg)) == cfg
+
+
+SHAPING = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_nextn_predict_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "moe_intermediate_size",
+]
+
+
+@pytest.mark.parametrize("field", SHAPING)
+def test_missing_fields_that_shape_tensors(field):
+    with pytest.raises(ConfigError, match=field):
+        config_from_json(changed(**{field: ...}))
+
+
+@pytest.mark.parametrize("field", [f for f in SHAPING if f != "q_lora_rank"])
+@pytest.mark.parametrize("value", ["8", 8.5, True, [8], -1])
+def test_wrong_values(field, value):
+    with pytest.raises(ConfigError):
+        config_from_json(changed(**{field: value}))
+
+
+YARN = V3["rope_scaling"]
+REFUSED = {
+    "model_type": ({"model_type": "llama"}, "'llama'.*deepseek_v3, kimi_k2"),
+    "no model_type": ({"model_type": ...}, "model_type None"),
+    "attention_bias": ({"attention_bias": True}, "attention_bias True"),
+    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "scoring_func": ({"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+    "topk_method": ({"topk_method": "greedy"}, "topk_method 'greedy'"),
+    "moe_layer_freq": ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+    "heads": ({"num_key_value_heads": 8}, "num_key_value_heads is 8.*128"),
+    "qk_head_dim": ({"qk_head_dim": 128}, "qk_head_dim is 128.*192"),
+    "two depths": ({"num_mtp_layers": 2}, "num_nextn_predict_layers is 1, num_mtp_layers 2"),
+    "two experts": ({"num_local_experts": 8}, "n_routed_experts is 256, num_local_experts 8"),
+    "rope type": ({"rope_scaling": {**YARN, "type": "linear"}}, "'linear'"),
+    "two rope types": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "rope_type and type"),
+    "rope field": ({"rope_scaling": {**YARN, "short_factor": [1]}}, "short_factor"),
+    "two thetas": ({"rope_scaling": {**YARN, "rope_theta": 5e4}}, "rope_theta is 10000.0 and.*50000.0"),
+    "two ropes": ({"rope_parameters": {"rope_type": "default"}}, "different RoPEs"),
+    "attention_factor": ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor 2.0"),
+    "truncate": ({"rope_scaling": {**YARN, "truncate": False}}, "truncate False"),
+    "factor": ({"rope_scaling": {**YARN, "factor": "40"}}, "factor must be a number, not '40'"),
+    "no factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, "factor"),
+    "rope no object": ({"rope_scaling": [1]}, "rope_scaling must be a JSON object"),
+    "groups": ({"n_group": 7}, "256 experts do not divide into 7 groups"),
+    "eos": ({"eos_token_id": 200000}, "eos_ids 200000"),
+    "eos type": ({"eos_token_id": ["a"]}, "eos_token_id"),
+    "dense but MoE": ({"first_k_dense_replace": 61}, "first_k_dense_replace 61"),
+    "eps": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
+    "tie": ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    changes, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        config_from_json(changed(**changes))
+
+
+def test_no_object():
+    with pytest.raises(ConfigError, match="JSON object"):
+        config_from_json([1])
+
+
+@st.composite
+def configs(draw):
+    def size(most=64):
+        return draw(st.integers(1, most))
+
+    def positive():
+        return draw(st.floats(1e-7, 1e3))
+
+    yarn = None
+    if draw(st.booleans()):
+        slow = positive()
+        yarn = Yarn(
+            1 + positive(), size(), slow + positive(), slow, draw(st.floats(0, 2)), draw(st.floats(0, 2))
+        )
+    groups = draw(st.sampled_from([1, 2, 4]))
+    per_group = draw(st.integers(2, 8))
+    top_groups = draw(st.integers(1, groups))
+    moe = MoE(
+        n_experts=groups * per_group,
+        top_k=draw(st.integers(1, top_groups * per_group)),
+        expert_dim=size(),
+        n_shared=draw(st.integers(0, 3)),
+        n_groups=groups,
+        top_groups=top_groups,
+        normalize=draw(st.booleans()),
+        scale=positive(),
+    )
+    layers = size(8)
+    dense = draw(st.integers(0, layers))
+    return ModelConfig(
+        name="drawn",
+        vocab_size=draw(st.integers(100, 1000)),
+        dim=size(),
+        n_layers=layers,
+        n_dense_layers=dense,
+        ffn_dim=size(),
+        attention=MLA(
+            n_heads=size(),
+            q_rank=draw(st.none() | st.integers(1, 64)),
+            kv_rank=size(),
+            nope_dim=size(),
+            rope_dim=2 * size(),
+            v_dim=size(),
+            rope=Rope(1 + positive(), yarn, draw(st.booleans())),
+        ),
+        moe=moe if dense < layers or draw(st.booleans()) else None,
+        mtp_depth=draw(st.integers(0, 3)),
+        norm_eps=positive(),
+        max_length=size(),
+        tie_embeddings=draw(st.booleans()),
+        init_std=positive(),
+        model_type=draw(st.sampled_from(["deepseek_v3", "kimi_k2"])),
+        bos_id=draw(st.none() | st.integers(0, 99)),
+        eos_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=3))),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs())
+def test_every_config_survives_the_file(cfg):
+    assert config_from_json(json.loads(json.dumps(config_to_json(cfg))), "drawn") == cfg
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(V3)), ANY_JSON)
+def test_any_value_is_read_or_refused(field, value):
+    """No value of any field leads to another error than ConfigError."""
+    with contextlib.suppress(ConfigError):
+        config_from_json({**V3, field: value})
