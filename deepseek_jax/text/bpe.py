@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -73,6 +73,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"The text gives a vocabulary of {tokenizer.get_vocab_size()} tokens, not the {vocab_size} asked "
             "for: ask for that many, or give more text."
         )
+    # add_bos_token in tokenizer_config.json says the same, but some readers look here only.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
+    )
     return tokenizer
 
 

@@ -106,10 +106,11 @@ def _raise_exception(message):
 def _message(message: Mapping) -> dict:
     """A message without its empty (None) entries, its reasoning under the name that templates read."""
     message = _plain({key: value for key, value in message.items() if value is not None})
-    reasoning = next((message[name] for name in REASONING if name in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    given = [message[name] for name in REASONING if name in message]
+    if given:
+        message["reasoning_content"] = given[0]
+        message.setdefault("thinking", given[0])
+    return message
 
 
 def _plain(value):

@@ -3,14 +3,18 @@
 Chats are rendered by the checkpoint's own template, see ``chat.py``.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from deepseek_jax.text.chat import ChatTemplate, read_template
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenizerError(ValueError):
@@ -69,26 +73,32 @@ class Tokenizer:
         """
         return self.encode_batch([text], add_bos)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
-        """``encode`` of many texts at once, on all cores."""
+    def encode_batch(
+        self, texts: Sequence[str], add_bos: bool | None = None, *, special_tokens: bool = True
+    ) -> list[list[int]]:
+        """``encode`` of many texts at once, on all cores.
+
+        ``special_tokens`` False reads a special token's name in the text as any other text.
+        """
         add_bos = self.add_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
             raise ValueError("This tokenizer has no BOS token: tokenizer_config.json names none.")
         first = [self.bos_id] if add_bos else []
+        self.backend.encode_special_tokens = not special_tokens
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [first + encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of ``ids``; bytes that are not whole UTF-8 characters become U+FFFD.
+        """The text of ``ids``.
 
-        Raises:
-            ValueError: an id that the tokenizer does not have.
+        Bytes that are not whole UTF-8 characters become U+FFFD, and so does an id without a token: models
+        have rows for more ids than their tokenizer has tokens.
         """
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if i < 0 or self.backend.id_to_token(i) is None:
-                raise ValueError(f"Token id {i} is not in the tokenizer, which has {self.vocab_size} tokens.")
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        text = []
+        for known, run in itertools.groupby(map(int, ids), key=self._known.__contains__):
+            run = list(run)
+            text.append(self.backend.decode(run, skip_special_tokens) if known else REPLACEMENT * len(run))
+        return "".join(text)
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables) -> str:
         """The text of a chat by the checkpoint's own template.
@@ -113,7 +123,7 @@ class Tokenizer:
         return self.encode(self.render(messages, add_generation_prompt, **variables), add_bos=False)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 [vocab_size]; special tokens stand for none.
+        """UTF-8 bytes of text that each token stands for, int32 [vocab_size]; special tokens stand for none.
 
         Raises:
             ValueError: the tokenizer is not byte-level, so that a token's bytes are not known by themselves.
@@ -123,12 +133,16 @@ class Tokenizer:
                 "Bytes per token are known for byte-level tokenizers only; the decoder of this one is "
                 f"{type(self.backend.decoder).__name__}."
             )
-        size = np.zeros(self.vocab_size, np.int32)
+        size_V = np.zeros(max(self._known) + 1, np.int32)
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
-            size[i] = len(token)  # one character of the byte-level alphabet stands for one byte
+            size_V[i] = len(token)  # one character of the byte-level alphabet stands for one byte
         for i, added in self.backend.get_added_tokens_decoder().items():
-            size[i] = 0 if added.special else len(added.content.encode())
-        return size
+            size_V[i] = 0 if added.special else len(added.content.encode())
+        return size_V
+
+    @cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset(self.backend.get_vocab(with_added_tokens=True).values())
 
     def _id(self, name: str, text: str | None) -> int | None:
         if text is None:
@@ -144,31 +158,33 @@ class Tokenizer:
 class Stream:
     """Decodes ids as they come, giving out whole characters only.
 
-    A character may be spread over several tokens; what is not complete yet waits for the next push.
+    A character may be spread over several tokens; what is not complete yet waits for the next push. All
+    that comes out, joined, equals ``Tokenizer.decode`` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._pending: list[int] = []
+        self._ids: list[int] = []
+        self._given = 0
 
     def push(self, ids: Iterable[int]) -> str:
-        """Takes in the next ids; returns the text that is now certain, perhaps none."""
-        ready = ""
-        for i in ids:
-            self._pending.append(int(i))
-            text = self._tokenizer.decode(self._pending, self._skip)
-            # A character cut short shows as a replacement at the end, and takes at most three more bytes:
-            # with four tokens waiting, what still does not decode never will.
-            if not text.endswith("�") or len(self._pending) > 4:
-                ready += text
-                self._pending = []
-        return ready
+        """Takes in the next ids; returns the text that is certain now, perhaps none."""
+        self._ids.extend(ids)
+        # Everything is decoded again, because a token's text may depend on those before it. A character
+        # cut short is one replacement character at the end, and the only one that may still change.
+        return self._take(self._text().removesuffix(REPLACEMENT))
 
     def finish(self) -> str:
-        """The rest; bytes that never became a character come out as U+FFFD."""
-        text = self._tokenizer.decode(self._pending, self._skip)
-        self._pending = []
-        return text
+        """The rest: bytes that never became a character come out as U+FFFD."""
+        return self._take(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, self._skip)
+
+    def _take(self, text: str) -> str:
+        new = text[self._given :]
+        self._given = len(text)
+        return new
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

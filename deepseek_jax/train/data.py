@@ -4,7 +4,8 @@ Every document becomes BOS, its tokens, EOS. The documents of a split follow one
 the training stream is cut into rows of T tokens that are packed without a mask between documents
 (V3 4.1), and grain shuffles the rows anew in each epoch. All of it is a function of the seed.
 
-Legend: n tokens of a stream, R rows, T tokens a row, B rows a batch, W windows, V vocabulary.
+Legend: n tokens of a stream, R rows, T tokens a row, B rows a batch, W windows, V vocabulary;
+X1 stands for X - 1.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ def encode_documents(
     """The stream of all documents, int32 [n]: BOS, tokens, EOS of each.
 
     ``seed`` shuffles the documents' order (None: as given); it follows from the seed and the paths alone.
+    A document that writes out a special token's name has it as plain text.
 
     Raises:
         ValueError: no documents, or a tokenizer without BOS or EOS.
@@ -36,7 +38,7 @@ def encode_documents(
     if seed is not None:
         documents = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{d.path}".encode()).digest())
     parts = []
-    for ids in tokenizer.encode_batch([d.text for d in documents], add_bos=True):
+    for ids in tokenizer.encode_batch([d.text for d in documents], add_bos=True, special_tokens=False):
         parts.append(np.asarray([*ids, tokenizer.eos_id], np.int32))
     return np.concatenate(parts)
 
@@ -111,13 +113,14 @@ class HeldOut:
         stream_n: int32 [n].
         windows_WT: int32 [W, T]; padding is id 0 where ``segments_WT`` is 0.
         segments_WT: int32 [W, T], 1 at real tokens and 0 at padding, as the model takes them.
-        bytes_n: int32 [n], UTF-8 bytes that each token of the stream stands for; BOS and EOS have none.
+        bytes_WT1: int32 [W, T - 1], UTF-8 bytes of the token that each prediction is scored on; BOS, EOS and
+            padding have none. Bits per byte of any choice of windows: their nats / ln 2 / their bytes.
     """
 
     stream_n: np.ndarray
     windows_WT: np.ndarray
     segments_WT: np.ndarray
-    bytes_n: np.ndarray
+    bytes_WT1: np.ndarray
 
     @classmethod
     def cut(cls, stream_n: np.ndarray, bytes_V: np.ndarray, *, length: int) -> "HeldOut":
@@ -134,7 +137,8 @@ class HeldOut:
         at_WT = np.arange(count)[:, None] * (length - 1) + np.arange(length)
         real_WT = at_WT < len(stream_n)
         windows_WT = np.where(real_WT, stream_n[np.minimum(at_WT, len(stream_n) - 1)], 0)
-        return cls(stream_n, windows_WT.astype(np.int32), real_WT.astype(np.int32), bytes_V[stream_n])
+        bytes_WT1 = np.where(real_WT, bytes_V[windows_WT], 0)[:, 1:]
+        return cls(stream_n, windows_WT.astype(np.int32), real_WT.astype(np.int32), bytes_WT1)
 
     def scores(self, nats_WT1: np.ndarray) -> np.ndarray:
         """Nats of each scored token in stream order, [n - 1], from those of the windows' predictions.
@@ -153,6 +157,4 @@ class HeldOut:
         """Bits per byte of the text, from the nats of every scored token in stream order, [n - 1]."""
         if nats_n1.shape != (len(self.stream_n) - 1,):
             raise ValueError(f"{len(self.stream_n) - 1} scores are needed, got shape {nats_n1.shape}.")
-        return float(
-            np.sum(nats_n1, dtype=np.float64) / math.log(2) / np.sum(self.bytes_n[1:], dtype=np.int64)
-        )
+        return float(np.sum(nats_n1, dtype=np.float64) / math.log(2) / np.sum(self.bytes_WT1, dtype=np.int64))

@@ -1,0 +1,157 @@
+"""Loading a checkpoint's tokenizer, against transformers on the same folder; streaming."""
+
+import inspect
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax.text import bpe
+from deepseek_jax.text.tokenizer import Stream, Tokenizer, load_tokenizer
+
+SAMPLE = 'def f(x):\n\treturn "naïve 你好 🙂" * 1234  # <｜User｜>\r\n'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe.save_tokenizer(bpe.train_tokenizer([inspect.getsource(textwrap)], 400), folder, version="0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def changed(folder, target, **entries):
+    """A copy of the folder whose configuration has these entries, None meaning left out."""
+    target.mkdir()
+    (target / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | entries
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_ids_equal_those_of_transformers(folder, tokenizer):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode(SAMPLE) == reference(SAMPLE)["input_ids"]
+    assert tokenizer.encode(SAMPLE, add_bos=False) == reference(SAMPLE, add_special_tokens=False)["input_ids"]
+    assert tokenizer.vocab_size == len(reference) == 400
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+
+
+def test_bos_follows_the_configuration_and_the_argument(folder, tokenizer, tmp_path):
+    plain = load_tokenizer(changed(folder, tmp_path / "plain", add_bos_token=False))
+    assert tokenizer.encode("a")[0] == 0
+    assert plain.encode("a") == tokenizer.encode("a", add_bos=False) == tokenizer.encode("a")[1:]
+    assert plain.encode("a", add_bos=True) == tokenizer.encode("a")
+
+
+def test_bos_follows_the_post_processor_where_the_configuration_does_not_say(folder, tmp_path):
+    target = changed(folder, tmp_path / "silent", add_bos_token=None)
+    assert load_tokenizer(target).encode("a")[0] == 0
+    backend = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.ByteLevel()
+    backend.save(str(target / "tokenizer.json"))
+    assert load_tokenizer(target).encode("a")[0] != 0
+
+
+def test_bos_is_added_where_only_the_configuration_says_so(folder, tmp_path):
+    # The published DeepSeek-V3 tokenizer.json is of this kind.
+    target = changed(folder, tmp_path / "published")
+    backend = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.ByteLevel()
+    backend.save(str(target / "tokenizer.json"))
+    tokenizer = load_tokenizer(target)
+    assert tokenizer.encode("a")[0] == 0
+    assert tokenizer.encode("a", add_bos=False)[0] != 0
+
+
+def test_a_token_written_as_an_object_is_understood(folder, tmp_path):
+    target = changed(folder, tmp_path / "old", bos_token={"__type": "AddedToken", "content": bpe.BOS})
+    assert load_tokenizer(target).bos_id == 0
+
+
+def test_decode_is_the_inverse(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(SAMPLE, add_bos=False)) == SAMPLE
+    assert tokenizer.decode(tokenizer.encode("a b"), skip_special_tokens=True) == "a b"
+    assert tokenizer.decode(tokenizer.encode("a b")) == bpe.BOS + "a b"
+
+
+def test_an_id_without_a_token_shows_as_a_replacement_character(tokenizer):
+    ids = tokenizer.encode("ab", add_bos=False)
+    assert tokenizer.decode([*ids, 400, 70_000, *ids]) == "ab\ufffd\ufffdab"
+
+
+def test_special_tokens_can_be_read_as_text(tokenizer):
+    (ids,) = tokenizer.encode_batch([bpe.EOS], add_bos=False, special_tokens=False)
+    assert 1 not in ids
+    assert tokenizer.decode(ids) == bpe.EOS
+    assert tokenizer.encode(bpe.EOS, add_bos=False) == [1]
+
+
+def test_bytes_of_tokens_add_up_to_the_text(tokenizer):
+    text = SAMPLE.replace(bpe.USER, "")
+    size_V = tokenizer.token_bytes()
+    assert size_V.shape == (400,)
+    assert size_V[:5].tolist() == [0] * 5
+    assert size_V[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_bytes_of_tokens_need_a_byte_level_tokenizer():
+    words = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    with pytest.raises(ValueError, match="byte-level"):
+        words.token_bytes()
+
+
+@given(st.lists(st.integers(0, 402), max_size=40), st.integers(1, 7), st.booleans())
+def test_stream_gives_the_text_of_any_ids(tokenizer, ids, step, skip):
+    stream = Stream(tokenizer, skip_special_tokens=skip)
+    parts = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+    assert "".join([*parts, stream.finish()]) == tokenizer.decode(ids, skip)
+
+
+@given(st.text())
+def test_stream_gives_whole_characters_only(tokenizer, text):
+    stream = Stream(tokenizer)
+    (ids,) = tokenizer.encode_batch([text], add_bos=False, special_tokens=False)
+    seen = ""
+    for i in ids:
+        seen += stream.push([i])
+        assert text.startswith(seen)
+    assert seen + stream.finish() == text
+
+
+def test_stream_of_emoji_waits_for_its_last_byte(tokenizer):
+    ids = tokenizer.encode("🙂", add_bos=False)
+    stream = Stream(tokenizer)
+    assert [stream.push([i]) for i in ids] == ["", "", "", "🙂"]
+    assert np.unique(ids).size == 4
+
+
+def test_missing_tokenizer_says_that_ids_still_work(tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json; .* token ids"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_are_named(folder, tmp_path, name):
+    target = changed(folder, tmp_path / "damaged")
+    (target / name).write_text('{"model": ')
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(target)
+
+
+def test_configuration_that_names_an_unknown_bos_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="bos_token '<s>'"):
+        load_tokenizer(changed(folder, tmp_path / "other", bos_token="<s>"))
+    with pytest.raises(ValueError, match="names no bos_token"):
+        load_tokenizer(changed(folder, tmp_path / "none", bos_token=None))
