@@ -1,0 +1,47 @@
+"""Published folders for the tests of this package, and ways to damage them."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import jax.numpy as jnp
+from tiny import random_model
+
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert.safetensors import Checkpoint, Writer
+
+# Every FP8 matrix of this model has blocks at its edges: 160 and 144 rows, 136 columns.
+EDGES = zoo("tiny-v3", dim=136, ffn_dim=160, vocab_size=144)
+
+
+@cache
+def edge_model(dtype=jnp.float32):
+    return random_model(EDGES, seed=3, bias_offset=0.5, dtype=dtype)
+
+
+def arrays(folder: Path) -> dict:
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint}
+
+
+def write_arrays(folder: Path, tensors: dict, file: str = "model.safetensors") -> None:
+    specs = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    with Writer(folder / file, specs) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Byte for byte, names, shapes and dtypes included."""
+    left, right = Checkpoint(a), Checkpoint(b)
+    assert set(left) == set(right)
+    for name in left:
+        x, y = left.read(name), right.read(name)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        assert x.tobytes() == y.tobytes(), name
+
+
+def edit_json(path: Path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
