@@ -39,14 +39,14 @@ def __dir__():
 
 
 if TYPE_CHECKING:
-    from deepseek_jax.analysis.counts import counts
-    from deepseek_jax.configs.zoo import zoo
-    from deepseek_jax.convert.load import load_pretrained
-    from deepseek_jax.convert.save import save_pretrained
-    from deepseek_jax.core.context import Context
-    from deepseek_jax.core.params import combine, partition
-    from deepseek_jax.generation.engine import generate
-    from deepseek_jax.model.transformer import init
-    from deepseek_jax.text.tokenizer import load_tokenizer
-    from deepseek_jax.train.balance import update_router_bias
-    from deepseek_jax.train.loss import LossWeights, loss
+    from deepseek_jax.analysis.counts import counts  # noqa: F401
+    from deepseek_jax.configs.zoo import zoo  # noqa: F401
+    from deepseek_jax.convert.load import load_pretrained  # noqa: F401
+    from deepseek_jax.convert.save import save_pretrained  # noqa: F401
+    from deepseek_jax.core.context import Context  # noqa: F401
+    from deepseek_jax.core.params import combine, partition  # noqa: F401
+    from deepseek_jax.generation.engine import generate  # noqa: F401
+    from deepseek_jax.model.transformer import init  # noqa: F401
+    from deepseek_jax.text.tokenizer import load_tokenizer  # noqa: F401
+    from deepseek_jax.train.balance import update_router_bias  # noqa: F401
+    from deepseek_jax.train.loss import LossWeights, loss  # noqa: F401

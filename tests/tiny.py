@@ -1,4 +1,4 @@
-"""Tiny models whose every tensor is random, made with NumPy: jitted initialisation costs more than a forward."""
+"""Tiny models whose every tensor is random, made with NumPy: jitted initialisation costs a compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from deepseek_jax.model.transformer import Transformer, abstract
 
 
 def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32) -> Transformer:
-    """Norm weights 1 +- 0.1, router biases of both signs around ``bias_offset``, logits of standard deviation ~1."""
+    """Norm weights 1 +- 0.1, router biases of both signs around ``bias_offset``, logits of deviation ~1."""
     rng = np.random.default_rng(seed)
 
     def fill(path, variable):

@@ -54,7 +54,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class MLA:
-    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (V2-Lite, Moonlight)."""
+    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (Moonlight)."""
 
     n_heads: int
     kv_rank: int
@@ -67,7 +67,9 @@ class MLA:
     def __post_init__(self):
         for name in ("n_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
             _require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
-        _require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}.")
+        _require(
+            self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}."
+        )
         _require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
 
 
@@ -152,9 +154,14 @@ class ModelConfig:
         )
         _require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
         _require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
-        for name, ids in (("bos_id", () if self.bos_id is None else (self.bos_id,)), ("eos_ids", self.eos_ids)):
+        for name, ids in (
+            ("bos_id", () if self.bos_id is None else (self.bos_id,)),
+            ("eos_ids", self.eos_ids),
+        ):
             for i in ids:
-                _require(0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}.")
+                _require(
+                    0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}."
+                )
 
     @property
     def n_moe_layers(self) -> int:

@@ -16,7 +16,13 @@ def _deepseek_v3(name: str) -> ModelConfig:
         n_dense_layers=3,
         ffn_dim=18432,
         attention=MLA(
-            n_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=Rope(10000.0, yarn)
+            n_heads=128,
+            q_rank=1536,
+            kv_rank=512,
+            nope_dim=128,
+            rope_dim=64,
+            v_dim=128,
+            rope=Rope(10000.0, yarn),
         ),
         moe=MoE(n_experts=256, top_k=8, expert_dim=2048, n_shared=1, n_groups=8, top_groups=4, scale=2.5),
         mtp_depth=1,
@@ -47,7 +53,9 @@ def _kimi_k2(name: str) -> ModelConfig:
 
     Its beta_fast is 1, as beta_slow is: YaRN's ramp is one frequency wide.
     """
-    yarn = Yarn(factor=32.0, original_length=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+    yarn = Yarn(
+        factor=32.0, original_length=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
+    )
     return ModelConfig(
         name=name,
         vocab_size=163840,
@@ -56,7 +64,13 @@ def _kimi_k2(name: str) -> ModelConfig:
         n_dense_layers=1,
         ffn_dim=18432,
         attention=MLA(
-            n_heads=64, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=Rope(50000.0, yarn)
+            n_heads=64,
+            q_rank=1536,
+            kv_rank=512,
+            nope_dim=128,
+            rope_dim=64,
+            v_dim=128,
+            rope=Rope(50000.0, yarn),
         ),
         moe=MoE(n_experts=384, top_k=8, expert_dim=2048, n_shared=1, scale=2.827),
         norm_eps=1e-6,
@@ -98,22 +112,44 @@ _BUILT = {
 
 # Releases of the family whose mechanisms are not built yet; asking for one says so.
 _PLANNED = (
-    "deepseek-llm-7b deepseek-llm-67b deepseek-moe-16b deepseek-v2-lite deepseek-v2 deepseek-v2.5 "
-    "deepseek-coder-v2 deepseek-v3.2 deepseek-v4-flash deepseek-v4-pro r1-distill-qwen-1.5b r1-distill-qwen-7b "
-    "r1-distill-qwen-14b r1-distill-qwen-32b r1-distill-llama-8b r1-distill-llama-70b tiny-llm tiny-moe "
-    "tiny-v2-lite tiny-v2 tiny-v3.2 tiny-v4 tiny-distill-qwen tiny-distill-llama"
-).split()
+    "deepseek-llm-7b",
+    "deepseek-llm-67b",
+    "deepseek-moe-16b",
+    "deepseek-v2-lite",
+    "deepseek-v2",
+    "deepseek-v2.5",
+    "deepseek-coder-v2",
+    "deepseek-v3.2",
+    "deepseek-v4-flash",
+    "deepseek-v4-pro",
+    "r1-distill-qwen-1.5b",
+    "r1-distill-qwen-7b",
+    "r1-distill-qwen-14b",
+    "r1-distill-qwen-32b",
+    "r1-distill-llama-8b",
+    "r1-distill-llama-70b",
+    "tiny-llm",
+    "tiny-moe",
+    "tiny-v2-lite",
+    "tiny-v2",
+    "tiny-v3.2",
+    "tiny-v4",
+    "tiny-distill-qwen",
+    "tiny-distill-llama",
+)
 
 
 def zoo(name: str | None = None, **changes) -> ModelConfig | tuple[str, ...]:
-    """The config of a release, with ``changes`` applied by ``dataclasses.replace``; without a name, all names.
+    """The config of a release, with ``changes`` applied to it; without a name, all names.
 
     Raises ConfigError for a name that is unknown or not built yet.
     """
     if name is None:
         return tuple(_BUILT)
     if name in _PLANNED:
-        raise ConfigError(f"{name!r} belongs to the family but is not built yet; built are: {', '.join(_BUILT)}.")
+        raise ConfigError(
+            f"{name!r} belongs to the family but is not built yet; built are: {', '.join(_BUILT)}."
+        )
     if name not in _BUILT:
         raise ConfigError(f"there is no model {name!r}; built are: {', '.join(_BUILT)}.")
     return replace(_BUILT[name](name), **changes)

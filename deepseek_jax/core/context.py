@@ -19,8 +19,8 @@ class Context:
     """How a model runs. Frozen and hashable, so that it is part of every jit cache key.
 
     ``dtype``: compute dtype, None for the dtype of the embedding. ``experts``: the form of the expert
-    computation, "auto" for block-wise on CPU and `jax.lax.ragged_dot` elsewhere. ``mla``: "auto" takes the form
-    with fewer operations. ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
+    computation, "auto" for block-wise on CPU and `jax.lax.ragged_dot` elsewhere. ``mla``: "auto" takes the
+    form with fewer operations. ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
 
     Raises ValueError for a mesh or layout (sharding is not built yet) and for unknown choices.
     """
@@ -34,7 +34,9 @@ class Context:
 
     def __post_init__(self):
         if self.mesh is not None or self.layout is not None:
-            raise ValueError("Context(mesh=..., layout=...): sharding over a mesh is not built yet; leave both None.")
+            raise ValueError(
+                "Context(mesh=..., layout=...): sharding over a mesh is not built yet; leave both None."
+            )
         for name, choices in (("experts", EXPERTS), ("mla", MLA_FORMS), ("remat", tuple(REMAT))):
             value = getattr(self, name)
             if value not in choices:

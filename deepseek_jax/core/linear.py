@@ -1,4 +1,4 @@
-"""Every linear map of the model goes through `linear`: the one place that dequantises and fixes accumulation."""
+"""Every linear map goes through `linear`: the one place that dequantises and fixes accumulation."""
 
 import jax
 import jax.numpy as jnp

@@ -75,10 +75,12 @@ def combine(params: Tree, rest: Tree) -> Tree:
 
 
 def map_variables(f, model: Tree, *others: Tree) -> Tree:
-    """``f(path, variable, *other_variables)`` for every variable; the path is a tuple of names and numbers."""
+    """``f(path, variable, *other_variables)`` for every variable; a path is a tuple of names and numbers."""
 
     def call(path, *variables):
-        return f(tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path), *variables)
+        return f(
+            tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path), *variables
+        )
 
     return jax.tree_util.tree_map_with_path(call, model, *others, is_leaf=is_variable)
 
@@ -94,7 +96,7 @@ def parameter_dtype(model) -> jnp.dtype:
 
 
 def named(params) -> dict[str, jax.Array]:
-    """Every variable's value under its dotted path, such as ``stacks.1.attn.q_a``; what optimizers work on."""
+    """Every variable's value under its dotted path (``stacks.1.attn.q_a``); what optimizers work on."""
     values = {}
     map_variables(lambda path, v: values.update({".".join(map(str, path)): v.get_value()}), params)
     return values

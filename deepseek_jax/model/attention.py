@@ -24,10 +24,10 @@ class Span:
     """Which keys each query sees: those of its own segment at its own or an earlier position.
 
     ``position``, ``segment``: int32 [B, T] of the new tokens; segment 0 is padding. ``key_position``,
-    ``key_segment``: int32 [B, S] of all keys. ``cos``, ``sin``: float32 [B, T, F]. ``slot``: int32 [B, T], where
-    new tokens go in the cache (S for padding, which is dropped), None without a cache. ``causal``: keys are the
-    queries themselves in increasing order, so that later blocks can be skipped. ``uniform``: besides, all
-    tokens share one segment.
+    ``key_segment``: int32 [B, S] of all keys. ``cos``, ``sin``: float32 [B, T, F]. ``slot``: int32 [B, T],
+    where new tokens go in the cache (S for padding, which is dropped), None without a cache. ``causal``: keys
+    are the queries themselves in increasing order, so that later blocks can be skipped. ``uniform``: besides,
+    all tokens share one segment.
     """
 
     position: jax.Array
@@ -75,6 +75,8 @@ def attend(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, span: Span, 
     for start in range(0, T, size):
         stop = min(start + size, T)
         keys = stop if span.causal else S
-        outputs.append(block(q[..., start:stop, :], k[:, :, :keys], v[:, :, :keys], span.visible(start, stop, keys)))
+        outputs.append(
+            block(q[..., start:stop, :], k[:, :, :keys], v[:, :, :keys], span.visible(start, stop, keys))
+        )
     o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)

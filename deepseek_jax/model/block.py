@@ -35,7 +35,7 @@ class Block(nnx.Module):
         layer: jax.Array | int = 0,
         replay_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
-        """Returns the stream, the cache's latents, router statistics (None for a dense layer), activations."""
+        """The stream, the cache's latents, router statistics (None for a dense layer), activations."""
         attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
         attn = checkpoint_name(attn, "attn")
         x_BTD = x_BTD + attn

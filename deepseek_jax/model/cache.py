@@ -37,15 +37,15 @@ class Cache:
     def rewind(self, n_B: jax.Array) -> "Cache":
         """Takes back the last ``n_B`` tokens of each row (int32 [B], 0 to ``max_rewind``).
 
-        Raises ValueError when a concrete count exceeds ``max_rewind`` or the row's length. Counts traced under
-        jit cannot be checked here: the caller holds them within the bound.
+        Raises ValueError when a concrete count exceeds ``max_rewind`` or the row's length. Counts traced
+        under jit cannot be checked here: the caller holds them within the bound.
         """
         n_B = jnp.asarray(n_B, jnp.int32)
         if not isinstance(n_B, jax.core.Tracer) and not isinstance(self.length, jax.core.Tracer):
             if int(n_B.min()) < 0 or int(n_B.max()) > self.max_rewind:
                 raise ValueError(
-                    f"rewind by {n_B.tolist()}: this cache takes back 0 to {self.max_rewind} tokens of a row; "
-                    "make it with init_cache(..., rewind=N)."
+                    f"rewind by {n_B.tolist()}: this cache takes back 0 to {self.max_rewind} tokens of a "
+                    "row; make it with init_cache(..., rewind=N)."
                 )
             if bool((n_B > self.length).any()):
                 raise ValueError(f"rewind by {n_B.tolist()} exceeds the lengths {self.length.tolist()}.")

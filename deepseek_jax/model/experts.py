@@ -1,10 +1,11 @@
 """Routed experts: every token through its chosen SwiGLU networks, nothing dropped (DeepSeekMoE 2401.06066).
 
 One function, `routed_experts`, in three forms that agree: a dense oracle that computes every expert for every
-token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU) or `jax.lax.ragged_dot`
-(lowered natively on TPU and GPU).
+token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU) or
+`jax.lax.ragged_dot` (lowered natively on TPU and GPU).
 
-Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert width.
+Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert
+width.
 """
 
 import math
@@ -32,7 +33,8 @@ def routed_experts(
 ) -> jax.Array:
     """[N, D]: the weighted sum of each token's experts; index -1 contributes nothing.
 
-    ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays or `Quantized`. ``ctx.experts`` names the form.
+    ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays or `Quantized`. ``ctx.experts`` names the
+    form.
     """
     gate_up, down = (getattr(w, "get_value", lambda w=w: w)() for w in (gate_up_ED2F, down_EFD))
     if ctx.experts == "dense":
@@ -43,7 +45,9 @@ def routed_experts(
 def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Array:
     """The oracle: all experts for all tokens, then the weighted sum of the chosen ones."""
     E = gate_up_ED2F.shape[0]
-    weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
+    weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(
+        1
+    )
     gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
     return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(gate_NEF) * up_NEF, down_EFD, weight_NE)
 
@@ -80,7 +84,8 @@ def _backward(form, residuals, dy_ND):
     N, K = weight_NK.shape
     dy_MD, weight_M1 = dy_ND[order // K], weight_NK.reshape(-1)[order][:, None]
     a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
-    # The gradient before its routing weight also gives the weight's own gradient, without the experts' outputs.
+    # The gradient before its routing weight also gives the weight's own gradient, without the experts'
+    # outputs.
     da_MF = grouped_matmul(dy_MD, down, sizes, form, transpose=True)
     (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
     dx_MD = grouped_matmul(dh_MZ, gate_up, sizes, form, transpose=True)
@@ -108,7 +113,7 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 
 
 def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
-    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are finite, and arbitrary.
+    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are finite, arbitrary.
 
     ``form``: "blocks", "ragged", or "auto" for the one that suits the platform the program is lowered for.
     """
@@ -156,7 +161,7 @@ def block_rows(rows: int, groups: int) -> int:
 
 
 def _blocks(sizes_E: jax.Array, rows: int, size: int):
-    """Group, first row and number of real rows of every block of ``size`` rows, and how many blocks there are."""
+    """Group, first row and number of real rows of every block of ``size`` rows, and the number of blocks."""
     blocks_E = -(-sizes_E // size)
     last_E, end_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E)
     block = jnp.arange(-(-rows // size) + sizes_E.size)
@@ -174,7 +179,7 @@ def _pick(w, e: jax.Array, dtype) -> jax.Array:
 
 
 def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    """Rows of a group are contiguous, so blocks run in order without padding copies: what a block writes beyond
+    """Rows of a group are contiguous, so blocks run in order without padding copies: what one writes beyond
     its group, the next group's first block overwrites. The trip count is the number of real blocks."""
     M = x_MD.shape[0]
     size = block_rows(M, sizes_E.size)

@@ -1,10 +1,11 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434 §2.1; V3 §2.1.1).
 
 Keys and values of all heads are linear maps of one latent a token; only the latent and one rotated key are
-cached. Two forms give the same numbers: *expanded* computes keys and values from the latents; *absorbed* moves
-the key map into the query and the value map behind the softmax, so that attention runs on the latents.
+cached. Two forms give the same numbers: *expanded* computes keys and values from the latents; *absorbed*
+moves the key map into the query and the value map behind the softmax, so that attention runs on the latents.
 
-Suffixes: B batch, T queries, S keys, D width, Q query rank, C latent rank, N heads, H nope, R rope, V value dim.
+Suffixes: B batch, T queries, S keys, D width, Q query rank, C latent rank, N heads, H nope, R rope, V value
+dim.
 """
 
 import jax
@@ -38,9 +39,14 @@ class MLA(nnx.Module):
         self.o = param(init, (N, V, D), ("heads", "head_dim", "embed"))
 
     def __call__(
-        self, x_BTD: jax.Array, span: Span, ctx: Context, memory: jax.Array | None = None, layer: jax.Array | int = 0
+        self,
+        x_BTD: jax.Array,
+        span: Span,
+        ctx: Context,
+        memory: jax.Array | None = None,
+        layer: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """``memory``: the cached latents of all layers, [L, B, S, C + R]; this layer's rows are written to it."""
+        """``memory``: the cached latents of all layers, [L, B, S, C + R]; this layer's rows are written."""
         cfg = self.cfg
         q_BTNH, q_BTNR = self._queries(x_BTD, span, ctx)
         latent = linear("BTD,DC->BTC", x_BTD, self.kv_a, ctx)
@@ -64,7 +70,9 @@ class MLA(nnx.Module):
             q = self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
             q = linear("BTQ,QNX->BTNX", q, self.q_b, ctx)
         q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
-        return q_BTNH, apply_rope(q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved)
+        return q_BTNH, apply_rope(
+            q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved
+        )
 
     def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
         cfg = self.cfg

@@ -20,8 +20,8 @@ from deepseek_jax.model.outputs import Aux
 class MTP(nnx.Module):
     """``norm(block(proj([norm(embedding of the next token); norm(hidden)])))``.
 
-    The paper's equation 21 writes the hidden state first; released weights, and this module, put the embedding
-    first. Embedding and head are the main model's, handed in: they are no leaves of this module.
+    The paper's equation 21 writes the hidden state first; released weights, and this module, put the
+    embedding first. Embedding and head are the main model's, handed in: they are no leaves of this module.
     """
 
     def __init__(self, cfg: ModelConfig, init: Init):

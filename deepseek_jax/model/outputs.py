@@ -16,9 +16,9 @@ from deepseek_jax.model.cache import Cache
 class Aux:
     """Router statistics, a leading axis for the layers.
 
-    ``expert_index``: int32 [L, B, T, K], -1 where a token is padding. ``load``: int32 [L, E], tokens that chose
-    each expert. ``balance``: name -> float32 [L, B], unweighted balance losses a row; "sequence" is V3 eq. 17.
-    ``dropped``: int32 [L], assignments not computed (always 0 here: every form is dropless).
+    ``expert_index``: int32 [L, B, T, K], -1 where a token is padding. ``load``: int32 [L, E], tokens that
+    chose each expert. ``balance``: name -> float32 [L, B], unweighted balance losses a row; "sequence" is V3
+    eq. 17. ``dropped``: int32 [L], assignments not computed (always 0 here: every form is dropless).
     """
 
     expert_index: jax.Array

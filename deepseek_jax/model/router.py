@@ -21,7 +21,7 @@ SUM_EPS = 1e-20
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """``index_BTK``: int32, -1 at padding. ``weight_BTK``: float32, 0 at padding. ``score_BTE``: float32 sigmoid."""
+    """``index_BTK``: int32, -1 at padding. ``weight_BTK``: float32, 0 there. ``score_BTE``: sigmoid."""
 
     index_BTK: jax.Array
     weight_BTK: jax.Array
@@ -39,7 +39,7 @@ class Router(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
     ) -> Routing:
-        """``replay_BTK``: experts to use instead of choosing them; their weights still come from the scores."""
+        """``replay_BTK``: experts to use instead of choosing; their weights still come from the scores."""
         # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE",
@@ -72,7 +72,9 @@ class Router(nnx.Module):
 
 def expert_load(index: jax.Array, n_experts: int) -> jax.Array:
     """int32 [E]: how often each expert was chosen; -1 counts for none."""
-    return jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
+    return (
+        jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
+    )
 
 
 def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, top_k: int) -> jax.Array:
@@ -89,5 +91,7 @@ def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, top_k: int) ->
     count_BE = jnp.zeros((score_BTE.shape[0], E)).at[rows, chosen_BTK].add(real_BT[..., None])
     f_BE = count_BE * E / (top_k * tokens_B[:, None])
     share_BTE = score_BTE / (score_BTE.sum(-1, keepdims=True) + SUM_EPS)
-    p_BE = jnp.einsum("BTE,BT->BE", share_BTE, real_BT, precision=jax.lax.Precision.HIGHEST) / tokens_B[:, None]
+    p_BE = (
+        jnp.einsum("BTE,BT->BE", share_BTE, real_BT, precision=jax.lax.Precision.HIGHEST) / tokens_B[:, None]
+    )
     return (f_BE * p_BE).sum(-1)

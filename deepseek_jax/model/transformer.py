@@ -28,8 +28,8 @@ from deepseek_jax.model.outputs import Aux, Output
 class Transformer(nnx.Module):
     """A pytree of parameters with ``cfg``; calling it is pure.
 
-    ``stacks``: runs of equal layers, each a `Block` whose leaves have a leading layer axis (V3: 3 dense layers,
-    then 58 MoE layers). How layers are grouped does not change a number.
+    ``stacks``: runs of equal layers, each a `Block` whose leaves have a leading layer axis (V3: 3 dense
+    layers, then 58 MoE layers). How layers are grouped does not change a number.
     """
 
     def __init__(self, cfg: ModelConfig, key: jax.Array, dtype):
@@ -44,13 +44,17 @@ class Transformer(nnx.Module):
             if layers
         )
         self.norm = RMSNorm(init(key), cfg.dim, "embed", cfg.norm_eps)
-        head = None if cfg.tie_embeddings else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
+        head = (
+            None
+            if cfg.tie_embeddings
+            else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
+        )
         self.head = head
         mtp_keys = jax.random.split(jax.random.fold_in(key, 1), cfg.mtp_depth) if cfg.mtp_depth else ()
         self.mtp = nnx.List(MTP(cfg, init(k)) for k in mtp_keys)
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, dtype=None) -> Cache:
-        """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind`` as in `Cache.rewind`."""
+        """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
         return cache_module.init_cache(self.cfg, batch, length, rewind, dtype or parameter_dtype(self))
 
     def __call__(
@@ -181,7 +185,10 @@ class Transformer(nnx.Module):
                 x, memory = carry
                 block, number, replay = inputs
                 x, memory, aux, activations = block(x, span, ctx, memory, number, replay)
-                return (x, memory), (aux, {name: activations[name] for name in capture if name in activations})
+                return (x, memory), (
+                    aux,
+                    {name: activations[name] for name in capture if name in activations},
+                )
 
             if kept is not None:
                 layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
@@ -258,7 +265,9 @@ class Transformer(nnx.Module):
         if with_mtp and not cfg.mtp_depth:
             raise ValueError(f"with_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
         if next_tokens is not None and next_tokens.shape != (*tokens.shape, cfg.mtp_depth):
-            raise ValueError(f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}.")
+            raise ValueError(
+                f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}."
+            )
         if routing is not None:
             expected = (cfg.n_moe_layers, *tokens.shape, cfg.moe.top_k if cfg.moe else 0)
             if routing.shape != expected:
@@ -301,5 +310,3 @@ def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | Non
 def abstract(cfg: ModelConfig, dtype=jnp.float32) -> Transformer:
     """The model's tree with shapes and dtypes in place of arrays; allocates nothing."""
     return jax.eval_shape(partial(_init, cfg, dtype=jnp.dtype(dtype)), jax.random.key(0))
-
-
