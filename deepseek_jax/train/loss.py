@@ -3,7 +3,7 @@
 Suffixes: B batch, T tokens, V vocabulary, P targets ahead.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,7 @@ import jax.numpy as jnp
 from deepseek_jax.core.context import Context
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, shifted
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """``mtp``: lambda of V3 §2.2 (0.3, later 0.1). ``balance``: alpha of the sequence-wise loss (1e-4)."""
-
-    mtp: float = 0.3
-    balance: float = 1e-4
+from deepseek_jax.train.recipe import LossWeights
 
 
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +23,10 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Arra
 
 
 def loss(
-    model: Transformer, batch: dict[str, jax.Array], weights: LossWeights = LossWeights(), ctx: Context | None = None
+    model: Transformer,
+    batch: dict[str, jax.Array],
+    weights: LossWeights = LossWeights(),
+    ctx: Context | None = None,
 ) -> tuple[jax.Array, Output]:
     """The training loss in nats a token, and the forward pass's output with ``losses`` filled in.
 
@@ -43,6 +39,7 @@ def loss(
     """
     if "tokens" not in batch:
         raise ValueError(f"a batch needs 'tokens'; this one has {sorted(batch)}.")
+    weights = weights or LossWeights()
     tokens, segments = batch["tokens"], batch.get("segments")
     with_mtp = bool(model.cfg.mtp_depth and weights.mtp)
     out = model(tokens, positions=batch.get("positions"), segments=segments, with_mtp=with_mtp, ctx=ctx)

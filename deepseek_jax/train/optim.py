@@ -1,29 +1,10 @@
 """Optimizers over named parameters, from optax: AdamW as V3 uses it, Muon as V4 does for matrices."""
 
-from dataclasses import dataclass
-
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-
-@dataclass(frozen=True)
-class Optimizer:
-    """``peak_lr``: learning rate after ``warmup`` steps; it stays until ``decay_from`` (a fraction of all steps),
-    then falls along a cosine to ``final_lr`` times the peak. Weight decay acts on matrices only. ``clip``: global
-    norm of the gradient. With ``muon`` matrices take orthogonalised momentum steps, scaled to AdamW's size
-    (2502.16982), and AdamW keeps the rest: embedding, head, router, norms.
-    """
-
-    peak_lr: float = 3e-3
-    warmup: int = 50
-    decay_from: float = 0.5
-    final_lr: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    muon: bool = True
+from deepseek_jax.train.recipe import Optimizer
 
 
 def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:

@@ -11,7 +11,8 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import combine, named, partition, renamed
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.balance import max_violation, update_router_bias
-from deepseek_jax.train.loss import LossWeights, loss
+from deepseek_jax.train.loss import loss
+from deepseek_jax.train.recipe import LossWeights
 
 
 @jax.tree_util.register_dataclass

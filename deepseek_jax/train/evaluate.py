@@ -1,0 +1,66 @@
+"""Held-out measurements: bits per byte, the agreement of MTP drafts, the n-gram baseline.
+
+Suffixes: W windows, B windows a batch, T tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.analysis.ngram import KneserNey
+from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.train.data import HeldOut
+
+WINDOWS_A_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``bits_per_byte`` of the held-out text. ``draft_agreement``: the share of positions at which the first MTP
+    module's best token is the model's own best one step later, on the true text; None without MTP."""
+
+    bits_per_byte: float
+    draft_agreement: float | None
+
+
+@partial(jax.jit, static_argnames=("ctx",))
+def _score(model: Transformer, tokens_BT, segments_BT, ctx: Context):
+    out = model(tokens_BT, segments=segments_BT, with_mtp=bool(model.cfg.mtp_depth), ctx=ctx)
+    target = tokens_BT[:, 1:, None]
+    log_p_BTV = jax.nn.log_softmax(out.logits[:, :-1], axis=-1)
+    nats_BT = -jnp.take_along_axis(log_p_BTV, target, axis=-1)[..., 0]
+    if not out.mtp_logits:
+        return nats_BT, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    # Position i's draft, for token i + 2, against the model's own choice there, made at position i + 1.
+    same = jnp.argmax(out.mtp_logits[0][:, :-2], -1) == jnp.argmax(out.logits[:, 1:-1], -1)
+    real = segments_BT[:, 2:] != 0
+    return nats_BT, (same & real).sum(), real.sum()
+
+
+def evaluate(model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT) -> Evaluation:
+    """Scores every token of the held-out stream but its first, once, in windows without carry-over."""
+    windows, segments = held_out.windows_WT, held_out.segments_WT
+    missing = -len(windows) % WINDOWS_A_BATCH
+    windows, segments = (np.pad(a, ((0, missing), (0, 0))) for a in (windows, segments))
+    nats, same, real = [], 0, 0
+    for start in range(0, len(windows), WINDOWS_A_BATCH):
+        part = slice(start, start + WINDOWS_A_BATCH)
+        n, s, r = _score(model, windows[part], segments[part], ctx)
+        nats.append(np.asarray(n, np.float64))
+        same, real = same + int(s), real + int(r)
+    nats_WT = np.concatenate(nats)[: len(held_out.windows_WT)]
+    bits = held_out.bits_per_byte(held_out.scores(nats_WT))
+    return Evaluation(bits, same / real if model.cfg.mtp_depth else None)
+
+
+def trigram_bits_per_byte(rows: np.ndarray, held_out: HeldOut, vocab_size: int) -> float:
+    """Interpolated Kneser-Ney trigram (discount 0.75) counted on ``rows``, int [n, T], on the same held-out tokens.
+
+    It is given the true two tokens before each one, also where a window of the model begins.
+    """
+    nats = KneserNey(vocab_size, order=3, discount=0.75).fit(rows).nats(held_out.stream_n)
+    return held_out.bits_per_byte(nats[1:])

@@ -1,0 +1,193 @@
+"""The loop around `train_step`: data in, metrics and a published checkpoint out."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.load import load_pretrained
+from deepseek_jax.convert.save import check_free, save_pretrained
+from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.params import named, partition
+from deepseek_jax.model.transformer import init
+from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
+from deepseek_jax.text.tokenizer import load_tokenizer
+from deepseek_jax.train import optim
+from deepseek_jax.train.corpus import Corpus
+from deepseek_jax.train.data import HeldOut, TrainingRows, encode_documents
+from deepseek_jax.train.evaluate import evaluate, trigram_bits_per_byte
+from deepseek_jax.train.recipe import Recipe
+from deepseek_jax.train.step import State, start, train_step
+from deepseek_jax.version import __version__
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Result:
+    """``model_bits``, ``trigram_bits``: held-out bits per byte at the end, the trigram counted on the tokens trained
+    on. ``crossed_at``: minutes into the run of the first evaluation at which the model was the better; None if
+    it never was. ``checkpoint``: the published folder."""
+
+    steps: int
+    minutes: float
+    model_bits: float
+    trigram_bits: float
+    crossed_at: float | None
+    draft_agreement: float | None
+    stored_bits: float
+    checkpoint: Path
+
+
+class Log:
+    """``metrics.jsonl`` and ``train.log`` in a run's folder; lines also go to ``report``."""
+
+    def __init__(self, folder: Path, report: Callable[[str], None], began: float):
+        self.folder, self.report, self.began = folder, report, began
+
+    def minutes(self) -> float:
+        return (time.monotonic() - self.began) / 60
+
+    def say(self, line: str) -> None:
+        line = f"{self.minutes():6.2f} min  {line}"
+        with (self.folder / "train.log").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.report(line)
+
+    def record(self, kind: str, **values) -> None:
+        values = {"kind": kind, "minutes": round(self.minutes(), 3), **values}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def train(
+    cfg: ModelConfig,
+    recipe: Recipe,
+    corpus: Corpus,
+    tokenizer: Path | int,
+    folder: Path,
+    report: Callable[[str], None] = print,
+    ctx: Context = DEFAULT,
+    began: float | None = None,
+) -> Result:
+    """Trains ``cfg`` from scratch and writes ``folder``: run.json, train.log, metrics.jsonl, tokenizer/ and
+    checkpoint/, the model in the published layout with FP8 blocks and its tokenizer.
+
+    ``tokenizer``: a folder with a tokenizer.json, or the vocabulary size of one to be trained on the corpus; the
+    model's vocabulary becomes the tokenizer's. ``began``: `time.monotonic()` at which the run counts as begun. An
+    interrupt (Ctrl-C) stops after the step
+    under way; what has been trained is then measured and exported like a whole run.
+
+    Raises ValueError when the folder is not empty, or the tokenizer, the text or the lengths do not fit.
+    """
+    check_free(folder)
+    if recipe.length > cfg.max_length:
+        raise ValueError(f"rows of {recipe.length} tokens exceed the model's max_length of {cfg.max_length}.")
+    log = Log(folder, report, time.monotonic() if began is None else began)
+    if isinstance(tokenizer, int):
+        trained = train_tokenizer((d.text for d in corpus.train), tokenizer)
+        tokenizer = folder / "tokenizer"
+        save_tokenizer(trained, tokenizer, version=__version__, max_length=cfg.max_length)
+    text = load_tokenizer(tokenizer)
+    cfg = replace(cfg, vocab_size=text.vocab_size)
+    rows = TrainingRows.cut(
+        encode_documents(corpus.train, text, seed=recipe.seed),
+        length=recipe.length,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    held_out = HeldOut.cut(encode_documents(corpus.held_out, text), text.token_bytes(), length=recipe.length)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "deepseek_jax": __version__,
+        "jax": jax.__version__,
+        "model": asdict(cfg),
+        "recipe": asdict(recipe),
+        "data": corpus.record(),
+        "train_tokens": int(rows.rows_RT.size),
+        "held_out_tokens": len(held_out.stream_n),
+    }
+    (folder / "run.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    log.say(f"data: {corpus.source}, {rows.rows_RT.size:,} training and {len(held_out.stream_n):,} held-out tokens")
+
+    model = init(cfg, jax.random.key(recipe.seed))
+    values = named(partition(model)[0])
+    log.say(f"model: {sum(v.size for v in values.values()):,} parameters")
+    optimizer = optim.make(recipe.optimizer, recipe.steps, values)
+    step = jax.jit(partial(train_step, optimizer=optimizer, weights=recipe.weights, ctx=ctx), donate_argnums=0)
+    state, crossed_at = start(model, optimizer), None
+    del model, values
+
+    def measure(state: State) -> tuple[float, float, float | None]:
+        done = int(state.step)
+        found = evaluate(state.model, held_out, ctx)
+        trigram = trigram_bits_per_byte(rows.rows_seen(done), held_out, cfg.vocab_size)
+        log.record("evaluation", step=done, **asdict(found), trigram_bits_per_byte=trigram)
+        agreement = "" if found.draft_agreement is None else f", drafts agree {found.draft_agreement:.1%}"
+        log.say(
+            f"step {done}: held-out bits per byte {found.bits_per_byte:.4f}, trigram on the same tokens "
+            f"{trigram:.4f}{agreement}"
+        )
+        return found.bits_per_byte, trigram, found.draft_agreement
+
+    batches = rows.batches()
+    measured, interrupted = None, False
+    while int(state.step) < recipe.steps and not interrupted:
+        done = int(state.step)
+        try:
+            state, metrics = step(state, next(batches), recipe.bias_speed_at(done))
+            if (done + 1) % recipe.log_every == 0 or done == 0:
+                _log_step(log, done + 1, metrics, recipe)
+            measured = None
+            if (done + 1) % recipe.evaluate_every == 0:
+                measured = measure(state)
+        except KeyboardInterrupt:
+            interrupted = True
+            log.say("interrupted: exporting what has been trained")
+        if crossed_at is None and measured is not None and measured[0] < measured[1]:
+            crossed_at = log.minutes()
+            log.say(f"crossed: the model is better than the trigram after {crossed_at:.1f} minutes")
+    model_bits, trigram_bits, agreement = measured or measure(state)
+    if crossed_at is None and model_bits < trigram_bits:
+        crossed_at = log.minutes()
+
+    checkpoint = folder / "checkpoint"
+    save_pretrained(state.model, checkpoint, quantize="fp8")
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, checkpoint / name)
+    stored = evaluate(load_pretrained(checkpoint, dtype=np.float32), held_out, ctx)
+    size = sum(f.stat().st_size for f in checkpoint.iterdir())
+    log.say(f"exported {checkpoint}: {size / 1e6:.2f} MB in FP8, bits per byte as stored {stored.bits_per_byte:.4f}")
+    result = Result(
+        steps=int(state.step),
+        minutes=log.minutes(),
+        model_bits=model_bits,
+        trigram_bits=trigram_bits,
+        crossed_at=crossed_at,
+        draft_agreement=agreement,
+        stored_bits=stored.bits_per_byte,
+        checkpoint=checkpoint,
+    )
+    log.record("result", **{**asdict(result), "checkpoint": checkpoint.name})
+    return result
+
+
+def _log_step(log: Log, step: int, metrics: dict, recipe: Recipe) -> None:
+    values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
+    if "max_violation" in metrics:
+        values["max_violation"] = [round(float(v), 4) for v in metrics["max_violation"]]
+        values["load"] = np.asarray(metrics["load"]).tolist()
+    seen = step * recipe.batch_size * recipe.length
+    log.record("step", step=step, tokens_seen=seen, **values)
+    parts = [f"{name} {values[name]:.4f}" for name in ("loss", "main", "mtp") if name in values]
+    if "max_violation" in values:
+        parts.append(f"MaxVio {np.mean(values['max_violation']):.2f}")
+    log.say(f"step {step}/{recipe.steps}: {', '.join(parts)}, {seen / (log.minutes() * 60):,.0f} tokens a second")
