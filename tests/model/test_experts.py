@@ -32,7 +32,7 @@ def patterns(n: int, k: int) -> dict[str, np.ndarray]:
 
 @partial(jax.jit, static_argnums=5)
 def run(x, index, weight, gate_up, down, form, cotangent):
-    """The output, and the gradients of its inner product with ``cotangent`` for x, weight and both matrices."""
+    """The output, and gradients of its inner product with ``cotangent`` for x, weight and both matrices."""
 
     def f(x, weight, gate_up, down):
         return routed_experts(x, index, weight, gate_up, down, Context(experts=form))

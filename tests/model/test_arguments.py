@@ -1,0 +1,185 @@
+"""Padding, packing, positions, next tokens and the other arguments of the model's call."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import forward, full, pair, relative
+from test_parity import CONFIGS
+
+from deepseek_jax.model.transformer import shifted
+
+TINY = CONFIGS["tiny-v3"][0]
+TWO = CONFIGS["two mtp modules"][0]
+T = 96
+
+
+def segmented(p, segments, positions=None, **arguments):
+    return forward(
+        p.model, p.tokens, segments=jnp.asarray(segments, jnp.int32), positions=positions, with_mtp=True
+    )
+
+
+def test_right_padding_equals_transformers_and_the_shorter_row():
+    p = pair(TINY)
+    real = np.arange(T)[None] < np.array([[T], [60]])
+    out = segmented(p, real)
+    visible = np.tril(np.ones((2, T, T), bool)) & real[:, None]
+    seen = p.observe(visible=visible)
+    assert relative(np.asarray(out.logits)[real], seen.logits.numpy()[real]) <= 2e-5
+    assert relative(out.logits[1, :60], full(p).logits[1, :60]) <= 2e-5
+    # The module's last real position knows no next token.
+    assert relative(out.mtp_logits[0][1, :59], seen.mtp_logits[0][1, :59]) <= 2e-5
+    assert (out.mtp_logits[0][1, 59:] == 0).all()
+
+
+def test_left_padding_equals_transformers():
+    p = pair(TINY)
+    real = np.arange(T)[None] >= np.array([[0], [30]])
+    positions = np.maximum(real.cumsum(-1) - 1, 0)
+    out = segmented(p, real, jnp.asarray(positions, jnp.int32))
+    visible = np.tril(np.ones((2, T, T), bool)) & real[:, None]
+    seen = p.observe(visible=visible, positions=positions)
+    assert relative(np.asarray(out.logits)[real], seen.logits.numpy()[real]) <= 2e-5
+
+
+def test_padding_is_not_routed_or_counted():
+    p = pair(TINY)
+    real = np.arange(T)[None] < np.array([[T], [60]])
+    out = segmented(p, real)
+    index = np.asarray(out.aux.expert_index)
+    assert (index[:, ~real] == -1).all()
+    assert (index[:, real] >= 0).all()
+    np.testing.assert_array_equal(out.aux.load.sum(-1), [real.sum() * TINY.moe.top_k] * 2)
+    np.testing.assert_array_equal(out.mtp_aux.load.sum(-1), [(real.sum() - 2) * TINY.moe.top_k])
+    np.testing.assert_array_equal(out.aux.dropped, [0, 0])
+    for layer in range(2):
+        counts = np.bincount(index[layer][real].ravel(), minlength=8)
+        np.testing.assert_array_equal(out.aux.load[layer], counts)
+
+
+def test_what_stands_at_padding_changes_nothing():
+    p = pair(TINY)
+    real = np.arange(T)[None] < np.array([[T], [60]])
+    other = jnp.where(real, p.tokens, 7)
+    a, b = (
+        segmented(p, real),
+        forward(p.model, other, segments=jnp.asarray(real, jnp.int32), positions=None, with_mtp=True),
+    )
+    np.testing.assert_array_equal(np.asarray(a.logits)[real], np.asarray(b.logits)[real])
+    np.testing.assert_array_equal(a.aux.balance["sequence"], b.aux.balance["sequence"])
+
+
+def test_packed_texts_equal_separate_rows():
+    p = pair(TINY)
+    whole = full(p)
+    # Row 0 holds the first 50 tokens of text 0 and 40 of text 1, each from position 0, and 6 of padding.
+    tokens = jnp.concatenate([p.tokens[0, :50], p.tokens[1, :40], jnp.zeros(6, jnp.int32)])
+    segments = np.repeat([1, 2, 0], [50, 40, 6])
+    positions = np.concatenate([np.arange(50), np.arange(40), np.zeros(6)])
+    both = [jnp.asarray(np.broadcast_to(a, (2, T)), jnp.int32) for a in (segments, positions)]
+    out = forward(
+        p.model, jnp.broadcast_to(tokens, (2, T)), segments=both[0], positions=both[1], with_mtp=True
+    )
+    assert relative(out.logits[0, :50], whole.logits[0, :50]) <= 2e-5
+    assert relative(out.logits[0, 50:90], whole.logits[1, :40]) <= 2e-5
+    # The last token of a text has no next token, whatever follows it in the row.
+    assert relative(out.mtp_logits[0][0, :49], whole.mtp_logits[0][0, :49]) <= 2e-5
+    assert relative(out.mtp_logits[0][0, 50:89], whole.mtp_logits[0][1, :39]) <= 2e-5
+    assert (out.mtp_logits[0][0, [49, *range(89, 96)]] == 0).all()
+
+
+def test_permuted_rows_permute_the_outputs():
+    p = pair(TINY)
+    order = np.random.default_rng(4).permutation(T)
+    next_tokens = shifted(p.tokens, jnp.ones_like(p.tokens), 1)
+    out = forward(
+        p.model,
+        p.tokens[:, order],
+        positions=jnp.asarray(np.broadcast_to(order, (2, T)), jnp.int32),
+        next_tokens=next_tokens[:, order],
+        with_mtp=True,
+    )
+    whole = full(p)
+    assert relative(out.logits, whole.logits[:, order]) <= 2e-5
+    assert relative(out.mtp_logits[0], whole.mtp_logits[0][:, order]) <= 2e-5
+
+
+def test_positions_count_by_differences_only():
+    p = pair(TINY)
+    positions = jnp.broadcast_to(jnp.arange(T) + 500, (2, T))
+    assert relative(forward(p.model, p.tokens, positions=positions).logits, full(p).logits) <= 2e-5
+
+
+def test_next_tokens_are_the_tokens_shifted():
+    tokens = jnp.asarray([[10, 11, 12, 13, 14]])
+    segments = jnp.asarray([[1, 1, 1, 2, 0]])
+    np.testing.assert_array_equal(
+        shifted(tokens, segments, 2)[0], [[11, 12], [12, -1], [-1, -1], [-1, -1], [-1, -1]]
+    )
+
+
+def test_given_next_tokens_replace_the_shifted_ones():
+    p = pair(TWO)
+    whole = full(p)
+    default = shifted(p.tokens, jnp.ones_like(p.tokens), 2)
+    same = forward(p.model, p.tokens, next_tokens=default, with_mtp=True)
+    for depth in (0, 1):
+        assert relative(same.mtp_logits[depth], whole.mtp_logits[depth]) <= 2e-5
+    other = forward(p.model, p.tokens, next_tokens=default.at[:, 20, 0].add(1), with_mtp=True)
+    np.testing.assert_array_equal(other.logits, same.logits)
+    np.testing.assert_array_equal(other.mtp_logits[0][:, :20], same.mtp_logits[0][:, :20])
+    assert relative(other.mtp_logits[0][:, 20], same.mtp_logits[0][:, 20]) > 1e-2
+
+
+def test_mtp_positions_without_a_next_token_are_zero():
+    out = full(pair(TWO))
+    for depth in (0, 1):
+        assert (out.mtp_logits[depth][:, T - 1 - depth :] == 0).all()
+        assert (out.mtp_hidden[depth][:, T - 1 - depth :] == 0).all()
+        assert (np.asarray(out.mtp_logits[depth])[:, : T - 1 - depth].std(-1) > 0).all()
+
+
+def test_dropping_mtp_leaves_the_main_logits():
+    p = pair(TWO)
+    np.testing.assert_array_equal(
+        forward(p.model, p.tokens, with_mtp=True).logits, forward(p.model, p.tokens).logits
+    )
+    out = forward(p.model, p.tokens)
+    assert out.mtp_logits == ()
+    assert out.mtp_aux is None
+
+
+def test_logits_of_the_last_real_token():
+    p = pair(TINY)
+    real = np.arange(T)[None] < np.array([[T], [60]])
+    last = forward(p.model, p.tokens, segments=jnp.asarray(real, jnp.int32), logits="last").logits
+    whole = full(p).logits
+    assert last.shape == (2, 1, TINY.vocab_size)
+    assert relative(last[0, 0], whole[0, -1]) <= 2e-5
+    assert relative(last[1, 0], whole[1, 59]) <= 2e-5
+    assert forward(p.model, p.tokens, logits="none").logits is None
+
+
+BAD = {
+    "tokens must have shape": {"tokens": jnp.zeros(3, jnp.int32)},
+    "positions must have the tokens' shape": {"positions": jnp.zeros((2, 3), jnp.int32)},
+    "segments must have the tokens' shape": {"segments": jnp.zeros((1, 96), jnp.int32)},
+    "next_tokens must have shape": {"next_tokens": jnp.zeros((2, 96, 2), jnp.int32), "with_mtp": True},
+    "routing must have shape": {"routing": jnp.zeros((3, 2, 96, 2), jnp.int32)},
+    'choose "all"': {"logits": "first"},
+    "offers block": {"capture": ("keys",)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_wrong_arguments_are_named(message):
+    p = pair(TINY)
+    arguments = dict(BAD[message])
+    with pytest.raises(ValueError, match=message):
+        p.model(arguments.pop("tokens", p.tokens), **arguments)
+
+
+def test_mtp_of_a_model_without_modules():
+    p = pair(CONFIGS["no dense layer, no mtp"][0])
+    with pytest.raises(ValueError, match="has no MTP modules"):
+        p.model(p.tokens, with_mtp=True)

@@ -1,0 +1,155 @@
+"""Decoding with the latent cache equals the full forward and transformers' cache; rewinding is exact."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import forward, full, pair, relative
+from test_parity import CONFIGS
+
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.core.context import Context
+
+TINY = CONFIGS["tiny-v3"][0]
+PROMPT, STEPS = 90, 6
+EXPANDED, ABSORBED = Context(mla="expanded"), Context(mla="absorbed")
+
+
+def prefill(p, cache, length=PROMPT, ctx=None):
+    return forward(p.model, p.tokens[:, :length], cache=cache, with_mtp=p.model.cfg.mtp_depth > 0, ctx=ctx)
+
+
+def step(p, tokens_B1, cache, **arguments):
+    return forward(p.model, tokens_B1, cache=cache, **arguments)
+
+
+@pytest.mark.parametrize("name", ["tiny-v3", "queries not compressed"])
+def test_cached_decoding_equals_the_full_forward(name):
+    p = pair(CONFIGS[name][0])
+    whole = full(p)
+    cache = p.model.init_cache(2, 100)
+    out = prefill(p, cache)
+    pieces = [out.logits]
+    for t in range(PROMPT, PROMPT + STEPS):
+        out = step(p, p.tokens[:, t : t + 1], out.cache)
+        pieces.append(out.logits)
+    assert relative(jnp.concatenate(pieces, 1), whole.logits[:, : PROMPT + STEPS]) <= 2e-5
+    np.testing.assert_array_equal(out.cache.length, [PROMPT + STEPS] * 2)
+
+
+def test_greedy_decoding_equals_transformers_cache_and_generate():
+    p = pair(TINY)
+    prompt = p.tokens[:, :PROMPT]
+    tokens, logits = p.reference.decode(prompt, STEPS)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        generated = p.reference.main.generate(
+            torch.tensor(np.asarray(prompt), dtype=torch.long),
+            max_new_tokens=STEPS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    np.testing.assert_array_equal(generated[:, PROMPT:], tokens)
+    out = prefill(p, p.model.init_cache(2, 100))
+    for i in range(STEPS):
+        last = out.logits[:, -1]
+        assert relative(last, logits[:, i]) <= 2e-5
+        np.testing.assert_array_equal(last.argmax(-1), tokens[:, i])
+        out = step(p, last.argmax(-1, keepdims=True).astype(jnp.int32), out.cache)
+
+
+def test_absorbed_equals_expanded():
+    p = pair(TINY)
+    whole = full(p).logits
+    for ctx in (EXPANDED, ABSORBED):
+        assert relative(forward(p.model, p.tokens, ctx=ctx).logits, whole) <= 2e-5
+
+
+def test_rows_of_different_lengths_share_a_cache():
+    p = pair(TINY)
+    whole = full(p).logits
+    segments = jnp.asarray(np.arange(PROMPT)[None] < np.array([[PROMPT], [40]]), jnp.int32)
+    out = forward(
+        p.model, p.tokens[:, :PROMPT], segments=segments, cache=p.model.init_cache(2, 100), logits="last"
+    )
+    assert out.logits.shape == (2, 1, TINY.vocab_size)
+    assert relative(out.logits[0, 0], whole[0, PROMPT - 1]) <= 2e-5
+    assert relative(out.logits[1, 0], whole[1, 39]) <= 2e-5
+    np.testing.assert_array_equal(out.cache.length, [PROMPT, 40])
+    for i in range(3):
+        tokens = jnp.stack([p.tokens[0, PROMPT + i], p.tokens[1, 40 + i]])[:, None]
+        out = step(p, tokens, out.cache)
+        assert relative(out.logits[0, 0], whole[0, PROMPT + i]) <= 2e-5
+        assert relative(out.logits[1, 0], whole[1, 40 + i]) <= 2e-5
+
+
+def test_several_tokens_at_once_and_a_row_that_rests():
+    p = pair(TINY)
+    whole = full(p).logits
+    out = prefill(p, p.model.init_cache(2, 100))
+    # Row 0 takes four tokens, row 1 two.
+    segments = jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]])
+    out = step(p, p.tokens[:, PROMPT : PROMPT + 4], out.cache, segments=segments)
+    assert relative(out.logits[0], whole[0, PROMPT : PROMPT + 4]) <= 2e-5
+    assert relative(out.logits[1, :2], whole[1, PROMPT : PROMPT + 2]) <= 2e-5
+    np.testing.assert_array_equal(out.cache.length, [PROMPT + 4, PROMPT + 2])
+
+
+def test_rewinding_equals_never_having_decoded():
+    p = pair(TINY)
+    first = prefill(p, p.model.init_cache(2, 100, rewind=4))
+    wrong = step(p, (p.tokens[:, PROMPT : PROMPT + 4] + 1) % TINY.vocab_size, first.cache)
+    back = wrong.cache.rewind(jnp.asarray([4, 3]))
+    np.testing.assert_array_equal(back.length, [PROMPT, PROMPT + 1])
+    # Row 1 keeps its first wrong token; row 0 is where it was, and so is everything after it.
+    clean = step(p, p.tokens[:, PROMPT : PROMPT + 4], first.cache)
+    again = step(p, p.tokens[:, PROMPT : PROMPT + 4], back)
+    np.testing.assert_array_equal(again.logits[0], clean.logits[0])
+    assert relative(again.logits[1], clean.logits[1]) > 1e-3
+    for held in ("position", "segment"):
+        np.testing.assert_array_equal(getattr(again.cache, held)[0], getattr(clean.cache, held)[0])
+
+
+def test_mtp_keeps_its_own_cache():
+    p = pair(TINY)
+    whole = full(p)
+    out = prefill(p, p.model.init_cache(2, 100))
+    # At the prompt's last position the next token was unknown, so the module has not seen it.
+    np.testing.assert_array_equal(out.cache.mtp_segment[0].sum(-1), [PROMPT - 1] * 2)
+    pieces = []
+    known = jnp.concatenate([p.tokens[:, PROMPT + 1 :], jnp.full((2, 1), -1, jnp.int32)], 1)
+    cache = forward(
+        p.model,
+        p.tokens[:, :PROMPT],
+        cache=p.model.init_cache(2, 100),
+        next_tokens=p.tokens[:, 1 : PROMPT + 1, None],
+        with_mtp=True,
+    ).cache
+    for t in range(PROMPT, PROMPT + 3):
+        out = step(
+            p,
+            p.tokens[:, t : t + 1],
+            cache,
+            next_tokens=known[:, t - PROMPT : t - PROMPT + 1, None],
+            with_mtp=True,
+        )
+        pieces.append(out.mtp_logits[0])
+        cache = out.cache
+    assert relative(jnp.concatenate(pieces, 1), whole.mtp_logits[0][:, PROMPT : PROMPT + 3]) <= 2e-5
+
+
+def test_rewind_says_what_it_cannot_do():
+    p = pair(TINY)
+    cache = p.model.init_cache(2, 100, rewind=2)
+    with pytest.raises(ValueError, match="takes back 0 to 2 tokens"):
+        cache.rewind(jnp.asarray([0, 3]))
+    with pytest.raises(ValueError, match="exceeds the lengths"):
+        cache.rewind(jnp.asarray([1, 1]))
+
+
+def test_a_v3_cache_holds_576_numbers_a_token_and_layer():
+    attention = zoo("deepseek-v3").attention
+    assert attention.kv_rank + attention.rope_dim == 576
+    assert pair(TINY).model.init_cache(1, 8).latent.shape == (3, 1, 8, 32 + 8)

@@ -1,0 +1,115 @@
+"""Multi-head latent attention by itself: both forms against transformers, blocks against one piece."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import pair, relative
+from test_parity import CONFIGS
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.params import unstack
+from deepseek_jax.core.rope import rope_tables
+from deepseek_jax.model import attention
+from deepseek_jax.model.attention import Span, attend
+
+B, T = 2, 96
+
+
+def causal_span(rope, rope_dim: int, positions) -> Span:
+    cos, sin = rope_tables(positions, rope_dim, rope)
+    segment = jnp.ones((B, T), jnp.int32)
+    return Span(positions, segment, positions, segment, cos, sin, None, causal=True, uniform=False)
+
+
+@partial(jax.jit, static_argnums=3)
+def call(mla, x, span, ctx):
+    return mla(x, span, ctx)[0]
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("name", ["tiny-v3", "queries not compressed", "no yarn"])
+def test_attention_equals_transformers(name, form):
+    cfg, offset = CONFIGS[name]
+    p = pair(cfg, bias_offset=offset)
+    x = np.random.default_rng(7).normal(0, 1, (B, T, cfg.dim)).astype(np.float32)
+    # Positions far beyond the original context of 64, different in each row.
+    position = np.arange(T)[None] + np.array([[0], [130]])
+    model = p.reference.main.model
+    with torch.no_grad():
+        rope = model.rotary_emb(torch.tensor(x), torch.tensor(position))
+        mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
+        theirs, _ = model.layers[0].self_attn(torch.tensor(x), rope, mask)
+    span = causal_span(cfg.attention.rope, cfg.attention.rope_dim, jnp.asarray(position))
+    ours = call(unstack(p.model.stacks[0], 0).attn, x, span, Context(mla=form))
+    assert relative(ours, theirs) <= 2e-5
+
+
+def test_automatic_form_takes_the_fewer_multiplications():
+    mla = unstack(pair(CONFIGS["tiny-v3"][0]).model.stacks[0], 0).attn
+    assert not mla._absorbs(96, 96, Context())
+    assert mla._absorbs(1, 96, Context())
+    assert mla._absorbs(96, 96, Context(mla="absorbed"))
+    assert not mla._absorbs(1, 96, Context(mla="expanded"))
+
+
+def dense_attention(q, k, v, visible, scale):
+    scores = np.einsum("BTNK,BSNK->BNTS", q, k) * scale
+    scores = np.where(visible[:, None], scores, -np.inf)
+    scores -= np.where(np.isfinite(scores.max(-1, keepdims=True)), scores.max(-1, keepdims=True), 0)
+    p = np.exp(scores)
+    total = p.sum(-1, keepdims=True)
+    return np.einsum("BNTS,BSNV->BTNV", p / np.where(total > 0, total, 1), v)
+
+
+def test_blocks_of_queries_equal_one_piece(monkeypatch):
+    # 200 queries in blocks of 64, the last one partial; rows with segments and padding.
+    rng = np.random.default_rng(8)
+    q, k = rng.normal(0, 1, (2, 2, 200, 3, 8))
+    v = rng.normal(0, 1, (2, 200, 3, 5))
+    position = np.broadcast_to(np.arange(200), (2, 200))
+    segment = np.ones((2, 200), np.int32)
+    segment[0, 70:150], segment[1, 180:] = 2, 0
+    zeros = jnp.zeros((2, 200, 4))
+    span = Span(
+        *(jnp.asarray(a) for a in (position, segment, position, segment)),
+        zeros,
+        zeros,
+        None,
+        causal=True,
+        uniform=False,
+    )
+    visible = (segment[:, :, None] == segment[:, None]) & (segment[:, :, None] != 0)
+    visible &= position[:, None] <= position[:, :, None]
+    expected = dense_attention(q, k, v, visible, 0.3)
+    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    np.testing.assert_allclose(jax.jit(attend, static_argnums=4)(*arrays, span, 0.3), expected, atol=2e-6)
+    # Attention that computes its probabilities again in the backward pass returns the same gradient.
+    loss = lambda q, k, v: (attend(q, k, v, span, 0.3) ** 2).sum()  # noqa: E731
+    kept = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+    monkeypatch.setattr(attention, "KEPT_PROBABILITIES", 0)
+    again = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1, 2)))(*arrays)
+    for a, b in zip(kept, again, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_queries_that_see_nothing_return_zero():
+    one = jnp.ones((1, 4, 1, 2))
+    segment = jnp.zeros((1, 4), jnp.int32)
+    position = jnp.arange(4)[None]
+    span = Span(position, segment, position, segment, one, one, None, causal=True, uniform=False)
+    assert (attend(one, one, one, span, 1.0) == 0).all()
+
+
+def test_shared_keys_serve_every_head():
+    rng = np.random.default_rng(9)
+    q, k, v = rng.normal(0, 1, (B, T, 4, 8)), rng.normal(0, 1, (B, T, 1, 8)), rng.normal(0, 1, (B, T, 1, 5))
+    span = causal_span(CONFIGS["no yarn"][0].attention.rope, 8, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    ours = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), replace(span, uniform=True), 0.5)
+    visible = np.tril(np.ones((B, T, T), bool))
+    expected = dense_attention(q, np.repeat(k, 4, 2), np.repeat(v, 4, 2), visible, 0.5)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
