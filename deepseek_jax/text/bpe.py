@@ -49,9 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise ValueError(
-            f"A byte-level vocabulary needs at least {smallest} tokens; {vocab_size} were asked for."
-        )
+        raise ValueError(f"A byte-level vocabulary needs at least {smallest} tokens; {vocab_size} were asked for.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,9 +78,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path | str, *, version: str, max_length: int | None = None
-) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, version: str, max_length: int | None = None) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, which is made where missing.
 
     Args:

@@ -65,9 +65,7 @@ def read_template(folder: Path, config: Mapping) -> str | None:
         return template
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
-        raise ValueError(
-            f"tokenizer_config.json of {folder} has chat templates {sorted(named)}, none the default."
-        )
+        raise ValueError(f"tokenizer_config.json of {folder} has chat templates {sorted(named)}, none the default.")
     return named["default"]
 
 
@@ -94,9 +92,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # Jinja's own filter escapes HTML and sorts keys.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message):

@@ -31,9 +31,7 @@ class Tokenizer:
         add_bos: whether ``encode`` puts the BOS token first, as ``tokenizer_config.json`` says.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, config: dict | None = None, template: str | None = None
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict | None = None, template: str | None = None):
         config = config or {}
         self.backend = backend
         special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
@@ -149,9 +147,7 @@ class Tokenizer:
             return None
         found = self.backend.token_to_id(text)
         if found is None:
-            raise TokenizerError(
-                f"tokenizer_config.json names {name} {text!r}, which tokenizer.json does not have."
-            )
+            raise TokenizerError(f"tokenizer_config.json names {name} {text!r}, which tokenizer.json does not have.")
         return found
 
 
@@ -196,9 +192,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = Path(path)
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise TokenizerError(
-            f"{folder} has no tokenizer.json; without it, give and take token ids instead of text."
-        )
+        raise TokenizerError(f"{folder} has no tokenizer.json; without it, give and take token ids instead of text.")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception

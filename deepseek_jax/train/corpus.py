@@ -77,7 +77,9 @@ def stdlib_corpus() -> Corpus:
 
 
 def path_corpus(path: Path | str) -> Corpus:
-    """Text of the user's own: one file, or all of a folder's files but hidden ones and byte code.
+    """Text of the user's own: one file, or all files of a folder but hidden ones and byte code.
+
+    Links to folders are not followed.
 
     One file is cut at line ends into documents of about 16 KiB named ``file#0``, ``file#1``, ..., which the
     hash then splits; its held-out pieces are therefore closer to the training text than whole files are.
@@ -99,7 +101,8 @@ def path_corpus(path: Path | str) -> Corpus:
         named = f" Not UTF-8 text: {', '.join(unreadable)}." if unreadable else ""
         raise ValueError(
             f"{path} gives {len(documents)} document(s) of text; training and held-out text need one each: "
-            f"give a file of more than {PIECE_BYTES} bytes, or a folder with two text files or more.{named}"
+            f"give a file of several lines and more than {PIECE_BYTES} bytes, or a folder with at least two "
+            f"text files.{named}"
         )
     return _split(str(path), documents, unreadable)
 

@@ -20,9 +20,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.corpus import Document
 
 
-def encode_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer, seed: int | None = None
-) -> np.ndarray:
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, seed: int | None = None) -> np.ndarray:
     """The stream of all documents, int32 [n]: BOS, tokens, EOS of each.
 
     ``seed`` shuffles the documents' order (None: as given); it follows from the seed and the paths alone.
@@ -65,9 +63,7 @@ class TrainingRows:
             ValueError: lengths below 2, a batch size below 1, or less text than one batch.
         """
         if length < 2 or batch_size < 1:
-            raise ValueError(
-                f"Rows need 2 tokens or more and batches 1 row or more; got {length} and {batch_size}."
-            )
+            raise ValueError(f"Rows need 2 tokens or more and batches 1 row or more; got {length} and {batch_size}.")
         count = len(stream_n) // length
         if count < batch_size:
             raise ValueError(
@@ -148,9 +144,7 @@ class HeldOut:
         """
         expected = (self.windows_WT.shape[0], self.windows_WT.shape[1] - 1)
         if nats_WT1.shape != expected:
-            raise ValueError(
-                f"One score for each prediction is needed, {expected}; got shape {nats_WT1.shape}."
-            )
+            raise ValueError(f"One score for each prediction is needed, {expected}; got shape {nats_WT1.shape}.")
         return np.asarray(nats_WT1)[self.segments_WT[:, 1:] == 1]
 
     def bits_per_byte(self, nats_n1: np.ndarray) -> float:

@@ -35,6 +35,7 @@ REASONING_TEMPLATE = """{%- set ns = namespace(system='', first=true) -%}
         {%- if message.reasoning_content is defined and loop.last %}
             {{- '<think>' + message.reasoning_content + '</think>' }}
         {%- endif %}
+        {%- if message.tool_calls is defined %}{{ message.tool_calls | tojson }}{% endif %}
         {{- '<｜Assistant｜>' }}{% generation %}{{ content ~ eos_token }}{% endgeneration %}
     {%- else %}
         {{- raise_exception('no such role: ' + message.role) }}
@@ -65,9 +66,7 @@ def make(folder, template=None):
 def pair(request, tmp_path_factory):
     from transformers import AutoTokenizer
 
-    folder = make(
-        tmp_path_factory.mktemp("chat"), REASONING_TEMPLATE if request.param == "reasoning" else None
-    )
+    folder = make(tmp_path_factory.mktemp("chat"), REASONING_TEMPLATE if request.param == "reasoning" else None)
     return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -77,9 +76,7 @@ def pair(request, tmp_path_factory):
 def test_rendering_equals_that_of_transformers(pair, chat, prompt, variables):
     ours, reference = pair
     messages = CHATS[chat]
-    expected = reference.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=prompt, **variables
-    )
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
     assert ours.render(messages, prompt, **variables) == expected
     ids = reference.apply_chat_template(
         messages, tokenize=True, return_dict=False, add_generation_prompt=prompt, **variables

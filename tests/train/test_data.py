@@ -10,9 +10,7 @@ from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.corpus import Document
 from deepseek_jax.train.data import HeldOut, TrainingRows, encode_documents
 
-DOCUMENTS = [
-    Document(f"{i}.txt", f"Document {i} says naïve 你好 <｜end▁of▁sentence｜>.\n" * (i + 1)) for i in range(6)
-]
+DOCUMENTS = [Document(f"{i}.txt", f"Document {i} says naïve 你好 <｜end▁of▁sentence｜>.\n" * (i + 1)) for i in range(6)]
 
 
 @pytest.fixture(scope="module")
