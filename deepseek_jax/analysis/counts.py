@@ -111,7 +111,7 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     mtp = sum(mtp_components.values())
     mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding
     biases = moe.n_experts if moe else 0
-    mtp_stored = mtp + depth * embedding * (1 if cfg.tie_embeddings else 2)
+    mtp_stored = mtp + depth * 2 * embedding
 
     per_key = a.n_heads * (a.nope_dim + a.rope_dim + a.v_dim)
     absorbed_per_key = a.n_heads * (2 * a.kv_rank + a.rope_dim)

@@ -1,5 +1,6 @@
 """The counts of every release are the published figures, and what the model's own tree holds."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, release_of
 from deepseek_jax.analysis.shapes import disagreements, shape_counts
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert.names import layout
 
 
 def test_v3_parameters():
@@ -105,6 +107,20 @@ def test_ablations_hold_what_is_counted(changes):
     assert disagreements(cfg, counts(cfg)) == []
 
 
+@pytest.mark.parametrize(
+    "cfg",
+    [*map(zoo, zoo()), zoo("tiny-v3", mtp_depth=2, tie_embeddings=True)],
+    ids=lambda cfg: cfg.name,
+)
+def test_published_files_hold_what_is_counted(cfg):
+    assert sum(math.prod(tensor.shape) for tensor in layout(cfg)[0]) == counts(cfg).stored
+
+
+def test_fewer_heads_than_eight_are_not_padded():
+    c = counts(zoo("tiny-v3"))
+    assert c.kv_bytes_per_token_gqa8 == c.kv_bytes_per_token_mha == 3 * 4 * (16 + 16) * 2
+
+
 def test_a_wrong_count_is_noticed():
     cfg = zoo("tiny-v3")
     c = counts(cfg)
@@ -135,11 +151,7 @@ def test_training_cost():
 
 
 def test_claims_beside_our_figures():
-    ours = {
-        (name, claim.name): claim.ours(counts(zoo(name), CONTEXT))
-        for name in CLAIMS
-        for claim in CLAIMS[name]
-    }
+    ours = {(name, claim.name): claim.ours(counts(zoo(name), CONTEXT)) for name in CLAIMS for claim in CLAIMS[name]}
     assert ours["deepseek-v3", "parameters"] == "671.03B"
     assert ours["deepseek-v3", "activated"] == "36.63B to 37.55B"
     assert ours["deepseek-v3", "MTP layer"] == "11.51B"
@@ -156,9 +168,7 @@ def test_an_ablation_is_not_the_release():
 
 
 def test_counting_does_not_load_jax():
-    code = (
-        "import sys, deepseek_jax as dsj; dsj.counts(dsj.zoo('deepseek-v3')); sys.exit('jax' in sys.modules)"
-    )
+    code = "import sys, deepseek_jax as dsj; dsj.counts(dsj.zoo('deepseek-v3')); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
