@@ -45,9 +45,8 @@ class Score:
         logprobs = score(load_model(self.ckpt, self.dtype), ids)
         if self.tokens:
             for i, value in zip(ids[1:], logprobs, strict=True):
-                print(
-                    f"{value:10.4f}  {i:>7}  {'' if tokenizer is None else repr(tokenizer.decode([i]))}".rstrip()
-                )
+                shown = "" if tokenizer is None else f"  {tokenizer.decode([i])!r}"
+                print(f"{value:10.4f}  {i:>7}{shown}")
         total = math.fsum(logprobs)
         mean = total / len(logprobs)
         figures = {

@@ -1,0 +1,58 @@
+"""Tiny models for generation, and ones whose MTP modules agree with the model as often as a test needs."""
+
+import jax
+import numpy as np
+from flax import nnx
+from tiny import random_model
+
+import deepseek_jax as dsj
+from deepseek_jax.core.params import map_variables
+
+PROMPT_LENGTHS = (1, 7, 8, 9, 16, 17, 23)
+CHUNK = 8
+
+
+def config(mtp_depth: int = 1, **changes):
+    return dsj.zoo("tiny-v3", **{"n_layers": 2, "mtp_depth": mtp_depth, **changes})
+
+
+def agreeing_model(cfg, mixing: float, seed: int = 0):
+    """A random model whose layers add ``mixing`` times what they would, and whose MTP modules read the next
+    token's embedding only: at 0 model and modules are the same function of one token, and agree always."""
+
+    def scale(path, variable):
+        value = variable.get_value()
+        if path[-1] in ("o", "down"):
+            value = value * mixing
+        elif path[-1] == "proj":
+            D = cfg.dim
+            value = jax.numpy.concatenate([jax.numpy.eye(D), 0 * value[D:]])
+        elif path[-1] == "weight" and "router" not in path:
+            value = jax.numpy.ones_like(value)
+        return type(variable)(value, **variable.get_metadata())
+
+    return map_variables(scale, random_model(cfg, seed))
+
+
+def random_prompts(cfg, lengths=PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, cfg.vocab_size, n).tolist() for n in lengths]
+
+
+def nan_model(model):
+    return map_variables(lambda _, v: nnx.Param(v.get_value() * np.nan) if v is model.embed else v, model)
+
+
+@jax.jit
+def full_forward(model, tokens_BT):
+    """float32 log-probabilities [B, T, V] without a cache, and the margin between first and second logit."""
+    logits = model(tokens_BT).logits
+    top = jax.lax.top_k(logits, 2)[0]
+    return jax.nn.log_softmax(logits), top[..., 0] - top[..., 1]
+
+
+def padded(rows: list[list[int]], length: int) -> np.ndarray:
+    tokens = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens

@@ -1,0 +1,132 @@
+"""Sampling follows the exact probabilities after the filters, with drafts and without, row by row."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation.rigged import CHUNK, PROMPT_LENGTHS, config, full_forward, random_prompts
+from scipy.stats import chi2
+from tiny import random_model
+
+import deepseek_jax as dsj
+from deepseek_jax.generation.sampling import distribution, make_sampling
+
+V = 6
+SETTINGS = (
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    {"temperature": 0.7, "top_k": 3, "top_p": 1.0, "min_p": 0.0},
+    {"temperature": 1.4, "top_k": 0, "top_p": 0.8, "min_p": 0.0},
+    {"temperature": 1.2, "top_k": 5, "top_p": 0.95, "min_p": 0.25},
+)
+ROWS = 3000
+NEW = 3
+PROMPT = [2, 5, 0, 3, 3]
+
+
+def filtered(logits, temperature, top_k, top_p, min_p):
+    """The definition in plain float64 loops: what a token's probability is after each filter in turn."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    if top_k:
+        order = order[:top_k]
+    total, mass, kept = sum(p[i] for i in order), 0.0, []
+    for i in order:
+        if mass >= top_p * total:
+            break
+        kept.append(i)
+        mass += p[i]
+    kept = [i for i in kept if p[i] >= min_p * p[order[0]]]
+    result = np.zeros_like(p)
+    result[kept] = p[kept] / p[kept].sum()
+    return result
+
+
+def exact_joint(model, settings) -> np.ndarray:
+    """Probability of each continuation of NEW tokens, [V] * NEW."""
+    prefixes = list(itertools.product(range(V), repeat=NEW - 1))
+    logprobs, _ = full_forward(model, np.array([PROMPT + list(p) for p in prefixes], np.int32))
+    logprobs = np.asarray(logprobs, np.float64)[:, len(PROMPT) - 1 :]
+    joint = np.zeros((V,) * NEW)
+    for row, prefix in zip(logprobs, prefixes, strict=True):
+        conditionals = [filtered(step, **settings) for step in row]
+        before = np.prod([c[t] for c, t in zip(conditionals, prefix, strict=False)])
+        joint[prefix] = before * conditionals[-1]
+    return joint
+
+
+@pytest.mark.parametrize("depth", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tokens_follow_the_exact_joint_distribution(depth, capsys):
+    """Chi-square of each group of rows against probabilities enumerated from the full forward pass."""
+    model = random_model(config(max(depth, 1), vocab_size=V), seed=3)
+    rows = {name: np.repeat([s[name] for s in SETTINGS], ROWS) for name in SETTINGS[0]}
+    tokens, info = dsj.generate(
+        model, [PROMPT] * (ROWS * len(SETTINGS)), NEW, **rows, seed=11, use_mtp=depth > 0, stop_ids=(),
+        cache_length=8, chunk=4,
+    )  # fmt: skip
+    tokens = np.array(tokens).reshape(len(SETTINGS), ROWS, NEW)
+    if depth:
+        accepted = np.array(info.accepted).reshape(len(SETTINGS), ROWS)
+        share = accepted.sum() / np.sum(info.drafted)
+        assert 0.1 < share < 0.9
+        assert all(len(set(group)) > 1 for group in accepted)
+    for group, settings in zip(tokens, SETTINGS, strict=True):
+        joint = exact_joint(model, settings)
+        counts = np.zeros_like(joint)
+        np.add.at(counts, tuple(group.T), 1)
+        assert counts[joint == 0].sum() == 0, "a token that the filters drop was drawn"
+        often = joint * ROWS >= 5
+        expected = np.append(joint[often], joint[~often].sum()) * ROWS
+        observed = np.append(counts[often], counts[~often].sum())
+        if expected[-1] < 5:
+            expected, observed = expected[:-1] * ROWS / expected[:-1].sum(), observed[:-1]
+        p_value = chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1)
+        with capsys.disabled():
+            print(f"\ndepth {depth}, {len(expected)} outcomes, p = {p_value:.3f}", end="")
+        assert p_value > 1e-4
+
+
+def test_filters_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    cases = list(itertools.product((0.5, 1.0, 2.0), (0, 1, 4, 50), (0.3, 0.9, 1.0), (0.0, 0.2, 1.0)))
+    logits = rng.normal(0, 2, (len(cases), 2, 20)).astype(np.float32)
+    sampling = make_sampling(len(cases), *np.array(cases).T, seed=0)
+    found = np.asarray(jax.jit(distribution)(logits, sampling))
+    for row, case in enumerate(cases):
+        for t in range(2):
+            expected = filtered(logits[row, t].astype(np.float64), *case)
+            np.testing.assert_allclose(found[row, t], expected, atol=1e-6, err_msg=str(case))
+
+
+def test_equal_logits_are_kept_in_order_of_their_ids():
+    sampling = make_sampling(2, [1.0, 0.0], 2, 1.0, 0.0, 0)
+    p = jax.jit(distribution)(jnp.zeros((2, 1, 5)), sampling)
+    np.testing.assert_allclose(p[:, 0], [[0.5, 0.5, 0, 0, 0], [1, 0, 0, 0, 0]], atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = np.random.default_rng(0).normal(0, 3, (1, 4, 9)).astype(np.float32)
+    p = jax.jit(distribution)(logits, make_sampling(1, temperature, 0, 1.0, 0.0, 0))
+    np.testing.assert_array_equal(np.argmax(p, -1), logits.argmax(-1))
+    np.testing.assert_allclose(np.max(p, -1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_a_rows_randomness_depends_on_its_seed_place_and_position_only(use_mtp):
+    model = random_model(config(1))
+    mine = [4, 7, 1]
+
+    def run(seeds, neighbours, temperature=1.0):
+        prompts = [*neighbours[:3], mine, *neighbours[3:]]
+        common = {"stop_ids": (), "chunk": CHUNK, "use_mtp": use_mtp}
+        return dsj.generate(model, prompts, 20, temperature, seed=seeds, **common)[0]
+
+    others = random_prompts(model.cfg, PROMPT_LENGTHS[1:])
+    base = run([1, 2, 3, 4, 5, 6, 7], others)
+    assert run([9, 9, 9, 4, 0, 0, 9], others[::-1], [0.0, 1.0, 3.0, 1.0, 2.0, 1.0, 0.5])[3] == base[3]
+    assert run([1, 2, 3, 8, 5, 6, 7], others)[3] != base[3]
+    same = run(7, [mine] * 6)
+    assert len({tuple(row) for row in same}) == 7
