@@ -80,9 +80,7 @@ def top_level(path: Path) -> list[str]:
 def loaded_by(code: str, modules: set[str]) -> set[str]:
     """Which of ``modules`` a fresh interpreter has loaded after ``code``."""
     script = f"import sys\n{code}\nprint(*({modules!r} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return set(result.stdout.split())
 
@@ -107,9 +105,7 @@ def test_imports_point_one_way(path):
         if parts[0] == "deepseek_jax":
             allowed = {folder, "version"} | MAY_IMPORT[folder]
             assert len(parts) > 1, f"{name(path)} imports the public API instead of a module"
-            assert parts[1] in allowed, (
-                f"{name(path)} imports {module}; {folder} may import {sorted(allowed)}"
-            )
+            assert parts[1] in allowed, f"{name(path)} imports {module}; {folder} may import {sorted(allowed)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -124,9 +120,7 @@ def test_the_package_loads_no_jax():
 
 
 def test_commands_load_no_jax():
-    code = "import importlib\n" + "\n".join(
-        f"importlib.import_module('deepseek_jax.cli.{c}')" for c in COMMANDS
-    )
+    code = "import importlib\n" + "\n".join(f"importlib.import_module('deepseek_jax.cli.{c}')" for c in COMMANDS)
     assert loaded_by(code, {"jax", "flax", "orbax", "grain", "torch", "transformers"}) == set()
 
 
@@ -140,9 +134,7 @@ def test_flax_modules_are_driven_by_jax_alone(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)
-            assert not (owner == "nnx" and node.attr in BANNED_NNX), (
-                f"{name(path)}:{node.lineno}: nnx.{node.attr}"
-            )
+            assert not (owner == "nnx" and node.attr in BANNED_NNX), f"{name(path)}:{node.lineno}: nnx.{node.attr}"
             assert node.attr != "sow", f"{name(path)}:{node.lineno}: sow"
             # It says "cpu" while a program is compiled for another platform.
             assert node.attr != "default_backend", f"{name(path)}:{node.lineno}: default_backend"

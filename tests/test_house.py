@@ -11,9 +11,7 @@ import deepseek_jax as dsj
 from deepseek_jax.cli.main import COMMANDS, NOT_BUILT
 
 ROOT = Path(__file__).parent.parent
-CODE = sorted(
-    path for folder in ("deepseek_jax", "tests", "experiments") for path in (ROOT / folder).rglob("*.py")
-)
+CODE = sorted(path for folder in ("deepseek_jax", "tests", "experiments") for path in (ROOT / folder).rglob("*.py"))
 TEXTS = sorted(
     [
         *ROOT.glob("*.md"),
@@ -91,11 +89,7 @@ def test_written_commands_exist(path):
     unknown = commands(path.read_text(encoding="utf-8")) - set(COMMANDS)
     assert unknown <= set(NOT_BUILT), f"no such command: {sorted(unknown - set(NOT_BUILT))}"
     for command in unknown:
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if f"deepseek-jax {command}" in line
-        ]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if f"deepseek-jax {command}" in line]
         assert all("not built" in line for line in lines), f"{command} is written of as if it were built"
 
 

@@ -99,9 +99,7 @@ _V3 = (
     ),
 )
 _MOONLIGHT = (
-    Claim(
-        "without embeddings", "15.29B", "2502.16982 table 4", lambda c: _billions(c.total - 2 * c.embedding)
-    ),
+    Claim("without embeddings", "15.29B", "2502.16982 table 4", lambda c: _billions(c.total - 2 * c.embedding)),
     Claim(
         "the same, activated",
         "2.24B",

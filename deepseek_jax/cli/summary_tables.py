@@ -67,16 +67,12 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
     table.add_row("activated", "by one token, input embedding left out", f"{c.activated_no_embedding:,}")
     table.add_row("activated", "input embedding and head included", f"{c.activated:,}")
     if c.router_bias:
-        table.add_row(
-            "router biases", f"{cfg.n_moe_layers} x {cfg.moe.n_experts}, state", f"{c.router_bias:,}"
-        )
+        table.add_row("router biases", f"{cfg.n_moe_layers} x {cfg.moe.n_experts}, state", f"{c.router_bias:,}")
     return table
 
 
 def _mtp(cfg: ModelConfig, c: Counts) -> Table:
-    table = _table(
-        f"MTP, depth {cfg.mtp_depth}", ("component", "left"), ("made of", "left"), ("count", "right")
-    )
+    table = _table(f"MTP, depth {cfg.mtp_depth}", ("component", "left"), ("made of", "left"), ("count", "right"))
     projection = c.mtp_components["projection"]
     table.add_row("layer", "attention, experts, router, norms", f"{c.mtp - projection:,}")
     table.add_row("projection", f"{2 * cfg.dim:,} x {cfg.dim:,}", f"{projection:,}")

@@ -9,9 +9,7 @@ from deepseek_jax.configs.zoo import zoo
 
 
 def test_names():
-    assert {"deepseek-v3", "deepseek-r1", "deepseek-v3.1", "moonlight-16b", "kimi-k2", "tiny-v3"} <= set(
-        zoo()
-    )
+    assert {"deepseek-v3", "deepseek-r1", "deepseek-v3.1", "moonlight-16b", "kimi-k2", "tiny-v3"} <= set(zoo())
     for name in zoo():
         assert zoo(name).name == name
 
