@@ -49,5 +49,5 @@ if TYPE_CHECKING:
     from deepseek_jax.model.transformer import init  # noqa: F401
     from deepseek_jax.text.tokenizer import load_tokenizer  # noqa: F401
     from deepseek_jax.train.balance import update_router_bias  # noqa: F401
-    from deepseek_jax.train.loss import loss
+    from deepseek_jax.train.loss import loss  # noqa: F401
     from deepseek_jax.train.recipe import LossWeights  # noqa: F401
