@@ -12,7 +12,8 @@ import torch
 from tiny import random_model, random_tokens
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.convert.verify import Observed, Reference, agreement, build_reference
+from deepseek_jax.convert.ladder import agreement
+from deepseek_jax.convert.verify import Observed, Reference, build_reference
 from deepseek_jax.core.context import Context
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
@@ -200,7 +201,5 @@ def assert_same_routing(ours, theirs, biased, moe) -> int:
     result = agreement(np.asarray(ours), np.asarray(theirs), np.asarray(biased), moe)
     assert result.ok, result
     if result.flipped:
-        print(
-            f"{result.flipped} of {result.tokens} tokens flipped at near-ties of at most {result.widest:.1e}"
-        )
+        print(f"{result.flipped} of {result.tokens} tokens flipped at near-ties of at most {result.widest:.1e}")
     return result.flipped

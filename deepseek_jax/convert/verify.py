@@ -1,9 +1,10 @@
-"""Verification against PyTorch transformers: the same files, read by PyTorch alone, layer by layer.
+"""PyTorch transformers as the reference: the same files, read by PyTorch alone.
 
 The reference is `DeepseekV3ForCausalLM` with its MTP layers, float32 on the CPU. Nothing here goes through
 this package's reader, so that a mistake there cannot hide. PyTorch is imported inside functions only.
+`deepseek_jax.convert.ladder` compares a model with it.
 
-Suffixes: L layers, B rows, T tokens, K chosen experts, E experts.
+Suffixes: L layers, B rows, T tokens, D width, K chosen experts, E experts, V vocabulary.
 """
 
 import json
@@ -16,13 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.configs.schema import MoE
+from deepseek_jax.convert.names import IGNORED
 
-BOUND = 2e-5  # largest |difference| / largest |reference value|
-TIE = 1e-5  # a choice of experts may flip when its scores lie closer than this
-FLIPS = 1e-3  # the share of tokens a layer may flip
-ARGMAX_MARGIN = 1e-4  # greedy tokens are compared where the two best logits lie further apart
-EXTRA = 'this command needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
+EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
 
 
 class VerifyError(ValueError):
@@ -95,20 +92,32 @@ class Reference:
                 seen.mtp_logits.append(self.main.lm_head(hidden))
         return seen
 
-    def decode(self, tokens, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Greedy decoding with transformers' cache: tokens int [B, steps], logits float32 [B, steps, V]."""
+    def decode(self, tokens, steps: int) -> tuple[np.ndarray, list[Observed]]:
+        """Greedy decoding with transformers' cache: the tokens int [B, steps], and what each call observed.
+
+        The first call takes the prompt int [B, T], each later one the token before; MTP layers do not run.
+        """
         import torch
         from transformers import DynamicCache
 
-        cache, out, logits = DynamicCache(config=self.main.config), [], []
+        cache, chosen, observed = DynamicCache(config=self.main.config), [], []
         step = torch.tensor(np.asarray(tokens), dtype=torch.long)
         with torch.no_grad():
             for _ in range(steps):
-                last = self.main(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
-                step = last.argmax(-1, keepdim=True)
-                out.append(step)
-                logits.append(last)
-        return torch.cat(out, 1).numpy(), torch.stack(logits, 1).numpy()
+                seen = Observed()
+                with self._watch(seen, len(step), None):
+                    seen.logits = self.main(input_ids=step, past_key_values=cache, use_cache=True).logits
+                step = seen.logits[:, -1].argmax(-1, keepdim=True)
+                chosen.append(step)
+                observed.append(seen)
+        return torch.cat(chosen, 1).numpy(), observed
+
+    def observe(self, tokens, prompt, steps: int) -> tuple[Observed, np.ndarray, list[Observed]]:
+        """`run` on the tokens and `decode` from the prompt, without a graph."""
+        import torch
+
+        with torch.no_grad():
+            return self.run(tokens), *self.decode(prompt, steps)
 
     @contextmanager
     def _watch(self, seen: Observed, batch: int, routing):
@@ -120,9 +129,7 @@ class Reference:
         def route(index_to, biased_to, replay):
             def hook(module, args, output):
                 logits, weights, index = output
-                biased_to.append(
-                    (logits.sigmoid() + module.e_score_correction_bias).detach().unflatten(0, (batch, -1))
-                )
+                biased_to.append((logits.sigmoid() + module.e_score_correction_bias).detach().unflatten(0, (batch, -1)))
                 if replay is not None:
                     index = replay.flatten(0, 1)
                     weights = logits.sigmoid().gather(1, index)
@@ -204,11 +211,7 @@ def reference_model(path: str | Path) -> Reference:
     import torch
 
     targets = reference.main.state_dict() | {f"mtp.{k}": v for k, v in reference.mtp.state_dict().items()}
-    missing = {f"{name}[{e}]" for name, t in targets.items() if ".experts." in name for e in range(len(t))}
-    missing = {f"{name}.{part}" for name in missing if "gate_up" in name for part in ("gate", "up")} | {
-        name for name in missing if "gate_up" not in name
-    }
-    missing |= {name for name in targets if ".experts." not in name}
+    missing = {slot for name, target in targets.items() for slot in _slots(name, target)}
     if config.get("tie_word_embeddings"):
         missing.discard("lm_head.weight")
     copies = []
@@ -218,9 +221,7 @@ def reference_model(path: str | Path) -> Reference:
             copies.append((name, tensor, targets[target]))
         elif target is None or target.shape != tensor.shape:
             expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
-            raise VerifyError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}; the reference has {expected}."
-            )
+            raise VerifyError(f"{path}: {name} has shape {tuple(tensor.shape)}; the reference has {expected}.")
         else:
             target.copy_(tensor)
             missing.discard(key)
@@ -230,6 +231,16 @@ def reference_model(path: str | Path) -> Reference:
         if not torch.equal(tensor, original):
             raise VerifyError(f"{path}: {name} differs from the main model's, of which it is a copy.")
     return reference
+
+
+def _slots(name: str, target) -> Iterator[str]:
+    """What has to be filled of a tensor: of a stack of experts, every published matrix."""
+    if ".mlp.experts." not in name:
+        yield name
+        return
+    for expert in range(len(target)):
+        parts = (".gate", ".up") if name.endswith("gate_up_proj") else ("",)
+        yield from (f"{name}[{expert}]{part}" for part in parts)
 
 
 def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
@@ -249,7 +260,7 @@ def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
         raise VerifyError(f"{path} holds no *.safetensors with weights.")
     rows, columns = (config.get("quantization_config") or {}).get("weight_block_size", (128, 128))
     for name, file in files.items():
-        if name.endswith("_scale_inv"):
+        if name.endswith(("_scale_inv", *IGNORED)):
             continue
         tensor = opened[file].get_tensor(name)
         if tensor.dtype == torch.float8_e4m3fn:
@@ -288,49 +299,3 @@ def _place(name: str, targets: dict, n_layers: int):
         return f"{fused}[{number}]", view
     half = view.shape[0] // 2
     return f"{fused}[{number}].{part}", view[:half] if part == "gate" else view[half:]
-
-
-# --- Routing --------------------------------------------------------------------------------------------
-
-
-def choose(biased: np.ndarray, moe: MoE) -> tuple[np.ndarray, np.ndarray]:
-    """The experts that scores + bias [..., E] select, [..., K] ascending, and each choice's margin [...].
-
-    The margin is the smaller of two gaps: between the last chosen and the first unchosen group, and between
-    the last chosen and the first unchosen expert within the chosen groups.
-    """
-    grouped = biased.reshape(*biased.shape[:-1], moe.n_groups, -1)
-    margin = np.full(biased.shape[:-1], np.inf, np.float32)
-    if moe.n_groups > 1:
-        score = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
-        order = np.argsort(-score, axis=-1, kind="stable")
-        if moe.top_groups < moe.n_groups:
-            ranked = np.take_along_axis(score, order, -1)
-            margin = ranked[..., moe.top_groups - 1] - ranked[..., moe.top_groups]
-        kept = (order[..., : moe.top_groups, None] == np.arange(moe.n_groups)).any(-2)
-        biased = np.where(kept[..., None], grouped, -np.inf).reshape(biased.shape)
-    order = np.argsort(-biased, axis=-1, kind="stable")
-    if moe.top_k < moe.n_experts:
-        ranked = np.take_along_axis(biased, order, -1)
-        margin = np.minimum(margin, ranked[..., moe.top_k - 1] - ranked[..., moe.top_k])
-    return np.sort(order[..., : moe.top_k], axis=-1), margin
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How two choices of experts compare: tokens, tokens with another set, and of these the widest margin."""
-
-    tokens: int
-    flipped: int
-    widest: float
-
-    @property
-    def ok(self) -> bool:
-        return self.flipped <= FLIPS * self.tokens and self.widest < TIE
-
-
-def agreement(ours: np.ndarray, theirs: np.ndarray, biased: np.ndarray, moe: MoE) -> Agreement:
-    """Compares expert sets [..., K]; the margins are those of the reference's score + bias [..., E]."""
-    differs = (np.sort(ours, -1) != np.sort(theirs, -1)).any(-1)
-    margin = choose(biased, moe)[1]
-    return Agreement(differs.size, int(differs.sum()), float(margin[differs].max(initial=0.0)))

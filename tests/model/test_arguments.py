@@ -14,9 +14,7 @@ T = 96
 
 
 def segmented(p, segments, positions=None, **arguments):
-    return forward(
-        p.model, p.tokens, segments=jnp.asarray(segments, jnp.int32), positions=positions, with_mtp=True
-    )
+    return forward(p.model, p.tokens, segments=jnp.asarray(segments, jnp.int32), positions=positions, with_mtp=True)
 
 
 def test_right_padding_equals_transformers_and_the_shorter_row():
@@ -77,9 +75,7 @@ def test_packed_texts_equal_separate_rows():
     segments = np.repeat([1, 2, 0], [50, 40, 6])
     positions = np.concatenate([np.arange(50), np.arange(40), np.zeros(6)])
     both = [jnp.asarray(np.broadcast_to(a, (2, T)), jnp.int32) for a in (segments, positions)]
-    out = forward(
-        p.model, jnp.broadcast_to(tokens, (2, T)), segments=both[0], positions=both[1], with_mtp=True
-    )
+    out = forward(p.model, jnp.broadcast_to(tokens, (2, T)), segments=both[0], positions=both[1], with_mtp=True)
     assert relative(out.logits[0, :50], whole.logits[0, :50]) <= 2e-5
     assert relative(out.logits[0, 50:90], whole.logits[1, :40]) <= 2e-5
     # The last token of a text has no next token, whatever follows it in the row.
@@ -113,9 +109,7 @@ def test_positions_count_by_differences_only():
 def test_next_tokens_are_the_tokens_shifted():
     tokens = jnp.asarray([[10, 11, 12, 13, 14]])
     segments = jnp.asarray([[1, 1, 1, 2, 0]])
-    np.testing.assert_array_equal(
-        shifted(tokens, segments, 2)[0], [[11, 12], [12, -1], [-1, -1], [-1, -1], [-1, -1]]
-    )
+    np.testing.assert_array_equal(shifted(tokens, segments, 2)[0], [[11, 12], [12, -1], [-1, -1], [-1, -1], [-1, -1]])
 
 
 def test_given_next_tokens_replace_the_shifted_ones():
@@ -141,9 +135,7 @@ def test_mtp_positions_without_a_next_token_are_zero():
 
 def test_dropping_mtp_leaves_the_main_logits():
     p = pair(TWO)
-    np.testing.assert_array_equal(
-        forward(p.model, p.tokens, with_mtp=True).logits, forward(p.model, p.tokens).logits
-    )
+    np.testing.assert_array_equal(forward(p.model, p.tokens, with_mtp=True).logits, forward(p.model, p.tokens).logits)
     out = forward(p.model, p.tokens)
     assert out.mtp_logits == ()
     assert out.mtp_aux is None

@@ -38,9 +38,7 @@ def quantised(model):
         dims = value.shape[lead:]
         # An expert's scales are its own; of the other axes every block holds 8 or, at an edge, fewer.
         block = tuple(1 if path[-2] == "ffn" and len(dims) > 2 and i == 0 else 8 for i in range(len(dims)))
-        scale = rng.uniform(
-            0.5, 1.5, (*value.shape[:lead], *(-(-n // b) for n, b in zip(dims, block, strict=True)))
-        )
+        scale = rng.uniform(0.5, 1.5, (*value.shape[:lead], *(-(-n // b) for n, b in zip(dims, block, strict=True))))
         values = Quantized(jnp.asarray(value.astype(FP8)), jnp.asarray(scale.astype(np.float32)), block, dims)
         return type(variable)(values, **variable.get_metadata())
 
@@ -123,9 +121,7 @@ def test_softmax_norms_and_rope_are_float32_under_bfloat16():
         assert found
         assert not [line for line in found if "bf16" in line]
     # The softmax's exponential is the one of rank five, [B, G, J, T, S].
-    softmax = [
-        line for line in lines if re.search(r"stablehlo.exponential .*tensor<\d+x\d+x\d+x\d+x\d+x", line)
-    ]
+    softmax = [line for line in lines if re.search(r"stablehlo.exponential .*tensor<\d+x\d+x\d+x\d+x\d+x", line)]
     assert softmax
     assert not [line for line in softmax if "bf16" in line]
 

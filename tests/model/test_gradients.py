@@ -75,9 +75,7 @@ def test_gradients_of_other_shapes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "ctx", [Context(experts=e, mla=m) for e, m in (("ragged", "absorbed"), ("dense", "expanded"))]
-)
+@pytest.mark.parametrize("ctx", [Context(experts=e, mla=m) for e, m in (("ragged", "absorbed"), ("dense", "expanded"))])
 def test_gradients_of_other_forms(ctx):
     check("queries not compressed", ctx)
 
@@ -90,6 +88,4 @@ def test_remat_changes_no_gradient():
     for remat in ("full", "attention", "sublayers"):
         again = jax_gradients(p, directions, Context(remat=remat))
         for name, value in base.items():
-            np.testing.assert_allclose(
-                again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name
-            )
+            np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)

@@ -8,7 +8,7 @@ from reference import assert_same_routing, experts, full, pair, relative, torch_
 
 from deepseek_jax.configs.schema import ModelConfig, MoE, Rope
 from deepseek_jax.configs.zoo import zoo
-from deepseek_jax.convert.verify import choose
+from deepseek_jax.convert.ladder import choose
 
 TINY = zoo("tiny-v3")
 
@@ -44,9 +44,7 @@ def test_forward_equals_transformers(name):
         theirs, biased = experts(seen.index), experts(seen.biased)
         if not np.array_equal(np.sort(out.aux.expert_index, -1), np.sort(theirs, -1)):
             out = full(p, routing=theirs)
-            bias = [
-                a for n, a in torch_tensors(p.model).items() if n.startswith("model") and n.endswith("_bias")
-            ]
+            bias = [a for n, a in torch_tensors(p.model).items() if n.startswith("model") and n.endswith("_bias")]
             ours = np.asarray(out.captured["router_scores"]) + np.stack(bias)[:, None, None]
             for layer in range(cfg.n_moe_layers):
                 chosen = choose(ours[layer], cfg.moe)[0]
@@ -59,9 +57,9 @@ def test_forward_equals_transformers(name):
     for depth in range(cfg.mtp_depth):
         known = p.tokens.shape[1] - 1 - depth
         index = out.mtp_aux.expert_index[depth]
-        assert not assert_same_routing(
-            index[:, :known], seen.mtp_index[depth], seen.mtp_biased[depth], cfg.moe
-        ), "an MTP router flipped; its choice cannot be replayed"
+        assert not assert_same_routing(index[:, :known], seen.mtp_index[depth], seen.mtp_biased[depth], cfg.moe), (
+            "an MTP router flipped; its choice cannot be replayed"
+        )
         assert (index[:, known:] == -1).all()
         assert relative(out.mtp_logits[depth][:, :known], seen.mtp_logits[depth]) <= 2e-5
 

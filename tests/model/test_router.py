@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.configs.zoo import zoo
-from deepseek_jax.convert.verify import choose
+from deepseek_jax.convert.ladder import choose
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import Init
 from deepseek_jax.model.router import Router, expert_load, sequence_balance
@@ -102,9 +102,7 @@ def test_padding_is_routed_nowhere():
     load = expert_load(result.index_BTK, 32)
     assert load.dtype == jnp.int32
     assert load.sum() == 4 * 400 * 4
-    np.testing.assert_array_equal(
-        load, np.bincount(np.asarray(result.index_BTK[:, :400]).ravel(), minlength=32)
-    )
+    np.testing.assert_array_equal(load, np.bincount(np.asarray(result.index_BTK[:, :400]).ravel(), minlength=32))
 
 
 def test_replayed_experts_are_weighed_by_their_scores():
@@ -143,11 +141,7 @@ def naive_balance(score, segment, top_k):
     tokens = [t for t in range(len(score)) if segment[t] != 0]
     total = 0.0
     for i in range(E):
-        f = (
-            sum(1 for t in tokens if i in np.argsort(-score[t], kind="stable")[:top_k])
-            * E
-            / (top_k * len(tokens))
-        )
+        f = sum(1 for t in tokens if i in np.argsort(-score[t], kind="stable")[:top_k]) * E / (top_k * len(tokens))
         p = sum(score[t, i] / score[t].sum() for t in tokens) / len(tokens)
         total += f * p
     return total

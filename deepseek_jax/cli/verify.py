@@ -1,0 +1,112 @@
+"""``deepseek-jax verify``: a checkpoint layer by layer against PyTorch transformers."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from deepseek_jax.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from deepseek_jax.convert.ladder import Routing, Row
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare a checkpoint layer by layer with PyTorch transformers, both in float32.
+
+    PyTorch reads the files by itself. Both models have to fit in memory, one after the other: 4 bytes a
+    parameter. Exits with 1 when any comparison lies beyond its bound.
+    """
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Checkpoint folder in the published layout: config.json and safetensors files."""
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """Text to compare on, by the checkpoint's tokenizer.json; default: random tokens."""
+    tokens: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
+    """Token ids to compare on, instead of a text."""
+    length: int = 96
+    """Number of random tokens; beyond the original context, YaRN's change of position shows most."""
+    steps: int = 8
+    """Tokens to decode with the caches, from the first half of the tokens on."""
+    seed: int = 0
+    """Seed of the random tokens."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Also write every comparison to this file."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from deepseek_jax.cli.generate import check_destination
+        from deepseek_jax.convert.ladder import BOUND, ladder
+
+        check_destination(self.json)
+        tokens = self._tokens()
+        with Console(stderr=True).status("transformers runs first, then deepseek_jax"):
+            rows = list(ladder(self.src, tokens, self.steps))
+        wrong = [row for row in rows if not row.ok]
+        _print(rows)
+        if wrong:
+            print(f"\nFirst divergence: {_name(wrong[0])}; {len(wrong)} of {len(rows)} comparisons fail.")
+        else:
+            print(f"\nAll {len(rows)} comparisons hold (relative error at most {BOUND:g}).")
+        if self.json is not None:
+            _write(self.json, self.src, rows, tokens)
+        return 1 if wrong else 0
+
+    def _tokens(self) -> "np.ndarray":
+        """int [1, T]."""
+        import numpy as np
+
+        from deepseek_jax.convert.load import read_config
+        from deepseek_jax.text.tokenizer import load_tokenizer
+
+        if self.prompt is not None and self.tokens:
+            raise ValueError("give --prompt or --tokens, not both.")
+        if self.tokens:
+            return np.asarray([self.tokens])
+        if self.prompt is not None:
+            return np.asarray([load_tokenizer(self.src).encode(self.prompt)])
+        vocabulary = read_config(self.src)[0].vocab_size
+        return np.random.default_rng(self.seed).integers(0, vocabulary, (1, self.length))
+
+
+def _name(row: "Row | Routing") -> str:
+    return row.what if row.layer is None else f"layer {row.layer} {row.what}"
+
+
+def _print(rows: "list[Row | Routing]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "max error", "relative", "experts agree", "margin", "")
+    table.columns[0].no_wrap = True
+    first = True
+    for row in rows:
+        mark = "ok"
+        if not row.ok:
+            mark, first = ("DIVERGES HERE" if first else "beyond bound"), False
+        if hasattr(row, "relative"):
+            cells = (f"{row.error:.2e}", f"{row.relative:.2e}", "", "")
+        else:
+            flips = f" (flips up to {row.widest:.1e})" if row.flipped else ""
+            cells = ("", "", f"{row.tokens - row.flipped}/{row.tokens}{flips}", f"{row.closest:.1e}")
+        table.add_row(_name(row), *cells, mark, style=None if row.ok else "bold red")
+    Console().print(table)
+
+
+def _write(path: Path, src: Path, rows: "list[Row | Routing]", tokens: "np.ndarray") -> None:
+    record = {
+        "deepseek_jax": __version__,
+        **{name: version(name) for name in ("jax", "torch", "transformers")},
+        "checkpoint": str(src),
+        "tokens": tokens.tolist(),
+        "ok": all(row.ok for row in rows),
+        "comparisons": [{**asdict(row), "ok": row.ok} for row in rows],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,268 @@
+"""The verification: its reader, its comparisons, what it finds and what it refuses."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from folders import arrays, edit_json, write_arrays
+from reference import torch_model
+from tiny import random_model
+
+import deepseek_jax as dsj
+from deepseek_jax.cli.main import main
+from deepseek_jax.configs.schema import MoE
+from deepseek_jax.convert import ladder as ladder_module
+from deepseek_jax.convert.ladder import BOUND, Routing, Row, agreement, choose, compare, ladder, matched
+from deepseek_jax.convert.verify import VerifyError, reference_model
+from deepseek_jax.core.params import map_variables
+
+CFG = dsj.zoo("tiny-v3", mtp_depth=2)
+TOKENS = np.random.default_rng(0).integers(0, 256, (1, 24))
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify") / "fp8"
+    dsj.save_pretrained(random_model(CFG), folder, quantize="fp8")
+    return folder
+
+
+@pytest.fixture
+def scratch(fp8, tmp_path):
+    """A copy that a test may damage."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    for file in fp8.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_reader_and_converter_agree_bit_for_bit(fp8):
+    """PyTorch's reading of the files against ours, joined by a mapping that neither of them uses."""
+    theirs = reference_model(fp8)
+    ours = torch_model(dsj.load_pretrained(fp8, dtype=np.float32))
+    for a, b in ((theirs.main, ours.main), (theirs.mtp, ours.mtp)):
+        expected = b.state_dict()
+        assert a.state_dict().keys() == expected.keys()
+        for name, tensor in a.state_dict().items():
+            np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+def test_shards_with_an_index_and_old_spelling(fp8, scratch):
+    tensors = arrays(scratch)
+    names = sorted(tensors)
+    (scratch / "model.safetensors").unlink()
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in halves.items():
+        write_arrays(scratch, {name: tensors[name] for name in held}, file)
+    weight_map = {name: file for file, held in halves.items() for name in held}
+    (scratch / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    def old(config):
+        rope = config.pop("rope_parameters", None) or config.pop("rope_scaling")
+        config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta"))
+        config["rope_scaling"] = {"type": rope.pop("rope_type", None) or rope.pop("type"), **rope}
+
+    edit_json(scratch / "config.json", old)
+    a, b = (reference_model(folder).run(TOKENS).logits.detach() for folder in (fp8, scratch))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def rows(fp8):
+    return list(ladder(fp8, TOKENS, steps=3))
+
+
+def test_every_rung_holds(rows):
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+    names = [(row.layer, row.what) for row in rows]
+    assert names[:7] == [
+        (0, "attention"),
+        (0, "network"),
+        (0, "block"),
+        (1, "attention"),
+        (1, "router"),
+        (1, "network"),
+        (1, "block"),
+    ]
+    assert [what for layer, what in names if layer is None] == [
+        "final norm",
+        "logits",
+        "MTP 0 router",
+        "MTP 0 logits",
+        "MTP 1 router",
+        "MTP 1 logits",
+        "decoding routers",
+        "decoded logits",
+    ]
+    counted = {row.what: row.tokens for row in rows if isinstance(row, Routing)}
+    # Two MoE layers: a prompt of 12, then two steps of one token.
+    assert counted == {"router": 24, "MTP 0 router": 23, "MTP 1 router": 22, "decoding routers": 2 * 14}
+    assert all(row.relative > 0 for row in rows if isinstance(row, Row))
+
+
+def nudged(fp8, path, factor):
+    """The checkpoint's model with one leaf of its second stack slightly off."""
+
+    def change(where, variable):
+        if where[:2] != ("stacks", 1) or where[-len(path) :] != path:
+            return variable
+        return type(variable)(variable.get_value() * factor, **variable.get_metadata())
+
+    return map_variables(change, dsj.load_pretrained(fp8, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "factor", "first", "last"),
+    [
+        (("attn", "kv_b"), 1.0003, (1, "attention"), "decoded logits"),
+        # The reference's experts are replayed, so nothing but the routers themselves differs.
+        (("router", "bias"), -1.0, (1, "router"), "decoding routers"),
+        (("shared", "down"), 1.0003, (1, "network"), "decoded logits"),
+    ],
+)
+def test_first_divergence_is_found(fp8, rows, monkeypatch, leaf, factor, first, last):
+    wrong = nudged(fp8, leaf, factor)
+    monkeypatch.setattr(ladder_module, "load_pretrained", lambda path, dtype: wrong)
+    found = [row for row in ladder(fp8, TOKENS, steps=3) if not row.ok]
+    assert (found[0].layer, found[0].what) == first
+    assert found[-1].what == last
+
+
+def test_other_experts_are_replayed_and_reported(fp8):
+    reference, model = reference_model(fp8), dsj.load_pretrained(fp8, dtype=np.float32)
+    other = np.random.default_rng(1).random((2, 1, 24, 8)).argsort(-1)[..., :2]
+    seen = reference.run(TOKENS, routing=other)
+    out, routing = matched(model, TOKENS, seen)
+    assert compare(out.logits, seen.logits.detach(), None, "logits").ok
+    np.testing.assert_array_equal(out.aux.expert_index, other)
+    assert all(r.flipped > 10 and r.widest > 0.01 and not r.ok for r in routing)
+
+
+def test_margins():
+    plain = MoE(n_experts=4, top_k=2, expert_dim=8)
+    index, margin = choose(np.array([0.1, 0.9, 0.5, 0.45]), plain)
+    np.testing.assert_array_equal(index, [1, 2])
+    assert margin == pytest.approx(0.05)
+    grouped = replace(plain, n_groups=2, top_groups=1, top_k=1)
+    index, margin = choose(np.array([0.5, 0.3, 0.7, 0.09]), grouped)
+    np.testing.assert_array_equal(index, [0])
+    assert margin == pytest.approx(0.01)
+
+
+def test_flips_pass_at_near_ties_only_and_rarely():
+    moe = MoE(n_experts=4, top_k=1, expert_dim=8)
+    biased = np.tile(np.float32([0.5, 0.5 + 1e-6, 0.1, 0.0]), (2000, 1))
+    theirs = np.ones((2000, 1), int)
+    ours = theirs.copy()
+    ours[:2] = 0
+    assert agreement(ours, theirs, biased, moe).ok
+    ours[2] = 0
+    assert not agreement(ours, theirs, biased, moe).ok
+    ours[:3] = 1
+    ours[7] = 2
+    assert agreement(ours, theirs, biased, moe).ok
+    biased[7, 0] = 0.4
+    assert not agreement(ours, theirs, biased, moe).ok
+
+
+def test_numbers_that_are_not_finite_are_errors():
+    assert not compare(np.array([1.0, np.nan]), np.array([1.0, 2.0]), None, "x").ok
+    assert compare(np.array([1.0, 2.0]), np.array([1.0, 2.0]), None, "x").relative == 0 <= BOUND
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name) is None
+
+
+def shorten(name):
+    return lambda tensors: tensors.update({name: tensors[name][1:]})
+
+
+def poke(name):
+    def change(tensors):
+        tensors[name] = np.array(tensors[name])
+        tensors[name][3, 5] += 1
+
+    return change
+
+
+DAMAGES = {
+    "missing": (drop("model.layers.1.mlp.experts.3.up_proj.weight"), r"lacks 1 tensors.*gate_up_proj\[3\]\.up"),
+    "missing norm": (drop("model.norm.weight"), r"lacks 1 tensors.*model\.norm\.weight"),
+    "no scale": (drop("model.layers.0.mlp.up_proj.weight_scale_inv"), r"FP8 but has no .*up_proj\.weight_scale_inv"),
+    "shape": (shorten("model.layers.2.mlp.gate.weight"), r"gate\.weight has shape \(7, 64\).*\(8, 64\)"),
+    "copy": (poke("model.layers.3.embed_tokens.weight"), r"layers\.3\.embed_tokens\.weight differs"),
+    "unexpected": (
+        lambda t: t.update({"model.layers.0.mlp.bias": np.zeros(3, np.float32)}),
+        r"mlp\.bias has shape \(3,\); the reference has no such tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_the_reference_refuses_damage(scratch, case):
+    damage, message = DAMAGES[case]
+    tensors = arrays(scratch)
+    damage(tensors)
+    write_arrays(scratch, tensors)
+    with pytest.raises(VerifyError, match=message):
+        reference_model(scratch)
+
+
+def test_folders_without_files(tmp_path, scratch):
+    with pytest.raises(VerifyError, match=r"holds no config\.json"):
+        reference_model(tmp_path)
+    (scratch / "model.safetensors").unlink()
+    with pytest.raises(VerifyError, match=r"holds no \*\.safetensors"):
+        reference_model(scratch)
+
+
+def test_command(fp8, rows, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    arguments = ["verify", str(fp8), "--tokens", *map(str, TOKENS[0]), "--steps", "3"]
+    assert main([*arguments, "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "layer 2 block" in printed
+    assert f"All {len(rows)} comparisons hold" in printed
+    record = json.loads(report.read_text())
+    assert record["ok"] is True
+    assert record["deepseek_jax"] == dsj.__version__
+    assert record["transformers"] == "5.23.0"
+    assert record["tokens"] == TOKENS.tolist()
+    assert len(record["comparisons"]) == len(rows)
+
+
+def test_command_fails_on_a_divergence(fp8, rows, monkeypatch, capsys):
+    wrong = nudged(fp8, ("attn", "kv_b"), 1.0003)
+    monkeypatch.setattr(ladder_module, "load_pretrained", lambda path, dtype: wrong)
+    assert main(["verify", str(fp8), "--tokens", *map(str, TOKENS[0]), "--steps", "3"]) == 1
+    printed = capsys.readouterr().out
+    assert "First divergence: layer 1 attention" in printed
+    assert printed.count("DIVERGES") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1", "2"], "give at least 4 tokens"),
+        (["--length", "300"], "exceed the model's 256 tokens"),
+        (["--tokens", "1", "2", "3", "999"], "token 999 lies outside the vocabulary of 256"),
+        (["--tokens", "1", "--prompt", "x"], "give --prompt or --tokens, not both"),
+        (["--prompt", "x"], "tokenizer.json"),
+        (["--json", "/no/such/folder/x.json"], "/no/such/folder"),
+    ],
+)
+def test_command_names_bad_input(fp8, capsys, arguments, message):
+    assert main(["verify", str(fp8), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_pytorch_the_extra_is_named(fp8, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["verify", str(fp8)]) == 1
+    assert 'pip install "deepseek-jax[verify]"' in capsys.readouterr().err
