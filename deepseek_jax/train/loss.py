@@ -25,7 +25,7 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Arra
 def loss(
     model: Transformer,
     batch: dict[str, jax.Array],
-    weights: LossWeights = LossWeights(),
+    weights: LossWeights | None = None,
     ctx: Context | None = None,
 ) -> tuple[jax.Array, Output]:
     """The training loss in nats a token, and the forward pass's output with ``losses`` filled in.
