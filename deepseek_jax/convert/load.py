@@ -11,6 +11,7 @@ import numpy as np
 
 from deepseek_jax.configs.hf import config_from_json
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
+from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
 from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, layout
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
 from deepseek_jax.core.context import Context
@@ -27,7 +28,8 @@ COMPARED_ROWS = 4096
 
 
 def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Transformer:
-    """A model from a published folder: ``config.json`` and safetensors files, with or without an index.
+    """A model from a published folder (``config.json`` and safetensors files, with or without an index) or from
+    a folder that `deepseek_jax.convert.stream.convert` made of one.
 
     ``dtype``: of all parameters; FP8 weights are dequantised in float32 (value times its block's scale) and
     cast. None keeps every tensor as it is stored, FP8 as `Quantized` leaves. The router bias is
@@ -38,7 +40,8 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = 
     """
     folder = Path(path)
     cfg, block = read_config(folder)
-    checkpoint = Checkpoint(folder)
+    layers = (folder / RECORD).exists()
+    checkpoint = Layers(folder, cfg, block) if layers else Checkpoint(folder)
     tensors, leaves = layout(cfg, block)
     check_tensors(checkpoint, cfg, tensors, block)
     if dtype is not None:
@@ -47,10 +50,10 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = 
             raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
     by_leaf: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.copy:
-            _check_copy(checkpoint, tensor, tensors)
-        else:
+        if not tensor.copy:
             by_leaf.setdefault(tensor.path, []).append(tensor)
+        elif not layers:
+            check_copy(checkpoint, tensor, tensors)
 
     def fill(path, variable):
         leaf_dtype = np.dtype(np.float32) if isinstance(variable, RouterBias) else dtype
@@ -85,9 +88,7 @@ def block_size(data: dict) -> tuple[int, int]:
     for field, built in (("quant_method", "fp8"), ("fmt", "e4m3")):
         value = quantization.get(field, built if field == "fmt" else None)
         if value != built:
-            raise ConfigError(
-                f"config.json: quantization_config {field} {value!r} is not supported, only {built!r}."
-            )
+            raise ConfigError(f"config.json: quantization_config {field} {value!r} is not supported, only {built!r}.")
     block = quantization.get("weight_block_size", list(BLOCK))
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {block!r}.")
@@ -99,7 +100,7 @@ def scale_shape(tensor: Tensor, block: tuple[int, int]) -> tuple[int, int]:
     return tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=True))
 
 
-def check_tensors(checkpoint: Checkpoint, cfg: ModelConfig, tensors, block: tuple[int, int]) -> None:
+def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, block: tuple[int, int]) -> None:
     """Compares the names, shapes and dtypes of a checkpoint with those that its config implies.
 
     Raises one CheckpointError that names what is missing, unexpected and wrong.
@@ -113,9 +114,7 @@ def check_tensors(checkpoint: Checkpoint, cfg: ModelConfig, tensors, block: tupl
             missing.append(tensor.name)
             continue
         if entry.shape != tensor.shape:
-            problems.append(
-                f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}"
-            )
+            problems.append(f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}")
             continue
         if entry.dtype == FP8 and tensor.fp8:
             expected.add(tensor.name + SCALE)
@@ -123,13 +122,9 @@ def check_tensors(checkpoint: Checkpoint, cfg: ModelConfig, tensors, block: tupl
             if scale is None:
                 missing.append(tensor.name + SCALE)
             elif scale.shape != shape:
-                problems.append(
-                    f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}"
-                )
+                problems.append(f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}")
             elif scale.dtype not in SCALES:
-                problems.append(
-                    f"{scale.file}: {scale.name} has dtype {scale.dtype}, not float32 or float8_e8m0fnu"
-                )
+                problems.append(f"{scale.file}: {scale.name} has dtype {scale.dtype}, not float32 or float8_e8m0fnu")
         elif entry.dtype not in FLOATS:
             problems.append(f"{entry.file}: {tensor.name} has dtype {entry.dtype}, which is not read here")
     unexpected = [n for n in entries if n not in expected and not n.endswith(IGNORED)]
@@ -137,9 +132,7 @@ def check_tensors(checkpoint: Checkpoint, cfg: ModelConfig, tensors, block: tupl
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {', '.join(_some(missing))}")
         prefixes = tuple(f"model.layers.{cfg.n_layers + d}." for d in range(cfg.mtp_depth))
-        if all(name.startswith(prefixes) for name in missing) and not any(
-            n.startswith(prefixes) for n in entries
-        ):
+        if all(name.startswith(prefixes) for name in missing) and not any(n.startswith(prefixes) for n in entries):
             problems[-1] += " (no MTP layer is here: num_nextn_predict_layers in config.json should be 0)"
     if unexpected:
         files = [f"{name} in {entries[name].file.name}" for name in unexpected]
@@ -152,7 +145,7 @@ def _some(items: list[str]) -> list[str]:
     return items if len(items) <= NAMED else [*items[:NAMED], f"and {len(items) - NAMED} more"]
 
 
-def check_finite(entry: Entry, array: np.ndarray) -> None:
+def check_finite(entry: Entry | LayerEntry, array: np.ndarray) -> None:
     """Raises CheckpointError naming the first value that is not finite, and for a negative scale."""
     bad = not_finite(array)
     if entry.name.endswith(SCALE):
@@ -178,21 +171,20 @@ def not_finite(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16) & mask) == mask
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
+def read_tensor(checkpoint: Checkpoint | Layers, name: str) -> np.ndarray:
     """A tensor's stored values, checked to be finite."""
     array = checkpoint.read(name)
     check_finite(checkpoint.entries[name], array)
     return array
 
 
-def _check_copy(checkpoint: Checkpoint, copy: Tensor, tensors) -> None:
+def check_copy(checkpoint: Checkpoint, copy: Tensor, tensors) -> None:
     """The MTP layer's copy of the embedding or head equals the original, byte for byte."""
     original = next(t for t in tensors if t.path == copy.path and not t.copy)
     ours, theirs = checkpoint.entries[copy.name], checkpoint.entries[original.name]
     if ours.dtype != theirs.dtype:
         raise CheckpointError(
-            f"{ours.file}: {copy.name} is a copy of {original.name}, but its dtype is {ours.dtype}, not "
-            f"{theirs.dtype}."
+            f"{ours.file}: {copy.name} is a copy of {original.name}, but its dtype is {ours.dtype}, not {theirs.dtype}."
         )
     for first in range(0, ours.shape[0], COMPARED_ROWS):
         a, b = (entry.read(first, first + COMPARED_ROWS) for entry in (ours, theirs))
@@ -205,7 +197,7 @@ def _check_copy(checkpoint: Checkpoint, copy: Tensor, tensors) -> None:
             )
 
 
-def _load_leaf(checkpoint: Checkpoint, tensors: list[Tensor], leaf: Leaf, dtype, block: tuple[int, int]):
+def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, dtype, block: tuple[int, int]):
     """One leaf: an array, or with ``dtype`` None and FP8 tensors a `Quantized`."""
     stored = _same_dtype(checkpoint, [t.name for t in tensors]) if dtype is None else dtype
     values = aligned(leaf.matrix, stored)
@@ -226,7 +218,7 @@ def _load_leaf(checkpoint: Checkpoint, tensors: list[Tensor], leaf: Leaf, dtype,
     return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block, leaf.dims)
 
 
-def _same_dtype(checkpoint: Checkpoint, names: list[str]) -> np.dtype:
+def _same_dtype(checkpoint: Checkpoint | Layers, names: list[str]) -> np.dtype:
     """The dtype of tensors that share a leaf."""
     first = checkpoint.entries[names[0]]
     for name in names:

@@ -67,7 +67,8 @@ class Tensor:
 
     ``path``: the leaf. ``index``: the part of the leaf's matrix form, stacked axes first. ``transposed``:
     whether the part is the published tensor's transpose. ``fp8``: whether releases quantise it. ``copy``:
-    whether it is the MTP layer's duplicate of a tensor that stands elsewhere.
+    whether it is the MTP layer's duplicate of a tensor that stands elsewhere. ``expert``: whether it belongs to
+    a routed expert.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Tensor:
     transposed: bool
     fp8: bool
     copy: bool = False
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,4 +200,5 @@ def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool
                 shape = shape if transposed else shape[::-1]
             else:
                 shape = matrix
-            yield Tensor(name.format(expert=expert, half=half), shape, path, index, transposed, fp8)
+            published = name.format(expert=expert, half=half)
+            yield Tensor(published, shape, path, index, transposed, fp8, expert=expert is not None)

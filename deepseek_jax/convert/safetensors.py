@@ -76,9 +76,7 @@ class Entry:
             while done < size:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise CheckpointError(
-                        f"{self.file}: truncated within {self.name}, at byte {start + done}."
-                    )
+                    raise CheckpointError(f"{self.file}: truncated within {self.name}, at byte {start + done}.")
                 done += count
         return buffer.view(self.dtype).reshape(shape)
 
@@ -121,9 +119,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != end:
-            raise CheckpointError(
-                f"{path}: {entry.name} starts at byte {entry.start}, the one before ends at {end}."
-            )
+            raise CheckpointError(f"{path}: {entry.name} starts at byte {entry.start}, the one before ends at {end}.")
         end = entry.stop
     if end != size:
         raise CheckpointError(f"{path}: the header describes {end} bytes, the file has {size} (truncated?).")
@@ -221,9 +217,7 @@ class Writer:
         try:
             if kind is None:
                 if self.places:
-                    raise ValueError(
-                        f"{self.path}: {len(self.places)} tensors were never written: {min(self.places)}."
-                    )
+                    raise ValueError(f"{self.path}: {len(self.places)} tensors were never written: {min(self.places)}.")
                 os.fsync(self.file.fileno())
                 self.temporary.replace(self.path)
         finally:
@@ -274,9 +268,7 @@ class Checkpoint:
             if name not in self.entries:
                 raise CheckpointError(f"{self.folder / file} lacks {name}, which {path} has in it.")
             if self.entries[name].file.name != file:
-                raise CheckpointError(
-                    f"{path} has {name} in {file}, but it stands in {self.entries[name].file}."
-                )
+                raise CheckpointError(f"{path} has {name} in {file}, but it stands in {self.entries[name].file}.")
         for name, entry in self.entries.items():
             if name not in self.map:
                 raise CheckpointError(f"{entry.file} holds {name}, which {path} does not list.")

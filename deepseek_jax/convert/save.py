@@ -84,9 +84,7 @@ def new_folder(path: str | Path):
 
 def check_free(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(
-            f"{path} exists and is not an empty folder; choose another destination or remove it."
-        )
+        raise FileExistsError(f"{path} exists and is not an empty folder; choose another destination or remove it.")
 
 
 class _Template:
@@ -102,17 +100,13 @@ class _Template:
         for tensor in tensors:
             entry = self.entries.get(tensor.name)
             if entry is None:
-                raise CheckpointError(
-                    f"like={self.folder} has no tensor {tensor.name}; it is another model's folder."
-                )
+                raise CheckpointError(f"like={self.folder} has no tensor {tensor.name}; it is another model's folder.")
             if entry.shape != tensor.shape:
                 raise CheckpointError(
                     f"{entry.file}: {tensor.name} has shape {entry.shape}, the model's is {tensor.shape}."
                 )
             if entry.dtype == FP8 and tensor.name + SCALE not in self.entries:
-                raise CheckpointError(
-                    f"{entry.file}: {tensor.name} is FP8, but {tensor.name + SCALE} is missing."
-                )
+                raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.name + SCALE} is missing.")
 
 
 def _write(model: Transformer, folder: Path, quantize: str | None, like: _Template | None) -> None:
@@ -227,14 +221,12 @@ def split_files(specs: dict[str, Spec], like: dict[str, Entry] | None = None) ->
         size += nbytes(spec)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)
-    }
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
 def index_json(specs: dict[str, Spec], files: dict[str, list[str]]) -> dict:
     total = sum(nbytes(spec) for spec in specs.values())
-    weight_map = {name: file for file, names in files.items() for name in names}
+    weight_map = dict(sorted((name, file) for file, names in files.items() for name in names))
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 

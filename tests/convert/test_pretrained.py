@@ -214,9 +214,7 @@ def test_other_block_sizes(tmp_path, fp8):
         tensors[name], tensors[name + "_scale_inv"] = quantize_matrix(w, (64, 32))
     shutil.copytree(fp8, tmp_path / "source")
     write_arrays(tmp_path / "source", tensors)
-    edit_json(
-        tmp_path / "source/config.json", lambda c: c["quantization_config"].update(weight_block_size=[64, 32])
-    )
+    edit_json(tmp_path / "source/config.json", lambda c: c["quantization_config"].update(weight_block_size=[64, 32]))
     model = dsj.load_pretrained(tmp_path / "source", dtype=None)
     assert model.stacks[1].ffn.gate_up.get_value().block == (1, 32, 1, 64)
     dsj.save_pretrained(model, tmp_path / "again")
@@ -261,9 +259,7 @@ def test_shards_and_template_files(fp8, tmp_path, monkeypatch):
     monkeypatch.undo()
     dsj.save_pretrained(model, tmp_path / "again", like=source)
     assert_same_tensors(source, tmp_path / "again")
-    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in source.iterdir()} - {
-        "notes.txt"
-    }
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in source.iterdir()} - {"notes.txt"}
     assert json.loads((tmp_path / "again" / INDEX).read_text())["weight_map"] == index["weight_map"]
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())
@@ -389,9 +385,7 @@ def test_copy_of_another_dtype(scratch):
     tensors = arrays(scratch)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
     write_arrays(scratch, tensors)
-    with pytest.raises(
-        CheckpointError, match=r"is a copy of lm_head\.weight, but its dtype is bfloat16, not float32"
-    ):
+    with pytest.raises(CheckpointError, match=r"is a copy of lm_head\.weight, but its dtype is bfloat16, not float32"):
         dsj.load_pretrained(scratch)
 
 

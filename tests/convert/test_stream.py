@@ -1,0 +1,340 @@
+"""`deepseek-jax convert`: there and back byte for byte, resumable, and nothing left after an error."""
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from folders import EDGES, arrays, assert_same_tensors, edge_model, edit_json, write_arrays
+from test_pretrained import DAMAGE, assert_same_model, rescaled
+from tiny import random_model
+
+import deepseek_jax as dsj
+from deepseek_jax.cli.main import main
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert import layers as layers_module
+from deepseek_jax.convert import save as save_module
+from deepseek_jax.convert import stream as stream_module
+from deepseek_jax.convert.layers import RECORD, places
+from deepseek_jax.convert.manifest import inspect, of_release, release_of
+from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError
+from deepseek_jax.convert.stream import convert
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory) -> Path:
+    """Three files with an index, a tokenizer, unknown config fields."""
+    folder = tmp_path_factory.mktemp("source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "SHARD_BYTES", 400_000)
+        dsj.save_pretrained(edge_model(), folder / "model", quantize="fp8")
+    (folder / "model/tokenizer.json").write_text('{"a": 1}')
+    edit_json(folder / "model/config.json", lambda c: c.update(auto_map={"x": "y"}))
+    assert len(list((folder / "model").glob("*.safetensors"))) == 3
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def converted(fp8, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "orbax"
+    assert convert(fp8, folder) == "layers"
+    return folder
+
+
+@pytest.fixture
+def scratch(fp8, tmp_path) -> Path:
+    return shutil.copytree(fp8, tmp_path / "copy")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_there_and_back(fp8, converted, tmp_path):
+    """Every file comes back, the safetensors files byte for byte, since their layout is the writer's own."""
+    done = []
+    assert convert(converted, tmp_path / "back", done.append) == "published"
+    assert files(tmp_path / "back") == files(fp8)
+    assert sum(done) == sum(entry.nbytes for entry in Checkpoint(fp8).entries.values())
+
+
+def test_the_folder_is_orbax(converted, fp8):
+    """A layer is an Orbax checkpoint with the stored bytes in the published orientation."""
+    from orbax.checkpoint.experimental import v1 as ocp
+
+    assert {p.name for p in converted.iterdir()} == {"config.json", "tokenizer.json", RECORD, "model", "layers"}
+    assert {p.name for p in (converted / "layers").iterdir()} == {"0", "1", "2", "3"}
+    tree = ocp.load(converted / "layers/2")
+    stored = arrays(fp8)
+    assert set(tree) == {"attn_norm", "attn", "ffn_norm", "ffn"}
+    name = "model.layers.2.self_attn.q_b_proj.weight"
+    assert tree["attn"]["q_b"]["values"].dtype == ml_dtypes.float8_e4m3fn
+    assert tree["attn"]["q_b"]["values"].tobytes() == stored[name].tobytes()
+    assert tree["attn"]["q_b"]["scale"].tobytes() == stored[name + "_scale_inv"].tobytes()
+    assert tree["ffn"]["gate_up"]["0"]["values"].shape == (8, 2, EDGES.moe.expert_dim, EDGES.dim)
+    up = stored["model.layers.2.mlp.experts.5.up_proj.weight"]
+    assert tree["ffn"]["gate_up"]["0"]["values"][5, 1].tobytes() == up.tobytes()
+    record = json.loads((converted / RECORD).read_text())
+    assert (record["format_version"], record["deepseek_jax_version"]) == (1, dsj.__version__)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_loading_either_is_the_same(fp8, converted, dtype):
+    a, b = dsj.load_pretrained(fp8, dtype=dtype), dsj.load_pretrained(converted, dtype=dtype)
+    assert_same_model(a, replace_name(b, a.cfg.name))
+
+
+def replace_name(model, name):
+    model.cfg = replace(model.cfg, name=name)
+    return model
+
+
+CASES = {
+    "float32": {},
+    "no MTP": {"mtp_depth": 0},
+    "all dense, two MTP": {"n_dense_layers": 3, "moe": None, "mtp_depth": 2},
+    "all MoE, tied": {"n_dense_layers": 0, "tie_embeddings": True},
+    "no query compression": {"attention": replace(EDGES.attention, q_rank=None)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_architectures(tmp_path, case):
+    model = random_model(replace(EDGES, **CASES[case]), seed=1, dtype=jnp.float32)
+    dsj.save_pretrained(model, tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c")
+    assert_same_tensors(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("scales", ["powers", "e8m0"])
+def test_scales_keep_their_dtype(fp8, tmp_path, scales):
+    single = tmp_path / "single"
+    dsj.save_pretrained(dsj.load_pretrained(fp8, dtype=None), single)
+    source = rescaled(single, tmp_path / "source", scales)
+    convert(source, tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c")
+    assert_same_tensors(source, tmp_path / "c")
+
+
+def test_expert_groups(fp8, tmp_path, monkeypatch):
+    """Groups of three of eight experts, the last one short; a folder is read with the group it was written in."""
+    monkeypatch.setattr(layers_module, "GROUP_SIZE", 3 * 2 * EDGES.moe.expert_dim * EDGES.dim)
+    keys = {place.key for name, place in places(EDGES, (128, 128)).items() if "experts.7.up" in name}
+    assert keys == {("ffn", "gate_up", "6")}
+    monkeypatch.setattr(stream_module, "BATCH_BYTES", 10_000)
+    convert(fp8, tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c")
+    assert_same_tensors(fp8, tmp_path / "c")
+
+
+def test_files_without_an_index(fp8, tmp_path, scratch):
+    (scratch / INDEX).unlink()
+    convert(scratch, tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c")
+    assert files(tmp_path / "c") == files(scratch)
+
+
+# --- Interruption -----------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """As a signal would end it."""
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_goes_on_after_an_interruption(fp8, converted, tmp_path, monkeypatch, back):
+    """Stopped again and again: each run keeps what earlier ones finished, and the end is the same."""
+    monkeypatch.setattr(stream_module, "BATCH_BYTES", 100_000)
+    source, destination, working = converted if back else fp8, tmp_path / "out", tmp_path / ".out.converting"
+    finished, whole = {}, "*.safetensors" if back else "layers/?/orbax.checkpoint"
+    runs = 0
+    while not destination.exists():
+        left = [60 + 60 * runs if back else 4 + runs]
+
+        def progress(n, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+
+        runs += 1
+        with contextlib.suppress(Stop):
+            convert(source, destination, progress)
+        folder = destination if destination.exists() else working
+        found = {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob(whole)}
+        assert finished.items() <= found.items()
+        finished = found
+    assert runs > 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    if not back:
+        convert(destination, tmp_path / "back")
+        destination = tmp_path / "back"
+    assert files(destination) == files(fp8)
+
+
+def test_a_changed_source_is_not_mixed_in(scratch, tmp_path):
+    def progress(n):
+        raise Stop
+
+    with pytest.raises(Stop):
+        convert(scratch, tmp_path / "out", progress)
+    edit_json(scratch / "config.json", lambda c: c.update(auto_map={}))
+    with pytest.raises(FileExistsError, match=r"\.out\.converting holds another conversion.*remove it"):
+        convert(scratch, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [False, True])
+def test_killed_at_any_moment(tmp_path, back):
+    """kill -9 at random moments until one run gets through; what it leaves is whole."""
+    rng = random.Random(0)
+    cfg = replace(EDGES, n_layers=8, dim=512)
+    dsj.save_pretrained(random_model(cfg, dtype=jnp.bfloat16), tmp_path / "a", quantize="fp8")
+    source = tmp_path / "a"
+    if back:
+        source = tmp_path / "b"
+        convert(tmp_path / "a", source)
+    destination = tmp_path / "out"
+    command = [sys.executable, "-m", "deepseek_jax.cli.main", "convert", str(source), str(destination)]
+    command = [sys.executable, "-c", "from deepseek_jax.cli.main import main; raise SystemExit(main())", *command[3:]]
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, errors = process.communicate(timeout=3 + rng.random() * (1 + 0.25 * kills))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            assert kills < 60
+            if destination.exists():
+                break
+            continue
+        assert process.returncode == 0, errors.decode()
+        break
+    print(f"killed {kills} times")
+    assert kills > 0
+    if back:
+        assert_same_tensors(tmp_path / "a", destination)
+    else:
+        assert_same_model(
+            replace_name(dsj.load_pretrained(destination, dtype=None), "x"),
+            replace_name(dsj.load_pretrained(tmp_path / "a", dtype=None), "x"),
+        )
+    time.sleep(0.1)
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_sources(scratch, tmp_path, case):
+    change, message = DAMAGE[case]
+    tensors = arrays(scratch)
+    change(tensors)
+    for file in scratch.glob("*.safetensors*"):
+        file.unlink()
+    write_arrays(scratch, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        convert(scratch, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"copy"}
+
+
+def test_experts_of_two_dtypes(scratch, tmp_path):
+    tensors = arrays(scratch)
+    name = "model.layers.2.mlp.experts.4.up_proj.weight"
+    del tensors[name + "_scale_inv"]
+    tensors[name] = tensors[name].astype(np.float32)
+    for file in scratch.glob("*.safetensors*"):
+        file.unlink()
+    write_arrays(scratch, tensors)
+    with pytest.raises(CheckpointError, match=rf"{name} as float32.*cannot be converted"):
+        convert(scratch, tmp_path / "out")
+
+
+def test_destinations(fp8, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        convert(fp8, tmp_path / "full")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match=r"needs 0\.00 GB, but the disk has 0\.00 GB free"):
+        convert(fp8, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"full"}
+
+
+def test_damaged_converted_folders(converted, tmp_path):
+    def copy(name):
+        return shutil.copytree(converted, tmp_path / name)
+
+    folder = copy("a")
+    shutil.rmtree(folder / "layers/1")
+    with pytest.raises(CheckpointError, match=r"layers/1 is missing"):
+        dsj.load_pretrained(folder)
+    folder = copy("b")
+    edit_json(folder / RECORD, lambda r: r.update(format_version=2))
+    with pytest.raises(CheckpointError, match="version 2 is not read here"):
+        convert(folder, tmp_path / "out")
+    folder = copy("c")
+    edit_json(folder / RECORD, lambda r: r["files"].popitem())
+    with pytest.raises(CheckpointError, match="the layers disagree on"):
+        convert(folder, tmp_path / "out")
+    folder = copy("d")
+    for data in folder.glob("layers/2/state/ocdbt.process_*/d/*"):
+        data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"layers/2.*cannot be read"):
+        convert(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+# --- The command ------------------------------------------------------------------------------------------------
+
+
+def test_command(fp8, tmp_path, capsys):
+    assert main(["convert", str(fp8), str(tmp_path / "b")]) == 0
+    assert "Orbax" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--json", str(tmp_path / "r.json")]) == 0
+    assert files(tmp_path / "c") == files(fp8)
+    assert json.loads((tmp_path / "r.json").read_text())["deepseek_jax"] == dsj.__version__
+    assert main(["convert", str(fp8), "--dry-run"]) == 0
+    assert "tensors" in capsys.readouterr().out
+    assert main(["convert", str(fp8)]) == 1
+    assert "DST is missing" in capsys.readouterr().err
+    assert main(["convert", str(fp8), str(tmp_path / "c")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "d")]) == 1
+    assert "absent is not a folder" in capsys.readouterr().err
+
+
+def test_manifests():
+    """The released DeepSeek-V3: 91,991 tensors, as its files' own headers say."""
+    assert of_release("deepseek-v3").tensors == 91_991
+    assert of_release("deepseek-v3").dtypes["F8_E4M3"] + 59 == of_release("deepseek-v3").dtypes["F32"]
+    assert of_release("moonlight-16b").dtypes.keys() == {"BF16", "F32"}
+    assert release_of(replace(zoo("deepseek-v3"), init_std=0.02)) == "deepseek-v3"
+    assert release_of(zoo("deepseek-v3", n_layers=60)) is None
+
+
+def test_dry_run_compares_with_the_release(fp8, monkeypatch, capsys):
+    from deepseek_jax.convert import manifest
+
+    assert inspect(fp8).expected is None
+    cfg = dsj.load_pretrained(fp8).cfg
+    monkeypatch.setattr(manifest, "release_of", lambda cfg: "edges")
+    monkeypatch.setattr(manifest, "zoo", lambda name: cfg)
+    assert inspect(fp8).agrees
+    monkeypatch.setattr(manifest, "BLOCK", (64, 64))
+    assert not inspect(fp8).agrees
+    assert main(["convert", str(fp8), "--dry-run"]) == 1
+    assert "edges as released holds" in capsys.readouterr().out
