@@ -254,7 +254,6 @@ def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
         opened = {file: safe_open(path / file, "pt") for file in sorted(set(files.values()))}
     else:
         opened = {file.name: safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))}
-        opened = {file: f for file, f in opened.items() if file != "reference.safetensors"}
         files = {name: file for file, f in opened.items() for name in f.keys()}  # noqa: SIM118
     if not files:
         raise VerifyError(f"{path} holds no *.safetensors with weights.")

@@ -1,20 +1,24 @@
 """The verification: its reader, its comparisons, what it finds and what it refuses."""
 
+import hashlib
 import json
+import runpy
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from folders import arrays, edit_json, write_arrays
 from reference import torch_model
 from tiny import random_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.convert import ladder as ladder_module
-from deepseek_jax.convert.ladder import BOUND, Routing, Row, agreement, choose, compare, ladder, matched
+from deepseek_jax.convert.ladder import BOUND, TIE, Routing, Row, _call, agreement, choose, compare, ladder, matched
 from deepseek_jax.convert.verify import VerifyError, reference_model
 from deepseek_jax.core.params import map_variables
 
@@ -266,3 +270,29 @@ def test_without_pytorch_the_extra_is_named(fp8, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["verify", str(fp8)]) == 1
     assert 'pip install "deepseek-jax[verify]"' in capsys.readouterr().err
+
+
+def test_stored_reference_logits(scratch, monkeypatch, capsys):
+    """The script that makes a checkpoint's stored reference, on a byte-level tokenizer of 256 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(scratch / "tokenizer.json"))
+    monkeypatch.setattr(sys, "argv", ["make_reference.py", str(scratch)])
+    runpy.run_path(str(ROOT / "checkpoints" / "make_reference.py"), run_name="__main__")
+    assert "the closest experts lie" in capsys.readouterr().out
+
+    record = json.loads((scratch / "reference" / "reference.json").read_text())
+    assert sorted(record["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for name, digest in record["files"].items():
+        assert hashlib.sha256((scratch / name).read_bytes()).hexdigest() == digest
+    stored = arrays(scratch / "reference")
+    tokens = stored["tokens"]
+    assert tokens.shape[1] > 100
+    np.testing.assert_array_equal(tokens[0], tokenizer.encode(record["prompt"]).ids[: tokens.shape[1]])
+    # A folder that holds its reference is still a checkpoint.
+    out = _call(dsj.load_pretrained(scratch, dtype=np.float32), tokens, None, None, True, ())
+    np.testing.assert_array_equal(np.sort(out.aux.expert_index, -1), stored["expert_index"])
+    assert (stored["expert_margin"] >= TIE).all()
+    for name, logits in (("logits", out.logits), ("mtp_logits", out.mtp_logits[0])):
+        assert compare(logits[:, : stored[name].shape[1]], stored[name], None, name).ok
