@@ -21,10 +21,19 @@ from deepseek_jax.model.transformer import Transformer, abstract
 
 FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
 SCALES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float8_e8m0fnu))
+# dtype -> mask of the bits without the sign, the smallest pattern of these that is not finite.
+NOT_FINITE = {
+    np.dtype(jnp.float32): (0x7FFF_FFFF, 0x7F80_0000),
+    np.dtype(jnp.bfloat16): (0x7FFF, 0x7F80),
+    np.dtype(jnp.float16): (0x7FFF, 0x7C00),
+    np.dtype(jnp.float8_e4m3fn): (0x7F, 0x7F),
+    np.dtype(jnp.float8_e8m0fnu): (0xFF, 0xFF),
+}
 # So many problems of one kind are named; the rest are counted.
 NAMED = 5
 ALIGNMENT = 64
 COMPARED_ROWS = 4096
+STRIP = 64
 
 
 def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Transformer:
@@ -147,8 +156,11 @@ def _some(items: list[str]) -> list[str]:
 
 def check_finite(entry: Entry | LayerEntry, array: np.ndarray) -> None:
     """Raises CheckpointError naming the first value that is not finite, and for a negative scale."""
+    scale = entry.name.endswith(SCALE)
+    if not scale and not has_bad(array):
+        return
     bad = not_finite(array)
-    if entry.name.endswith(SCALE):
+    if scale:
         bad |= array.astype(np.float32) < 0
     if bad.any():
         where = np.unravel_index(int(bad.argmax()), array.shape)
@@ -160,15 +172,22 @@ def check_finite(entry: Entry | LayerEntry, array: np.ndarray) -> None:
 
 
 def not_finite(array: np.ndarray) -> np.ndarray:
-    """Where a float array is NaN or infinite; by bit pattern, since ml_dtypes' own test is slow."""
-    if array.dtype == np.float32:
-        return ~np.isfinite(array)
-    if array.dtype == FP8:
-        return (array.view(np.uint8) & 0x7F) == 0x7F
-    if array.dtype == jnp.float8_e8m0fnu:
-        return array.view(np.uint8) == 0xFF
-    mask = np.uint16(0x7F80 if array.dtype == jnp.bfloat16 else 0x7C00)
-    return (array.view(np.uint16) & mask) == mask
+    """Where a float array is NaN or infinite."""
+    magnitude, limit = _magnitude(array)
+    return magnitude >= limit
+
+
+def has_bad(array: np.ndarray) -> bool:
+    """Whether any value is NaN or infinite; a pass over the bits, several times faster than `not_finite`."""
+    magnitude, limit = _magnitude(array)
+    return bool(magnitude.max(initial=0) >= limit)
+
+
+def _magnitude(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """The values' bits without the sign, and the first pattern that is not finite."""
+    mask, limit = NOT_FINITE[array.dtype]
+    bits = array.view(f"u{array.itemsize}")
+    return bits & bits.dtype.type(mask), limit
 
 
 def read_tensor(checkpoint: Checkpoint | Layers, name: str) -> np.ndarray:
@@ -209,13 +228,24 @@ def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Lea
         if array.dtype == FP8:
             scale = read_tensor(checkpoint, tensor.name + SCALE)
             if scales is None:
-                array = dequantize_matrix(array, scale, block)
+                array = dequantize_matrix(array, scale, block, stored)
             else:
                 scales[tensor.index] = scale.T
-        values[tensor.index] = array.T if tensor.transposed else array
+        if tensor.transposed:
+            _transpose_into(values[tensor.index], array.astype(stored, copy=False))
+        else:
+            values[tensor.index] = array
     if scales is None:
         return jax.device_put(values.reshape(leaf.shape))
     return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block, leaf.dims)
+
+
+def _transpose_into(out: np.ndarray, array: np.ndarray) -> None:
+    """``out[...] = array.T`` in strips that stay in the cache: four times faster than at once."""
+    raw = f"u{array.itemsize}"
+    out, array = out.view(raw), array.view(raw)
+    for first in range(0, array.shape[0], STRIP):
+        out[:, first : first + STRIP] = array[first : first + STRIP].T
 
 
 def _same_dtype(checkpoint: Checkpoint | Layers, names: list[str]) -> np.dtype:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_from_json, config_to_json
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.load import block_size, not_finite, scale_shape
+from deepseek_jax.convert.load import block_size, has_bad, scale_shape
 from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Entry, Writer, load_json
 from deepseek_jax.core.params import RouterBias, map_variables
@@ -186,7 +186,7 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         held = dequantize_matrix(values, scale, held_block)
     if dtype != FP8:
         array = held.astype(dtype)
-        if not_finite(array).any():
+        if has_bad(array):
             raise ValueError(f"{name} holds values that are not finite as {dtype}; it is not saved.")
         return array, None
     stored = None

@@ -59,12 +59,18 @@ def spread(scale, axis: int, size: int, length: int, xp):
     return scale[(slice(None),) * axis + (slice(0, length),)]
 
 
-def dequantize_matrix(values: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """float32 [N, K] from values [N, K] and scale [ceil(N/bn), ceil(K/bk)], on the host."""
-    scale = scale.astype(np.float32)
-    for axis in (0, 1):
-        scale = spread(scale, axis, block[axis], values.shape[axis], np)
-    return values.astype(np.float32) * scale
+def dequantize_matrix(values: np.ndarray, scale: np.ndarray, block: tuple[int, int], dtype=np.float32) -> np.ndarray:
+    """[N, K] of ``dtype`` from values [N, K] and scale [ceil(N/bn), ceil(K/bk)], on the host.
+
+    The product is taken in float32, a row of blocks at a time.
+    """
+    table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
+    scale = spread(scale.astype(np.float32), 1, block[1], values.shape[1], np)
+    out = np.empty(values.shape, dtype)
+    for row, first in enumerate(range(0, values.shape[0], block[0])):
+        rows = slice(first, first + block[0])
+        out[rows] = table[values[rows].view(np.uint8)] * scale[row]
+    return out
 
 
 def quantize_matrix(
@@ -84,9 +90,7 @@ def quantize_matrix(
     n, k = w.shape
     w32 = w.astype(np.float32)
     if not np.isfinite(w32).all():
-        raise ValueError(
-            f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised."
-        )
+        raise ValueError(f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised.")
     amax = _per_block(np.abs(w32), block, np.maximum)
     scale = np.where(amax > 0, np.maximum(amax / np.float32(FP8_MAX), SMALLEST_SCALE), np.float32(1))
     if powers_of_two:
