@@ -1,0 +1,82 @@
+"""The bias update and the sequence-wise loss: the sign rule, its fixed point, the loss's identities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import random_model
+
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.core.params import partition
+from deepseek_jax.model.router import expert_load, sequence_balance
+from deepseek_jax.train.balance import max_violation, update_router_bias
+from deepseek_jax.train.recipe import LossWeights
+
+TINY = zoo("tiny-v3")
+
+
+def biases(tree) -> np.ndarray:
+    """[L_moe + MTP modules, E], MTP last."""
+    routers = (tree.stacks[1].ffn.router, tree.mtp[0].block.ffn.router)
+    return np.concatenate([np.asarray(router.bias.get_value()).reshape(-1, 8) for router in routers])
+
+
+def test_update_is_the_sign_rule():
+    rest = partition(random_model(TINY))[1]
+    load = np.array([[9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 8]])
+    mtp = np.array([[2, 2, 2, 2, 2, 2, 2, 2]])
+    before, after = biases(rest), biases(update_router_bias(rest, jnp.asarray(load), jnp.asarray(mtp), 0.001))
+    moved = np.array([[-1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, -1], [0] * 8])
+    np.testing.assert_allclose(after - before, 0.001 * moved, atol=1e-7)
+
+
+def test_skewed_scores_are_balanced_by_the_bias_alone():
+    # Scores whose means differ by expert: without a bias the first experts take nearly all tokens.
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 0.5, (4096, 8)) + np.linspace(1.5, -1.5, 8)
+    score = jnp.asarray(1 / (1 + np.exp(-logit)), jnp.float32)
+    rest = partition(random_model(TINY))[1]
+
+    def count(bias):
+        return expert_load(jax.lax.top_k(score + bias, 2)[1], 8)
+
+    @jax.jit
+    def steps(bias):
+        # The rule of `update_router_bias`, on one layer.
+        def step(_, bias):
+            load = count(bias).astype(jnp.float32)
+            return bias + 0.001 * jnp.sign(load.mean() - load)
+
+        return jax.lax.fori_loop(0, 1000, step, bias)
+
+    first = count(jnp.zeros(8))
+    bias = steps(jnp.zeros(8))
+    moved = biases(update_router_bias(rest, jnp.stack([first, first]), None, 0.001))[0] - biases(rest)[0]
+    np.testing.assert_allclose(moved, 0.001 * np.sign(first.mean() - np.asarray(first)), atol=1e-7)
+    assert float(max_violation(first[None])[0]) > 1.5
+    assert float(max_violation(count(bias)[None])[0]) < 0.02
+    assert (np.diff(bias) > 0).all()
+
+
+def test_max_violation():
+    load = jnp.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [6, 2, 4, 4]])
+    np.testing.assert_allclose(max_violation(load), [0, 3, 0.5])
+
+
+def test_sequence_loss_lies_between_its_bounds():
+    # f sums to E and P to 1. One expert that takes every first place weighs E / K times its share.
+    ones = jnp.ones((1, 16), jnp.int32)
+    concentrated = jnp.full((1, 16, 8), 1e-6).at[..., :2].set(1.0)
+    np.testing.assert_allclose(sequence_balance(concentrated, ones, 2), 4.0, rtol=1e-4)
+    np.testing.assert_allclose(sequence_balance(jnp.full((1, 16, 8), 0.3), ones, 2), 1.0, rtol=1e-6)
+
+
+def test_sequence_loss_pushes_the_busy_expert_down():
+    rng = np.random.default_rng(1)
+    logit = jnp.asarray(rng.normal(0, 1, (1, 64, 8)) + np.array([2.0] + [0.0] * 7), jnp.float32)
+    ones = jnp.ones((1, 64), jnp.int32)
+    gradient = jax.grad(lambda x: sequence_balance(jax.nn.sigmoid(x), ones, 2)[0])(logit)
+    assert (gradient[..., 0] > 0).all()
+
+
+def test_the_papers_weight_is_the_default():
+    assert LossWeights().balance == 1e-4

@@ -1,0 +1,77 @@
+"""Exact figures of multi-head latent attention, on the real V3 where that needs no weights."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.configs.schema import Rope, Yarn
+from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.core.params import is_variable
+from deepseek_jax.core.rope import inverse_frequencies, softmax_scale, yarn_mscale, yarn_range
+from deepseek_jax.model.transformer import abstract
+
+V3 = zoo("deepseek-v3", mtp_depth=0)
+
+
+def v3_cache():
+    return jax.eval_shape(lambda: abstract(V3).init_cache(1, 1, dtype=jnp.bfloat16))
+
+
+def test_cache_bytes_a_token():
+    latent = v3_cache().latent
+    assert latent.shape == (61, 1, 1, 576)
+    assert latent.size * latent.dtype.itemsize == 70_272
+
+
+def test_cache_equals_two_and_a_quarter_groups():
+    # A grouped-query cache holds a key and a value of 128 numbers a group.
+    attention = V3.attention
+    assert (attention.kv_rank + attention.rope_dim) / (2 * attention.nope_dim) == 2.25
+    assert attention.n_heads * 2 * attention.nope_dim / 576 == pytest.approx(56.9, abs=0.05)
+
+
+def test_attention_parameters_a_layer():
+    stack = abstract(V3).stacks[0]
+    leaves = jax.tree.leaves(stack.attn, is_leaf=is_variable)
+    # The two latents' norms, 2048 numbers, are part of it.
+    assert sum(v.get_value().size for v in leaves) / V3.n_dense_layers == 187_107_328
+
+
+def test_yarn_of_factor_one_is_rope():
+    plain, one = Rope(10000.0), Rope(10000.0, Yarn(factor=1.0, original_length=4096))
+    # Blending a frequency with itself rounds once more.
+    np.testing.assert_array_max_ulp(inverse_frequencies(64, one), inverse_frequencies(64, plain), maxulp=1)
+    assert softmax_scale(192, one) == softmax_scale(192, plain)
+
+
+def test_yarn_constants():
+    rope = V3.attention.rope
+    assert yarn_mscale(40, 1.0) == 0.1 * math.log(40) + 1
+    assert yarn_mscale(40, 1.0) ** 2 == pytest.approx(1.873854, abs=5e-7)
+    assert yarn_range(64, rope.theta, rope.yarn) == (10, 23)
+    assert softmax_scale(192, rope) == pytest.approx(1.873854 / math.sqrt(192), abs=5e-8)
+
+
+def test_yarn_slows_the_slowest_pairs_by_the_factor():
+    # Below one turn within 4096 tokens a pair is interpolated, above 32 turns it is kept.
+    rope = V3.attention.rope
+    plain, scaled = inverse_frequencies(64, Rope(rope.theta)), inverse_frequencies(64, rope)
+    turns = plain * 4096 / (2 * math.pi)
+    ratio = plain / scaled
+    np.testing.assert_array_equal(ratio[turns > 32], 1)
+    np.testing.assert_allclose(ratio[turns < 1][1:], 40, rtol=1e-6)
+    assert (np.diff(ratio) >= -1e-5).all()
+
+
+def test_scores_depend_on_position_differences_only():
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(0, 1, (2, 32)) + 1j * rng.normal(0, 1, (2, 32))
+    frequency = inverse_frequencies(64, V3.attention.rope).astype(np.float64)
+    score = [
+        (q * np.exp(1j * t * frequency) * np.conj(k * np.exp(1j * s * frequency))).sum().real
+        for t, s in ((9, 2), (70_009, 70_002))
+    ]
+    assert score[0] == pytest.approx(score[1], abs=1e-6)

@@ -1,0 +1,98 @@
+"""Multi-token prediction: the combination, the causal chain, shared weights, the loss, the real module's size."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import forward, relative
+from tiny import random_model, random_tokens
+
+import deepseek_jax as dsj
+from deepseek_jax.core.params import is_trained, is_variable, map_variables
+from deepseek_jax.model.transformer import abstract
+from deepseek_jax.train.recipe import LossWeights
+
+CFG = dsj.zoo("tiny-v3", mtp_depth=2)
+T = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CFG)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(CFG, 2, T)
+
+
+run = partial(forward, with_mtp=True)
+
+
+def change(model, path, f):
+    """The model with one leaf replaced."""
+
+    def visit(where, variable):
+        return variable.replace(f(variable.get_value())) if where == path else variable
+
+    return map_variables(visit, model)
+
+
+def test_combination_is_the_papers_up_to_the_order_of_halves(model, tokens):
+    """Equation 21 with the hidden state first, its matrix's halves exchanged, gives the module's input."""
+    module = model.mtp[0]
+    hidden = jnp.asarray(np.random.default_rng(2).normal(0, 1, (2, T, CFG.dim)), jnp.float32)
+    embedding = model.embed.get_value()[tokens]
+    proj = module.proj.get_value()
+    paper = jnp.concatenate([proj[CFG.dim :], proj[: CFG.dim]])
+    h, e = module.hidden_norm(hidden), module.embed_norm(embedding)
+    ours = jnp.concatenate([e, h], -1) @ proj
+    assert relative(jnp.concatenate([h, e], -1) @ paper, ours) <= 2e-6
+    # The order matters: the matrix is not symmetric in its halves.
+    assert relative(jnp.concatenate([h, e], -1) @ proj, ours) > 0.1
+
+
+def test_each_module_sees_one_token_more(model, tokens):
+    """A change of token 12 reaches the main logits from 12 on, module 0's from 11 on, module 1's from 10 on."""
+    a, b = run(model, tokens), run(model, tokens.at[:, 12].add(1))
+    for logits, first in ((a.logits, 12), (a.mtp_logits[0], 11), (a.mtp_logits[1], 10)):
+        other = {12: b.logits, 11: b.mtp_logits[0], 10: b.mtp_logits[1]}[first]
+        np.testing.assert_array_equal(logits[:, :first], other[:, :first])
+        assert (np.abs(logits[:, first] - other[:, first]).max(-1) > 1e-3).all()
+
+
+def test_embedding_and_head_are_the_main_models(model, tokens):
+    base = run(model, tokens)
+    doubled = run(change(model, ("head",), lambda w: 2 * w), tokens)
+    for a, b in zip((base.logits, *base.mtp_logits), (doubled.logits, *doubled.mtp_logits), strict=True):
+        np.testing.assert_array_equal(2 * a, b)
+    assert not [v for v in jax.tree.leaves(model.mtp, is_leaf=is_variable) if CFG.vocab_size in v.get_value().shape]
+
+
+def test_loss_is_the_papers(model, tokens):
+    """Equations 24 and 25: each module's mean cross-entropy of the token k + 1 ahead, their mean times lambda."""
+    weights = LossWeights(mtp=0.3, balance=0.0)
+    total, out = jax.jit(partial(dsj.loss, weights=weights))(model, {"tokens": tokens})
+
+    def mean_nats(logits, ahead):
+        logits = np.asarray(logits, np.float64)[:, : T - ahead]
+        target = np.asarray(tokens)[:, ahead:]
+        nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, target[..., None], -1)[..., 0]
+        return nats.mean()
+
+    main = mean_nats(out.logits, 1)
+    modules = [mean_nats(logits, 2 + depth) for depth, logits in enumerate(out.mtp_logits)]
+    assert float(total) == pytest.approx(main + 0.3 / 2 * sum(modules), rel=1e-6)
+    assert LossWeights().mtp == 0.3
+
+
+def test_module_of_v3_counts_its_parameters():
+    cfg = dsj.zoo("deepseek-v3")
+    leaves = jax.tree.leaves(abstract(cfg, jnp.bfloat16).mtp, is_leaf=is_variable)
+    trained = sum(v.get_value().size for v in leaves if is_trained(v))
+    assert cfg.mtp_depth == 1
+    assert trained == 11_610_067_968
+    copies = 2 * cfg.vocab_size * cfg.dim
+    assert round((trained + copies) / 1e9, 3) == 13.463
