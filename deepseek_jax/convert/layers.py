@@ -27,8 +27,6 @@ from deepseek_jax.convert.safetensors import CheckpointError, load_json
 RECORD = "deepseek_jax.json"
 FORMAT = "layers"
 FORMAT_VERSION = 1
-# Experts are grouped up to this many numbers: what is in memory at once.
-GROUP_SIZE = 2**28
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,11 @@ class Place:
     index: tuple[int, ...]
 
 
-def places(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, Place]:
-    """Published name -> place, for every tensor that is not a copy, in published order."""
+def places(cfg: ModelConfig, block: tuple[int, int], group: int) -> dict[str, Place]:
+    """Published name -> place, for every tensor that is not a copy, in published order.
+
+    ``group``: experts are put together up to this many numbers.
+    """
     tensors, leaves = layout(cfg, block)
     found = {}
     for tensor in tensors:
@@ -51,7 +52,7 @@ def places(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, Place]:
         index = tuple(i for i in tensor.index[leaves[tensor.path].stacked :] if isinstance(i, int))
         if tensor.expert:
             matrix = leaves[tensor.path].matrix[leaves[tensor.path].stacked + 1 :]
-            size = max(1, GROUP_SIZE // math.prod(matrix))
+            size = max(1, group // math.prod(matrix))
             first = index[0] // size * size
             key, index = (*key, str(first)), (index[0] - first, *index[1:])
         found[tensor.name] = Place(unit, key, index)
@@ -98,7 +99,7 @@ class Layers:
         self.entries: dict[str, LayerEntry] = {}
         self._metadata: dict[str, Any] = {}
         self._held: dict[str, tuple[Any, np.ndarray | None]] = {}
-        for name, place in places(cfg, block).items():
+        for name, place in places(cfg, block, self.record["group_size"]).items():
             arrays = _find(self._unit_metadata(place.unit), place.key)
             for suffix, kind in (("", "values"), (SCALE, "scale")):
                 if arrays is not None and kind in arrays:
@@ -167,6 +168,8 @@ def read_record(folder: Path) -> dict:
             f"{folder / RECORD}: format {record.get('format')!r} version {record.get('format_version')!r} is not "
             f"read here, only {FORMAT!r} version {FORMAT_VERSION}."
         )
+    if not isinstance(record.get("group_size"), int) or not isinstance(record.get("files"), dict):
+        raise CheckpointError(f"{folder / RECORD} lacks group_size or files.")
     return record
 
 

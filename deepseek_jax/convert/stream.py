@@ -23,6 +23,8 @@ from deepseek_jax.convert.save import check_free, copy_files, index_json, write_
 from deepseek_jax.version import __version__
 
 SOURCE = "source.json"
+# Experts are written in groups of up to this many numbers: what is in memory at once.
+GROUP_SIZE = 2**28
 # Small arrays are handed to Orbax together, up to this many bytes.
 BATCH_BYTES = 2**28
 Progress = Callable[[int], None]
@@ -48,7 +50,7 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
         return "published"
     checkpoint = Checkpoint(source)
     check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
-    _check_uniform(checkpoint, places(cfg, block))
+    _check_uniform(checkpoint, places(cfg, block, GROUP_SIZE))
     with _staging(checkpoint, destination) as folder:
         _to_layers(checkpoint, folder, cfg, block, progress)
     return FORMAT
@@ -59,7 +61,7 @@ def _staging(source: Checkpoint | Layers, destination: Path) -> Iterator[Path]:
     """The working folder; it becomes the destination at the end, and is kept when the work can go on later."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f".{destination.name}.converting")
-    mark = {"source": _fingerprint(source), "deepseek_jax_version": __version__}
+    mark = {"source": _fingerprint(source), "group_size": GROUP_SIZE, "deepseek_jax_version": __version__}
     if folder.exists():
         held = folder / SOURCE
         if held.exists() and json.loads(held.read_text() or "{}") != mark:
@@ -111,7 +113,7 @@ def _check_uniform(checkpoint: Checkpoint, found: dict[str, Place]) -> None:
 def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, block, progress: Progress) -> None:
     tensors, _ = layout(cfg, block)
     units: dict[str, dict[tuple[str, ...], list[tuple[str, Place]]]] = {}
-    for name, place in places(cfg, block).items():
+    for name, place in places(cfg, block, GROUP_SIZE).items():
         units.setdefault(place.unit, {}).setdefault(place.key, []).append((name, place))
     for unit, arrays in units.items():
         if not (folder / unit).exists():
@@ -132,6 +134,7 @@ def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, block, progress: Progr
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "deepseek_jax_version": __version__,
+        "group_size": GROUP_SIZE,
         "indexed": checkpoint.indexed,
         "files": files,
     }

@@ -21,7 +21,6 @@ from tiny import random_model
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.zoo import zoo
-from deepseek_jax.convert import layers as layers_module
 from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert import stream as stream_module
 from deepseek_jax.convert.layers import RECORD, places
@@ -128,11 +127,13 @@ def test_scales_keep_their_dtype(fp8, tmp_path, scales):
 
 def test_expert_groups(fp8, tmp_path, monkeypatch):
     """Groups of three of eight experts, the last one short; a folder is read with the group it was written in."""
-    monkeypatch.setattr(layers_module, "GROUP_SIZE", 3 * 2 * EDGES.moe.expert_dim * EDGES.dim)
-    keys = {place.key for name, place in places(EDGES, (128, 128)).items() if "experts.7.up" in name}
+    group = 3 * 2 * EDGES.moe.expert_dim * EDGES.dim
+    keys = {place.key for name, place in places(EDGES, (128, 128), group).items() if "experts.7.up" in name}
     assert keys == {("ffn", "gate_up", "6")}
-    monkeypatch.setattr(stream_module, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(stream_module, "GROUP_SIZE", group)
+    monkeypatch.setattr(stream_module, "BATCH_BYTES", 100_000)
     convert(fp8, tmp_path / "b")
+    monkeypatch.undo()
     convert(tmp_path / "b", tmp_path / "c")
     assert_same_tensors(fp8, tmp_path / "c")
 
