@@ -1,12 +1,35 @@
 """Tiny models whose every tensor is random, made with NumPy: jitted initialisation costs a compilation."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.model.transformer import Transformer, abstract
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """V3 in every mechanism, as small as its blocks allow: YaRN acts beyond 64 tokens, FP8 blocks have edges."""
+    cfg = ModelConfig(
+        name="tiny",
+        vocab_size=256,
+        dim=64,
+        n_layers=3,
+        n_dense_layers=1,
+        ffn_dim=160,
+        attention=MLA(
+            n_heads=4, q_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=16, rope=Rope(yarn=Yarn(4.0, 64))
+        ),
+        moe=MoE(n_experts=8, top_k=2, expert_dim=48, n_shared=1, n_groups=4, top_groups=2, scale=2.5),
+        mtp_depth=1,
+        max_length=256,
+        init_std=0.02,
+    )
+    return replace(cfg, **changes)
 
 
 def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32) -> Transformer:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from tiny import tiny_config
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, release_of
@@ -97,19 +98,19 @@ def test_the_full_size_model_holds_what_is_counted(name):
         {"n_dense_layers": 0},
         {"n_dense_layers": 3, "moe": None},
         {"n_dense_layers": 3, "moe": None, "mtp_depth": 2, "tie_embeddings": True},
-        {"moe": replace(zoo("tiny-v3").moe, n_shared=0)},
-        {"attention": replace(zoo("tiny-v3").attention, q_rank=None)},
+        {"moe": replace(tiny_config().moe, n_shared=0)},
+        {"attention": replace(tiny_config().attention, q_rank=None)},
     ],
     ids=str,
 )
 def test_ablations_hold_what_is_counted(changes):
-    cfg = zoo("tiny-v3", **changes)
+    cfg = tiny_config(**changes)
     assert disagreements(cfg, counts(cfg)) == []
 
 
 @pytest.mark.parametrize(
     "cfg",
-    [*map(zoo, zoo()), zoo("tiny-v3", mtp_depth=2, tie_embeddings=True)],
+    [*map(zoo, zoo()), tiny_config(mtp_depth=2, tie_embeddings=True)],
     ids=lambda cfg: cfg.name,
 )
 def test_published_files_hold_what_is_counted(cfg):
@@ -117,12 +118,12 @@ def test_published_files_hold_what_is_counted(cfg):
 
 
 def test_fewer_heads_than_eight_are_not_padded():
-    c = counts(zoo("tiny-v3"))
+    c = counts(tiny_config())
     assert c.kv_bytes_per_token_gqa8 == c.kv_bytes_per_token_mha == 3 * 4 * (16 + 16) * 2
 
 
 def test_a_wrong_count_is_noticed():
-    cfg = zoo("tiny-v3")
+    cfg = tiny_config()
     c = counts(cfg)
     wrong = replace(c, components={**c.components, "attention": c.components["attention"] + 1})
     (line,) = disagreements(cfg, wrong)
@@ -130,7 +131,7 @@ def test_a_wrong_count_is_noticed():
 
 
 def test_a_tied_embedding_is_multiplied_with():
-    untied, tied = counts(zoo("tiny-v3")), counts(zoo("tiny-v3", tie_embeddings=True))
+    untied, tied = counts(tiny_config()), counts(tiny_config(tie_embeddings=True))
     assert tied.total == untied.total - untied.embedding
     assert tied.activated_no_embedding == untied.activated_no_embedding
     assert tied.flops_per_token == untied.flops_per_token
@@ -138,7 +139,7 @@ def test_a_tied_embedding_is_multiplied_with():
 
 def test_context_must_be_positive():
     with pytest.raises(ValueError, match="context must be a positive number of tokens, not 0"):
-        counts(zoo("tiny-v3"), context=0)
+        counts(tiny_config(), context=0)
 
 
 def test_training_cost():

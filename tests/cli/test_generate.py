@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import random_model
+from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """A random tiny model in the published layout with a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("generate") / "ckpt"
     tokenizer = train_tokenizer([TEXT], 280)
-    save_pretrained(random_model(dsj.zoo("tiny-v3", n_layers=2, vocab_size=280)), folder)
+    save_pretrained(random_model(tiny_config(n_layers=2, vocab_size=280)), folder)
     save_tokenizer(tokenizer, folder, version=__version__)
     return folder
 

@@ -5,13 +5,12 @@ from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
-from tiny import random_model
+from tiny import random_model, tiny_config
 
-from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.safetensors import Checkpoint, Writer
 
 # Every FP8 matrix of this model has blocks at its edges: 160 and 144 rows, 136 columns.
-EDGES = zoo("tiny-v3", dim=136, ffn_dim=160, vocab_size=144)
+EDGES = tiny_config(dim=136, ffn_dim=160, vocab_size=144)
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from folders import arrays, edit_json, write_arrays
 from reference import torch_model
-from tiny import random_model
+from tiny import random_model, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import deepseek_jax as dsj
@@ -22,7 +22,7 @@ from deepseek_jax.convert.ladder import BOUND, TIE, Routing, Row, _call, agreeme
 from deepseek_jax.convert.verify import VerifyError, reference_model
 from deepseek_jax.core.params import map_variables
 
-CFG = dsj.zoo("tiny-v3", mtp_depth=2)
+CFG = tiny_config(mtp_depth=2)
 TOKENS = np.random.default_rng(0).integers(0, 256, (1, 24))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import build_reference, hf_config, relative
+from tiny import tiny_config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
     apply_rotary_pos_emb,
@@ -32,7 +33,7 @@ ROPES = {
     "plain": Rope(10000.0),
     "moonlight": zoo("moonlight-16b").attention.rope,
     "kimi-k2": zoo("kimi-k2").attention.rope,
-    "tiny-v3": zoo("tiny-v3").attention.rope,
+    "tiny-v3": tiny_config().attention.rope,
     "unequal mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=0.5)),
     "no mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=0.0, mscale_all_dim=0.0)),
     "other betas": Rope(50000.0, Yarn(8.0, 2048, beta_fast=16.0, beta_slow=2.0)),

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 from flax import nnx
-from tiny import random_model
+from tiny import random_model, tiny_config
 
-import deepseek_jax as dsj
 from deepseek_jax.core.params import map_variables
 
 PROMPT_LENGTHS = (1, 7, 8, 9, 16, 17, 23)
@@ -13,7 +12,7 @@ CHUNK = 8
 
 
 def config(mtp_depth: int = 1, **changes):
-    return dsj.zoo("tiny-v3", **{"n_layers": 2, "mtp_depth": mtp_depth, **changes})
+    return tiny_config(**{"n_layers": 2, "mtp_depth": mtp_depth, **changes})
 
 
 def agreeing_model(cfg, mixing: float, seed: int = 0):

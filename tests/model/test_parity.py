@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from reference import assert_same_routing, experts, full, pair, relative, torch_tensors
+from tiny import tiny_config
 
 from deepseek_jax.configs.schema import ModelConfig, MoE, Rope
-from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.ladder import choose
 
-TINY = zoo("tiny-v3")
+TINY = tiny_config()
 
 
 def attention(**changes) -> ModelConfig:

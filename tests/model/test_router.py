@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from reference import assert_same_routing, build_reference, hf_config, relative
+from tiny import tiny_config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from deepseek_jax.configs.schema import MoE
-from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.ladder import choose
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import Init
@@ -35,7 +35,7 @@ def make(cfg: MoE, offset: float, dim: int = 48):
     ours = Router(cfg, dim, Init(jax.random.key(0), 1.0, jnp.float32))
     ours.weight.set_value(jnp.asarray(weight))
     ours.bias.set_value(jnp.asarray(bias))
-    model = replace(zoo("tiny-v3"), dim=dim, moe=cfg)
+    model = replace(tiny_config(), dim=dim, moe=cfg)
     theirs = DeepseekV3TopkRouter(build_reference(hf_config(model)).main.config)
     theirs.weight.data, theirs.e_score_correction_bias = torch.tensor(weight.T), torch.tensor(bias)
     return ours, theirs, rng.normal(0, 2, (4, 512, dim)).astype(np.float32)

@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import random_model
+from tiny import random_model, tiny_config
 
-from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.params import partition
 from deepseek_jax.model.router import expert_load, sequence_balance
 from deepseek_jax.train.balance import max_violation, update_router_bias
 from deepseek_jax.train.recipe import LossWeights
 
-TINY = zoo("tiny-v3")
+TINY = tiny_config()
 
 
 def biases(tree) -> np.ndarray:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import forward, relative
-from tiny import random_model, random_tokens
+from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.params import is_trained, is_variable, map_variables
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.train.recipe import LossWeights
 
-CFG = dsj.zoo("tiny-v3", mtp_depth=2)
+CFG = tiny_config(mtp_depth=2)
 T = 24
 
 

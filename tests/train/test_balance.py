@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_model
+from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.train.balance import max_violation
 
-CFG = dsj.zoo("tiny-v3")
+CFG = tiny_config()
 LOAD = jnp.array([[4, 0, 2, 2, 2, 2, 2, 2], [9, 1, 1, 1, 1, 1, 1, 1]], jnp.int32)
 # Up below the mean of 2, down above it, unmoved on it.
 MOVES = [[-1, 1, 0, 0, 0, 0, 0, 0], [-1, 1, 1, 1, 1, 1, 1, 1]]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.train.corpus import load_corpus
@@ -13,7 +14,7 @@ from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import train
 from deepseek_jax.train.recipe import Recipe
 
-CFG = dsj.zoo("tiny-v3")
+CFG = tiny_config()
 RECIPE = Recipe(steps=4, batch_size=2, length=32, evaluate_every=2, log_every=1)
 VOCABULARY = 280
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_model, random_tokens
+from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.params import combine, named, partition
 
-CFG = dsj.zoo("tiny-v3", mtp_depth=2)
+CFG = tiny_config(mtp_depth=2)
 WEIGHTS = dsj.LossWeights(mtp=0.3, balance=0.01)
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
-import deepseek_jax as dsj
 from deepseek_jax.core.params import named, partition
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.train.optim import is_matrix, make, matrix_axes, schedule
@@ -19,7 +19,7 @@ def test_schedule_warms_up_stays_and_falls_along_a_cosine():
 
 
 def test_every_parameter_is_a_matrix_for_muon_or_known_to_be_left_to_adamw():
-    values = named(partition(abstract(dsj.zoo("tiny-v3")))[0])
+    values = named(partition(abstract(tiny_config()))[0])
     left = {name for name, v in values.items() if matrix_axes(name, len(v.shape)) is None}
     assert left == {
         name for name in values if name in ("embed", "head") or name.endswith(("norm.weight", "router.weight"))

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import random_model, random_tokens
+from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
@@ -14,7 +14,7 @@ from deepseek_jax.train import optim
 from deepseek_jax.train.recipe import Optimizer
 from deepseek_jax.train.step import start, train_step
 
-CFG = dsj.zoo("tiny-v3")
+CFG = tiny_config()
 
 
 def test_steps_learn_one_batch_by_heart_and_move_the_bias_by_its_speed():
