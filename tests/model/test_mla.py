@@ -31,6 +31,21 @@ def call(mla, x, span, ctx):
     return mla(x, span, ctx)[0]
 
 
+def transformers_attention(p, x, position):
+    """Layer 0's attention of the reference, causal."""
+    model = p.reference.main.model
+    with torch.no_grad():
+        rope = model.rotary_emb(torch.tensor(x), torch.tensor(position))
+        mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
+        return model.layers[0].self_attn(torch.tensor(x), rope, mask)[0]
+
+
+def our_attention(p, x, position, form):
+    attention = p.model.cfg.attention
+    span = causal_span(attention.rope, attention.rope_dim, jnp.asarray(position))
+    return call(unstack(p.model.stacks[0], 0).attn, x, span, Context(mla=form))
+
+
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 @pytest.mark.parametrize("name", ["tiny-v3", "queries not compressed", "no yarn"])
 def test_attention_equals_transformers(name, form):
@@ -39,13 +54,16 @@ def test_attention_equals_transformers(name, form):
     x = np.random.default_rng(7).normal(0, 1, (B, T, cfg.dim)).astype(np.float32)
     # Positions far beyond the original context of 64, different in each row.
     position = np.arange(T)[None] + np.array([[0], [130]])
-    model = p.reference.main.model
-    with torch.no_grad():
-        rope = model.rotary_emb(torch.tensor(x), torch.tensor(position))
-        mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None]
-        theirs, _ = model.layers[0].self_attn(torch.tensor(x), rope, mask)
-    span = causal_span(cfg.attention.rope, cfg.attention.rope_dim, jnp.asarray(position))
-    ours = call(unstack(p.model.stacks[0], 0).attn, x, span, Context(mla=form))
+    assert relative(our_attention(p, x, position, form), transformers_attention(p, x, position)) <= 2e-5
+
+
+def test_latent_norms_ignore_the_configs_epsilon():
+    cfg = replace(CONFIGS["tiny-v3"][0], norm_eps=1e-2)
+    p = pair(cfg)
+    # So small that the latents' mean squares are of the epsilon's size.
+    x = np.random.default_rng(7).normal(0, 1e-3, (B, T, cfg.dim)).astype(np.float32)
+    position = np.broadcast_to(np.arange(T), (B, T))
+    ours, theirs = our_attention(p, x, position, "expanded"), transformers_attention(p, x, position)
     assert relative(ours, theirs) <= 2e-5
 
 
