@@ -118,34 +118,37 @@ def test_drafts_that_always_hold_save_steps():
 
 
 @jax.jit
-def mtp_probabilities(model, tokens_BT):
-    return [jax.nn.softmax(x) for x in model(tokens_BT, with_mtp=True).mtp_logits]
+def mtp_probabilities(model, temperature, tokens_BT):
+    return [jax.nn.softmax(x / temperature) for x in model(tokens_BT, with_mtp=True).mtp_logits]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_drafts_come_from_the_mtp_modules_on_true_tokens(depth):
     """After acceptances and rejections, the caches of all modules hold what a full pass computes."""
-    model = agreeing_model(config(depth), mixing=0.6)
+    model = random_model(config(depth))
     prompts = random_prompts(model.cfg)
-    run = stream(model, prompts, NEW, 1.0, stop_ids=(), chunk=CHUNK, use_mtp=True, steps=5)
+    run = stream(model, prompts, NEW, 3.0, stop_ids=(), chunk=CHUNK, use_mtp=True, steps=5)
     next(run)
     next(run)
     state = run._state
     known, tokens = np.asarray(state.known), np.asarray(state.tokens)
     assert 0 < sum(run.result()[1].accepted) < sum(run.result()[1].drafted)
     rows = [tokens[row, : known[row] + depth].tolist() for row in range(len(prompts))]
-    expected = mtp_probabilities(model, padded(rows, max(PROMPT_LENGTHS) + NEW))
+    expected = mtp_probabilities(model, 3.0, padded(rows, max(PROMPT_LENGTHS) + NEW))
     for d in range(depth):
         for row in range(len(prompts)):
             np.testing.assert_allclose(state.q[row, d], expected[d][row, known[row] - 2], atol=1e-5)
 
 
 @pytest.mark.parametrize("use_mtp", [False, True])
-def test_a_stop_id_ends_its_row_and_stands_in_it(use_mtp):
-    model = agreeing_model(config(1), mixing=0.35)
+@pytest.mark.parametrize("place", [3, 4])
+def test_a_stop_id_ends_its_row_and_stands_in_it(use_mtp, place):
+    """With drafts that always hold, token 3 is a draft and comes in one step with token 4."""
+    model = agreeing_model(config(1), mixing=0.0)
     prompts = random_prompts(model.cfg)
     tokens, _ = dsj.generate(model, prompts, NEW, stop_ids=(), chunk=CHUNK, use_mtp=use_mtp)
-    stop = tokens[2][12]
+    stop = tokens[2][place]
+    assert tokens[2].index(stop) == place
     stopped, info = dsj.generate(model, prompts, NEW, stop_ids=(stop,), chunk=CHUNK, use_mtp=use_mtp)
     for row, whole in enumerate(tokens):
         cut = whole.index(stop) + 1 if stop in whole else NEW
@@ -153,6 +156,8 @@ def test_a_stop_id_ends_its_row_and_stands_in_it(use_mtp):
         assert len(info.logprobs[row]) == cut
         assert info.finish_reason[row] == ("stop" if stop in whole else "length")
     assert info.finish_reason[2] == "stop"
+    if use_mtp:
+        assert info.accepted[2] == 2
 
 
 def test_the_models_eos_is_the_default_stop(model, prompts, plain):
