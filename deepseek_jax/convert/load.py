@@ -34,6 +34,7 @@ NAMED = 5
 ALIGNMENT = 64
 COMPARED_ROWS = 4096
 STRIP = 64
+CHECKED = 2**18
 
 
 def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Transformer:
@@ -178,9 +179,13 @@ def not_finite(array: np.ndarray) -> np.ndarray:
 
 
 def has_bad(array: np.ndarray) -> bool:
-    """Whether any value is NaN or infinite; a pass over the bits, several times faster than `not_finite`."""
-    magnitude, limit = _magnitude(array)
-    return bool(magnitude.max(initial=0) >= limit)
+    """Whether any value is NaN or infinite; several times faster than `not_finite`, and without its memory."""
+    flat = array.ravel(order="K")
+    for first in range(0, flat.size, CHECKED):
+        magnitude, limit = _magnitude(flat[first : first + CHECKED])
+        if magnitude.max() >= limit:
+            return True
+    return False
 
 
 def _magnitude(array: np.ndarray) -> tuple[np.ndarray, int]:

@@ -64,21 +64,29 @@ class Entry:
 
         Raises CheckpointError if the file has become shorter than its header said.
         """
-        shape, start, size = self.shape, self.start, self.nbytes
+        shape, skipped = self.shape, 0
         if first or last is not None:
-            rows = range(self.shape[0])[first:last]
-            shape, row = (len(rows), *self.shape[1:]), self.nbytes // max(self.shape[0], 1)
-            start, size = start + first * row, len(rows) * row
-        buffer = np.empty(size, np.uint8)
+            shape = (len(range(self.shape[0])[first:last]), *self.shape[1:])
+            skipped = first * (self.nbytes // max(self.shape[0], 1))
+        out = np.empty(shape, self.dtype)
+        self._fill(out, self.start + skipped)
+        return out
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Reads the values into a contiguous array of the tensor's dtype and shape."""
+        if (out.dtype, out.shape, out.flags.c_contiguous) != (self.dtype, self.shape, True):
+            raise ValueError(f"{self.name} is {self.dtype} {self.shape}; it does not fit {out.dtype} {out.shape}.")
+        self._fill(out, self.start)
+
+    def _fill(self, out: np.ndarray, start: int) -> None:
         with self.file.open("rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(buffer), 0
-            while done < size:
+            view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+            while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(f"{self.file}: truncated within {self.name}, at byte {start + done}.")
                 done += count
-        return buffer.view(self.dtype).reshape(shape)
 
 
 def load_json(path: Path) -> dict:

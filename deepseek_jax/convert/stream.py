@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.layers import FORMAT, FORMAT_VERSION, RECORD, Layers, Place, places
-from deepseek_jax.convert.load import check_copy, check_tensors, read_config, read_tensor
+from deepseek_jax.convert.load import check_copy, check_finite, check_tensors, read_config, read_tensor
 from deepseek_jax.convert.names import IGNORED, SCALE, layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.convert.save import check_free, copy_files, index_json, write_json
@@ -141,6 +141,13 @@ def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, block, progress: Progr
     write_json(folder / RECORD, record)
 
 
+class _Uncopied(np.ndarray):
+    """Orbax copies NumPy arrays, since a caller may change them while it writes; here nobody does."""
+
+    def __deepcopy__(self, memo) -> np.ndarray:
+        return self
+
+
 def _stored(checkpoint: Checkpoint, name: str):
     return [checkpoint.entries[n] for n in (name, name + SCALE) if n in checkpoint.entries]
 
@@ -167,7 +174,7 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict, progress: Prog
                     ocp.partial.save(path, batch, custom_metadata=metadata)
                     progress(size)
                     batch, size = {}, 0
-                _put(batch, (*key, kind), array)
+                _put(batch, (*key, kind), array.view(_Uncopied))
                 size += array.nbytes
         ocp.partial.save(path, batch, custom_metadata=metadata)
         progress(size)
@@ -176,14 +183,13 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict, progress: Prog
 
 def _gather(checkpoint: Checkpoint, members: list[tuple[str, Place]], suffix: str) -> np.ndarray:
     """The tensors of one array, read into their places."""
-    first = members[0][0] + suffix
-    if not members[0][1].index:
-        return read_tensor(checkpoint, first)
-    stacked = tuple(max(place.index[axis] for _, place in members) + 1 for axis in range(len(members[0][1].index)))
-    entry = checkpoint.entries[first]
+    entry, axes = checkpoint.entries[members[0][0] + suffix], range(len(members[0][1].index))
+    stacked = tuple(1 + max(place.index[axis] for _, place in members) for axis in axes)
     array = np.empty((*stacked, *entry.shape), entry.dtype)
     for name, place in members:
-        array[place.index] = read_tensor(checkpoint, name + suffix)
+        entry, part = checkpoint.entries[name + suffix], array[place.index]
+        entry.read_into(part)
+        check_finite(entry, part)
     return array
 
 
