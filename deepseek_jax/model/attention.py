@@ -53,12 +53,12 @@ def attend_block(q_BGJTK, k_BGSK, v_BGSV, visible_BTS, scale: float) -> jax.Arra
     """One block of queries; softmax in float32; queries that see nothing return zero."""
     s_BGJTS = jnp.einsum("BGJTK,BGSK->BGJTS", q_BGJTK, k_BGSK, preferred_element_type=jnp.float32)
     s_BGJTS = jnp.where(visible_BTS[:, None, None], s_BGJTS * scale, -jnp.inf)
-    top = jnp.max(s_BGJTS, axis=-1, keepdims=True)
-    p_BGJTS = jnp.exp(s_BGJTS - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
+    top = jax.lax.stop_gradient(jnp.max(s_BGJTS, axis=-1, keepdims=True))
+    p_BGJTS = jnp.exp(s_BGJTS - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(p_BGJTS, axis=-1, keepdims=True)
-    p_BGJTS = (p_BGJTS / jnp.where(total > 0, total, 1.0)).astype(v_BGSV.dtype)
-    o_BGJTV = jnp.einsum("BGJTS,BGSV->BGJTV", p_BGJTS, v_BGSV, preferred_element_type=jnp.float32)
-    return o_BGJTV.astype(v_BGSV.dtype)
+    # The sum divides the output, which is narrower than the probabilities: a pass less over T x S, both ways.
+    o_BGJTV = jnp.einsum("BGJTS,BGSV->BGJTV", p_BGJTS.astype(v_BGSV.dtype), v_BGSV, preferred_element_type=jnp.float32)
+    return (o_BGJTV / jnp.where(total > 0, total, 1.0)).astype(v_BGSV.dtype)
 
 
 def attend(q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, span: Span, scale: float) -> jax.Array:
