@@ -21,7 +21,7 @@ class Convert:
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """The folder to write; it must not exist, or be empty. Not needed with --dry-run."""
     dry_run: bool = False
-    """Only check names, shapes and dtypes, and print what SRC holds, compared with the release it is."""
+    """Only check names, shapes and dtypes, and compare with the release that SRC is; fails where they differ."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the figures to this file."""
 

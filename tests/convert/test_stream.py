@@ -24,7 +24,7 @@ from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert import stream as stream_module
 from deepseek_jax.convert.layers import RECORD, places
-from deepseek_jax.convert.manifest import inspect, of_release, release_of
+from deepseek_jax.convert.manifest import CONFIRMED, inspect, of_release, release_of
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError
 from deepseek_jax.convert.stream import convert
 
@@ -325,6 +325,16 @@ def test_manifests():
     assert release_of(zoo("deepseek-v3", n_layers=60)) is None
 
 
+def test_the_committed_manifests(root):
+    """checkpoints/manifests.json says what `convert --dry-run` compares with."""
+    committed = json.loads((root / "checkpoints/manifests.json").read_text())["releases"]
+    assert {"deepseek-v3", "deepseek-r1", "deepseek-v3.1", "kimi-k2", "moonlight-16b"} == set(committed)
+    for name, held in committed.items():
+        manifest = of_release(name)
+        expected = {"tensors": manifest.tensors, "bytes": manifest.bytes, "dtypes": manifest.dtypes}
+        assert held == {**expected, "confirmed": name in CONFIRMED}
+
+
 def test_dry_run_compares_with_the_release(fp8, monkeypatch, capsys):
     from deepseek_jax.convert import manifest
 
@@ -336,4 +346,4 @@ def test_dry_run_compares_with_the_release(fp8, monkeypatch, capsys):
     monkeypatch.setattr(manifest, "BLOCK", (64, 64))
     assert not inspect(fp8).agrees
     assert main(["convert", str(fp8), "--dry-run"]) == 1
-    assert "edges as released holds" in capsys.readouterr().out
+    assert "edges should, by its config, hold" in capsys.readouterr().out
