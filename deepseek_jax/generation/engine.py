@@ -145,9 +145,7 @@ def stream(
 class Generation(Iterator[list[list[int]]]):
     """A generation under way; made by `stream`."""
 
-    def __init__(
-        self, model, state: State, sampling, stop_V, lengths, depth: int, ctx, chunk: int, steps: int
-    ):
+    def __init__(self, model, state: State, sampling, stop_V, lengths, depth: int, ctx, chunk: int, steps: int):
         # Placed at once: arrays that are bound to a device in one call and not in the next compile twice.
         device = next(iter(jax.tree.leaves(model)[0].devices()))
         self._state, self._sampling, self._stop_V = jax.device_put((state, sampling, stop_V), device)
@@ -182,9 +180,7 @@ class Generation(Iterator[list[list[int]]]):
         for row, (a, b) in enumerate(zip(self._seen, known, strict=True)):
             values = logprob[row, a:b]
             if not np.isfinite(values).all():
-                raise ValueError(
-                    f"the model's logits of row {row} are not finite: its weights hold NaN or inf."
-                )
+                raise ValueError(f"the model's logits of row {row} are not finite: its weights hold NaN or inf.")
             self._tokens[row].extend(new[row])
             self._logprobs[row].extend(values.tolist())
         self._seen, self._done, self._drafted, self._accepted = known, done, drafted, accepted
@@ -249,7 +245,6 @@ def _capacity(cfg, longest: int, new: int, depth: int, cache_length: int | None)
     check_count("cache_length", cache_length)
     if needed > cache_length:
         raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond "
-            f"cache_length={cache_length}."
+            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond cache_length={cache_length}."
         )
     return cache_length + depth

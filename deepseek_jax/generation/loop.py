@@ -47,9 +47,7 @@ class State:
 
 
 @partial(jax.jit, static_argnames=("chunk", "depth", "ctx"), donate_argnames=("state",))
-def prefill(
-    model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context
-) -> State:
+def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context) -> State:
     """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
     ``depth``: MTP modules in use, 0 or all.
@@ -123,9 +121,7 @@ def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Cont
         state,
         cache=out.cache.rewind(rejected_B) if depth else out.cache,
         tokens=_put(state.tokens, new_BT, position_BT + 1, kept_BT),
-        logprob=_put(
-            state.logprob, logit_BT - jax.nn.logsumexp(out.logits, axis=-1), position_BT + 1, kept_BT
-        ),
+        logprob=_put(state.logprob, logit_BT - jax.nn.logsumexp(out.logits, axis=-1), position_BT + 1, kept_BT),
         known=known_B,
         done=state.done | (kept_BT & stops_BT).any(-1) | (known_B >= state.limit),
         drafted=state.drafted + jnp.where(active_B, state.offered, 0),
@@ -134,9 +130,7 @@ def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Cont
     return _draft(model, state, out.hidden, first_B, accepted_B, sampling, depth, ctx) if depth else state
 
 
-def _draft(
-    model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampling, depth: int, ctx
-) -> State:
+def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampling, depth: int, ctx) -> State:
     """One draft a module, each module reading the one before and its draft.
 
     The modules see the new positions, and the ``depth - 1`` before them again: there the deeper ones had
