@@ -1,12 +1,11 @@
 """Published folder <-> converted folder, in bytes as they are stored, with a group of matrices in memory.
 
-Work goes into ``.NAME.converting`` beside the destination, which is renamed at the end. A layer (or, on the way
+Work goes into ``.NAME.converting-...`` beside the destination, which is renamed at the end. A layer (or, on the way
 back, a safetensors file) is there whole or not at all, so that a conversion that was interrupted goes on where
 it stopped; what it had begun is made again.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError,
 from deepseek_jax.convert.save import check_free, copy_files, index_json, write_json
 from deepseek_jax.version import __version__
 
-SOURCE = "source.json"
 # Experts are written in groups of up to this many numbers: what is in memory at once.
 GROUP_SIZE = 2**28
 # Small arrays are handed to Orbax together, up to this many bytes.
@@ -58,38 +56,35 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
 
 @contextmanager
 def _staging(source: Checkpoint | Layers, destination: Path) -> Iterator[Path]:
-    """The working folder; it becomes the destination at the end, and is kept when the work can go on later."""
+    """The working folder, named after the source; it becomes the destination, or is kept to go on with later."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.with_name(f".{destination.name}.converting")
-    mark = {"source": _fingerprint(source), "group_size": GROUP_SIZE, "deepseek_jax_version": __version__}
-    if folder.exists():
-        held = folder / SOURCE
-        if held.exists() and json.loads(held.read_text() or "{}") != mark:
-            raise FileExistsError(f"{folder} holds another conversion to this destination; remove it to start anew.")
+    prefix = f".{destination.name}.converting-"
+    folder = destination.with_name(prefix + _fingerprint(source))
+    for other in destination.parent.iterdir():
+        if other.name.startswith(prefix) and other != folder:
+            raise FileExistsError(f"{other} holds another conversion to {destination}; remove it to start anew.")
     needed = sum(entry.nbytes for entry in source.entries.values()) - _size(folder)
     free = shutil.disk_usage(destination.parent).free
     if needed > free:
         raise OSError(f"{destination} needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free.")
     folder.mkdir(exist_ok=True)
-    write_json(folder / SOURCE, mark)
     try:
         yield folder
     except (CheckpointError, ConfigError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    (folder / SOURCE).unlink()
     folder.replace(destination)
 
 
 def _fingerprint(source: Checkpoint | Layers) -> str:
-    """Changes with any file of the source: its names, shapes and places, sizes and times."""
-    digest = hashlib.sha256()
+    """Changes with any file of the source (names, shapes, sizes, times) and with the form that is written."""
+    digest = hashlib.sha256(repr((FORMAT_VERSION, GROUP_SIZE, __version__)).encode())
     for name, entry in sorted(source.entries.items()):
         digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
     for file in sorted({*source.folder.glob("*.safetensors"), *source.folder.glob("*.json")}):
         status = file.stat()
         digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def _size(folder: Path) -> int:
