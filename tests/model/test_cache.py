@@ -101,6 +101,8 @@ def test_rewinding_equals_never_having_decoded():
     wrong = step(p, (p.tokens[:, PROMPT : PROMPT + 4] + 1) % TINY.vocab_size, first.cache)
     back = wrong.cache.rewind(jnp.asarray([4, 3]))
     np.testing.assert_array_equal(back.length, [PROMPT, PROMPT + 1])
+    np.testing.assert_array_equal(back.segment != 0, np.arange(100)[None] < back.length[:, None])
+    assert not (np.asarray(back.mtp_segment)[0] > np.asarray(back.segment)).any()
     # Row 1 keeps its first wrong token; row 0 is where it was, and so is everything after it.
     clean = step(p, p.tokens[:, PROMPT : PROMPT + 4], first.cache)
     again = step(p, p.tokens[:, PROMPT : PROMPT + 4], back)

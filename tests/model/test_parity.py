@@ -27,7 +27,7 @@ CONFIGS = {
     "no yarn": (attention(rope=Rope(50000.0)), 0.0),
     "half-split rope": (attention(rope=replace(TINY.attention.rope, interleaved=False)), 0.0),
     "two mtp modules": (replace(TINY, mtp_depth=2), 0.0),
-    "no dense layer, no mtp": (replace(TINY, n_dense_layers=0, mtp_depth=0, norm_eps=1e-5), 0.0),
+    "no dense layer, no mtp": (replace(TINY, n_dense_layers=0, mtp_depth=0, norm_eps=1e-2), 0.0),
     "dense only, tied": (replace(TINY, n_dense_layers=3, moe=None, mtp_depth=0, tie_embeddings=True), 0.0),
 }
 
