@@ -42,16 +42,16 @@ class Optimizer:
 class Recipe:
     """Length, batch, seed, router bias and measurements of a run."""
 
-    steps: int = 1600
+    steps: int = 2400
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Rows a step."""
-    length: int = 256
+    length: int = 512
     """Tokens a row."""
     seed: int = 0
     """Of the initial weights and the order of the text."""
-    bias_speed: float = 1e-3
-    """Step of the router bias, gamma of V3 section 4.2."""
+    bias_speed: float = 3e-3
+    """Step of the router bias: gamma of V3 section 4.2, there 0.001 over far more steps."""
     bias_until: float = 0.966
     """Fraction of the steps after which the router bias stays (V3: 14.3T of 14.8T tokens)."""
     evaluate_every: int = 200
