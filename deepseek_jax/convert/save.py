@@ -69,7 +69,7 @@ def new_folder(path: str | Path):
 
     Raises FileExistsError when ``path`` is a file or a folder that is not empty.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))

@@ -1,7 +1,7 @@
 """Published folder <-> converted folder, in bytes as they are stored, with a group of matrices in memory.
 
-Work goes into ``.NAME.converting-...`` beside the destination, which is renamed at the end. A layer (or, on the way
-back, a safetensors file) is there whole or not at all, so that a conversion that was interrupted goes on where
+Work goes into ``.NAME.converting-...`` beside the destination, which is renamed at the end. A layer (or, on the
+way back, a safetensors file) is there whole or not at all, so that a conversion that was interrupted goes on where
 it stopped; what it had begun is made again.
 """
 
@@ -37,7 +37,7 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
     Raises CheckpointError and ConfigError for a bad source, FileExistsError for a destination that is not
     empty, OSError when the disk is too small.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source), Path(destination).absolute()
     check_free(destination)
     cfg, block = read_config(source)
     if (source / RECORD).exists():
@@ -164,13 +164,13 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict, progress: Prog
             for kind, suffix in (("values", ""), ("scale", SCALE)):
                 if members[0][0] + suffix not in checkpoint.entries:
                     continue
-                array = _gather(checkpoint, members, suffix)
-                if size and size + array.nbytes > BATCH_BYTES:
+                nbytes = sum(checkpoint.entries[name + suffix].nbytes for name, _ in members)
+                if size and size + nbytes > BATCH_BYTES:
                     ocp.partial.save(path, batch, custom_metadata=metadata)
                     progress(size)
                     batch, size = {}, 0
-                _put(batch, (*key, kind), array.view(_Uncopied))
-                size += array.nbytes
+                _put(batch, (*key, kind), _gather(checkpoint, members, suffix).view(_Uncopied))
+                size += nbytes
         ocp.partial.save(path, batch, custom_metadata=metadata)
         progress(size)
         ocp.partial.finalize(path)
