@@ -197,4 +197,5 @@ def routing_table(text: "Tokenizer", ids: list[int], index_LTK):
 
 def piece(text: "Tokenizer", i: int) -> str:
     """One token's text with its spaces and line ends visible."""
-    return text.decode([i]).replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    shown = {" ": "·", "\n": "⏎", "\t": "⇥", "｜": "|", "▁": "_"}
+    return "".join(shown.get(c, c) for c in text.decode([i]))
