@@ -105,11 +105,6 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
             "MoE; an MTP layer is of the kind that ends the model."
         )
     has_moe = dense < layers or fields.value("n_routed_experts", None) is not None
-    eos = fields.value("eos_token_id", 1)
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    for i in eos_ids:
-        if not isinstance(i, int) or isinstance(i, bool):
-            raise ConfigError(f"config.json: eos_token_id must hold integers, not {eos!r}.")
     return ModelConfig(
         name=name or model_type,
         vocab_size=fields.integer("vocab_size"),
@@ -126,8 +121,17 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         init_std=fields.number("initializer_range", 0.02),
         model_type=model_type,
         bos_id=fields.integer("bos_token_id", None) if "bos_token_id" in data else 0,
-        eos_ids=eos_ids,
+        eos_ids=eos_ids(fields.value("eos_token_id", 1), "config.json"),
     )
+
+
+def eos_ids(value, file: str) -> tuple[int, ...]:
+    """The tokens that end a text, from an ``eos_token_id``: an integer, a list of them, or null."""
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise ConfigError(f"{file}: eos_token_id must hold integers, not {value!r}.")
+    return ids
 
 
 def _attention(fields: _Fields) -> MLA:

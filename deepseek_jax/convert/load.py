@@ -3,13 +3,14 @@
 Tensors are read one at a time into the leaves' final, stacked arrays: memory is the model and one tensor.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.hf import config_from_json
+from deepseek_jax.configs.hf import config_from_json, eos_ids
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
 from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, layout
@@ -74,13 +75,21 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = 
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
-    """A folder's config and the rows and columns of its FP8 blocks."""
+    """A folder's config and the rows and columns of its FP8 blocks.
+
+    The tokens that end a text are those of generation_config.json, where it names any.
+    """
     path = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
     data = load_json(path)
+    generation = folder / "generation_config.json"
+    stops = load_json(generation) if generation.is_file() else {}
     try:
-        return config_from_json(data, name=folder.resolve().name), block_size(data)
+        cfg = config_from_json(data, name=folder.resolve().name)
+        if "eos_token_id" in stops:
+            cfg = replace(cfg, eos_ids=eos_ids(stops["eos_token_id"], generation.name))
+        return cfg, block_size(data)
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from None
 

@@ -10,15 +10,16 @@ import os
 import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_from_json, config_to_json
+from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_to_json, eos_ids
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.load import block_size, has_bad, scale_shape
+from deepseek_jax.convert.load import block_size, has_bad, read_config, scale_shape
 from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Entry, Writer, load_json
 from deepseek_jax.core.params import RouterBias, map_variables
@@ -137,6 +138,7 @@ def _write(model: Transformer, folder: Path, quantize: str | None, like: _Templa
     write_json(folder / "config.json", _config(model.cfg, specs, block, like))
     if like:
         copy_files(like.folder, folder)
+        _keep_stops(folder / "generation_config.json", model.cfg)
 
 
 def _model_block(values: dict) -> tuple[int, int]:
@@ -254,19 +256,27 @@ def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], li
         return data
     if "quantization_config" in like.config:
         data["quantization_config"] = like.config["quantization_config"]
-    if same_model(like.config, cfg):
+    if same_model(like.folder, cfg):
         changed = {k: data[k] for k in ("quantization_config", "deepseek_jax_version") if k in data}
         return like.config | changed
     known = {*ALIASES.values(), *ROPE_FIELDS, "qk_head_dim"}
     return {key: value for key, value in like.config.items() if key not in known} | data
 
 
-def same_model(data: dict, cfg: ModelConfig) -> bool:
-    """Whether a config.json describes ``cfg``, its name apart."""
+def same_model(folder: Path, cfg: ModelConfig) -> bool:
+    """Whether a folder's config describes ``cfg``, its name apart."""
     try:
-        return config_from_json(data, name=cfg.name) == cfg
+        return replace(read_config(folder)[0], name=cfg.name) == cfg
     except ConfigError:
         return False
+
+
+def _keep_stops(path: Path, cfg: ModelConfig) -> None:
+    """A copied generation config would bring back the stop tokens that a changed model no longer has."""
+    if path.is_file():
+        data = load_json(path)
+        if "eos_token_id" in data and eos_ids(data["eos_token_id"], path.name) != cfg.eos_ids:
+            write_json(path, data | {"eos_token_id": list(cfg.eos_ids)})
 
 
 def copy_files(source: Path, destination: Path) -> None:

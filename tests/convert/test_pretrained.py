@@ -507,3 +507,21 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path, quantize):
     with pytest.raises(ValueError, match=r"kv_a_proj_with_mqa\.weight.*not finite"):
         dsj.save_pretrained(model, tmp_path / "a", quantize=quantize)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_tokens_are_those_of_the_generation_config(fp8, tmp_path):
+    source, again, changed = (tmp_path / name for name in ("source", "again", "changed"))
+    shutil.copytree(fp8, source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 5], "temperature": 0.6}')
+    model = dsj.load_pretrained(source, dtype=None)
+    assert model.cfg.eos_ids == (3, 5)
+    dsj.save_pretrained(model, again, like=source)
+    assert json.loads((again / "config.json").read_text())["eos_token_id"] == 1
+    assert dsj.load_pretrained(again).cfg.eos_ids == (3, 5)
+    model.cfg = replace(model.cfg, eos_ids=(7,))
+    dsj.save_pretrained(model, changed, like=source)
+    assert dsj.load_pretrained(changed).cfg.eos_ids == (7,)
+    assert json.loads((changed / "generation_config.json").read_text())["temperature"] == 0.6
+    (source / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id must hold integers"):
+        dsj.load_pretrained(source)
