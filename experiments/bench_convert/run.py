@@ -65,6 +65,7 @@ class Bench:
             "seed": 0,
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
+            "load_average": os.getloadavg()[0],
             "experts": self.experts,
             "bytes": nbytes,
             "largest_tensor_bytes": largest,
