@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import deepseek_jax as dsj
@@ -39,6 +40,8 @@ CFG = ModelConfig(
 )
 TRAIN, PREFILL, PROMPT, NEW = (8, 256), (8, 512), 32, 64
 TASKS = ("train", "prefill", "decode-1", "decode-8")
+GROUPED = {"grouped-32": (8192, 256, 256, 32), "grouped-64": (8192, 512, 256, 64)}
+GROUPED_AIM = 2.5
 AIMS = {"train": 1.0, "prefill": 1.3, "decode-1": 4.0, "decode-8": 6.0}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 TORCH = tuple((threads, experts) for threads in (1, 2) for experts in ("grouped_mm", "eager"))
@@ -96,7 +99,78 @@ def jax_tasks(folder: str) -> dict:
 
         return lambda: generate(NEW + 1) - generate(1)
 
-    return {"train": train, "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
+    tasks = {"train": train, "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
+    tasks |= {name: partial(grouped, *shape) for name, shape in GROUPED.items()}
+    return tasks | {"parts": lambda: parts(reader)}
+
+
+def seconds(f, *arguments) -> float:
+    """The median of five runs after one that compiles."""
+    import jax
+
+    values = []
+    for turn in range(6):
+        begin = time.perf_counter()
+        jax.block_until_ready(f(*arguments))
+        if turn:
+            values.append(time.perf_counter() - begin)
+    return statistics.median(values)
+
+
+def grouped(rows: int, inputs: int, outputs: int, experts: int) -> dict[str, float]:
+    """Times of the block-wise grouped matmul over one dense product of the same FLOPs, with uneven loads."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from deepseek_jax.model.experts import blocks_matmul, blocks_outer
+
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(rows, n)), jnp.float32) for n in (inputs, outputs))
+    w = jnp.asarray(rng.normal(size=(experts, inputs, outputs)), jnp.float32)
+    sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(experts, 2.0))), jnp.int32)
+    forward = jax.jit(lambda x, w: blocks_matmul(x, w, sizes, transpose=False))
+    backward = jax.jit(lambda x, y, w: (blocks_matmul(y, w, sizes, transpose=True), blocks_outer(x, y, sizes)))
+    dense_forward = jax.jit(lambda x, w: x @ w)
+    dense_backward = jax.jit(lambda x, y, w: (y @ w.T, x.T @ y))
+    return {
+        "forward": seconds(forward, x, w) / seconds(dense_forward, x, w[0]),
+        "backward": seconds(backward, x, y, w) / seconds(dense_backward, x, y, w[0]),
+    }
+
+
+def parts(model) -> dict[str, float]:
+    """Seconds of a training step's parts, forward and backward, each alone and times its number of layers."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from deepseek_jax.core.context import DEFAULT
+    from deepseek_jax.core.params import unstack
+    from deepseek_jax.train.loss import cross_entropy
+
+    batch = jnp.asarray(tokens(*TRAIN), jnp.int32)
+    x = jax.random.normal(jax.random.key(1), (*TRAIN, CFG.dim))
+    span, _ = model._span(batch, None, None, None)
+    layer = unstack(model.stacks[1], 0)
+
+    def gradient(f, module):
+        params, rest = dsj.partition(module)
+        return seconds(jax.jit(jax.grad(lambda p, x: f(dsj.combine(p, rest), x).sum(), argnums=(0, 1))), params, x)
+
+    params, _ = dsj.partition(model)
+    optimizer = optax.adamw(1e-4, 0.9, 0.95, weight_decay=0.1)
+    state = jax.jit(optimizer.init)(params)
+    head = model.head.get_value()
+    loss = jax.jit(jax.grad(lambda w, x: cross_entropy(jnp.einsum("BTD,DV->BTV", x, w), batch)[0], argnums=(0, 1)))
+    return {
+        "attention": CFG.n_layers * gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn),
+        "MoE networks": CFG.n_moe_layers * gradient(lambda m, x: m(x, span.segment, DEFAULT)[0], layer.ffn),
+        "of these, shared experts": CFG.n_moe_layers * gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared),
+        "dense network": gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn),
+        "head and loss": seconds(loss, head, x),
+        "optimizer": seconds(jax.jit(optimizer.update), params, state, params),
+    }
 
 
 def torch_tasks(folder: str, threads: int, experts: str) -> dict:
@@ -150,7 +224,7 @@ class Side:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=os.environ | MALLOC, **pipes)
 
-    def run(self, task: str) -> float:
+    def run(self, task: str):
         print(task, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
@@ -201,6 +275,16 @@ def main() -> None:
             print(f"{task:9} {ratio:5.2f} x torch at its best ({best}); aim {AIMS[task]} x", flush=True)
             for label, median in medians.items():
                 print(f"          {label:28} {rows * length / median:9.0f} tokens a second", flush=True)
+        ours = sides[0]
+        for name in GROUPED:
+            found = ours.run(name)
+            results[name] = {**{k: round(v, 2) for k, v in found.items()}, "aim": GROUPED_AIM}
+            times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
+            print(f"{name:10} {times} one dense product's time; aim {GROUPED_AIM} x", flush=True)
+        results["parts"] = {name: round(value, 4) for name, value in ours.run("parts").items()}
+        print("where a training step's time goes, each part alone, in seconds:")
+        for name, value in results["parts"].items():
+            print(f"          {name:28} {value:9.3f}")
         for side in sides:
             side.close()
     versions = {name: __import__(name).__version__ for name in ("jax", "torch", "transformers")}
