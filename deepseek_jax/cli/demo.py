@@ -109,9 +109,16 @@ def describe(folder: Path, model: "Transformer") -> str:
         f"{cfg.mtp_depth} MTP module",
         f"{figures.total:,} parameters, {figures.activated:,} activated a token, {size / 1e6:.1f} MB of weights",
     ]
-    made = folder / "made.json"
-    if made.is_file():
-        lines.append(json.loads(made.read_text(encoding="utf-8"))["summary"])
+    training = folder / "training"
+    if training.is_dir():
+        data = json.loads((training / "run.json").read_text(encoding="utf-8"))["data"]
+        result = json.loads((training / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        lines.append(
+            f"trained on the {data['source']} for {result['steps']} steps, {result['minutes']:.0f} minutes: "
+            f"{result['stored_bits']:.3f} bits per byte of held-out files (trigram {result['trigram_bits']:.3f})"
+        )
+    else:
+        lines.append("its weights are random: no training lies beside them")
     return "\n".join(lines)
 
 
