@@ -17,36 +17,46 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class TokenizerError(ValueError):
+    """A checkpoint's tokenizer files are missing or do not make a tokenizer, or its template fails."""
+
+
 class ChatTemplate:
     """A compiled template; ``variables`` (bos_token, eos_token, ...) are there in every rendering.
 
     Raises:
-        ValueError: the source is not a Jinja template.
+        TokenizerError: the source is not a Jinja template.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]):
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TokenizerError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[Mapping], **variables) -> str:
         """The text of ``messages``.
 
         Raises:
-            ValueError: there are no messages, one is not a mapping, or the template refuses them.
+            ValueError: there are no messages, or one is not made of plain data.
+            TokenizerError: the template refuses them, or fails.
         """
         if not messages:
             raise ValueError("A chat needs at least one message.")
         for message in messages:
             if not isinstance(message, Mapping):
                 raise ValueError(f"A chat message is a mapping with a role and a content, not {message!r}.")
-        known = {"tools": None, "documents": None, **self._variables, **variables}
+        known = _plain({"tools": None, "documents": None, **self._variables, **variables})
+        messages = [_message(m) for m in messages]
         try:
-            return self._template.render(messages=[_message(m) for m in messages], **_plain(known))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"The checkpoint's chat template refuses this chat: {error}") from error
+            return self._template.render(messages=messages, **known)
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"The checkpoint's chat template refuses this chat: {error}") from error
+        except Exception as error:  # the template is a program, and may fail in any way
+            raise TokenizerError(
+                f"The checkpoint's chat template fails on this chat: {type(error).__name__}: {error}"
+            ) from error
 
 
 def read_template(folder: Path, config: Mapping) -> str | None:
@@ -55,17 +65,24 @@ def read_template(folder: Path, config: Mapping) -> str | None:
     Of several named templates, the one called ``default``.
 
     Raises:
-        ValueError: several templates and none of them the default.
+        TokenizerError: several templates and none of them the default, or no template where one should be.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if not isinstance(template, list):
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file} is not UTF-8 text: {error}.") from None
+    template, where = config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template"
+    if template is None or isinstance(template, str):
         return template
-    named = {entry["name"]: entry["template"] for entry in template}
+    entries = template if isinstance(template, list) else []
+    texts = [(entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None,) for entry in entries]
+    if not texts or not all(isinstance(text, str) for pair in texts for text in pair):
+        raise TokenizerError(f"{where} must be text, or a list of objects with name and template, both text.")
+    named = dict(texts)
     if "default" not in named:
-        raise ValueError(f"tokenizer_config.json of {folder} has chat templates {sorted(named)}, none the default.")
+        raise TokenizerError(f"{where} has the templates {sorted(named)}, none the default.")
     return named["default"]
 
 
@@ -117,4 +134,4 @@ def _plain(value):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    raise TypeError(f"a chat holds text, numbers, lists and mappings, not a {type(value).__name__}")
+    raise ValueError(f"A chat holds text, numbers, lists and mappings, not a {type(value).__name__}.")

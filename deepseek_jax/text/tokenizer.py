@@ -12,13 +12,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from deepseek_jax.text.chat import ChatTemplate, read_template
+from deepseek_jax.text.chat import ChatTemplate, TokenizerError, read_template
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-class TokenizerError(ValueError):
-    """A checkpoint's tokenizer files are missing or do not make a tokenizer."""
 
 
 class Tokenizer:
@@ -34,11 +30,13 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict | None = None, template: str | None = None):
         config = config or {}
         self.backend = backend
-        special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        special = {name: _token_text(config, name) for name in ("bos_token", "eos_token", "pad_token")}
         self.bos_token, self.eos_token, self.pad_token = special.values()
         self.bos_id, self.eos_id, self.pad_id = (self._id(name, text) for name, text in special.items())
         # A configuration that does not say leaves it to the post-processor of tokenizer.json.
         self.add_bos = config.get("add_bos_token")
+        if self.add_bos is not None and not isinstance(self.add_bos, bool):
+            raise TokenizerError(f"tokenizer_config.json: add_bos_token must be true or false, not {self.add_bos!r}.")
         if self.add_bos is None:
             self.add_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
         if self.add_bos and self.bos_id is None:
@@ -54,7 +52,7 @@ class Tokenizer:
                 "cls_token",
                 "mask_token",
             )
-            if (text := _token_text(config.get(name))) is not None
+            if (text := _token_text(config, name)) is not None
         }
         self._template = ChatTemplate(template, variables) if template is not None else None
 
@@ -206,13 +204,17 @@ def _read_config(file: Path) -> dict:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{file} holds a {type(config).__name__}, not an object.")
     return config
 
 
-def _token_text(entry) -> str | None:
+def _token_text(config: dict, name: str) -> str | None:
     """Older files write a token as an object with its text under ``content``."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    entry = config.get(name)
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if text is not None and not isinstance(text, str):
+        raise TokenizerError(f"tokenizer_config.json: {name} must be a token's text, not {text!r}.")
+    return text

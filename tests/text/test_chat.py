@@ -1,13 +1,14 @@
 """Chat templates render what transformers renders from the same folder, in a sandbox."""
 
 import inspect
+import json
 import textwrap
 from datetime import datetime
 
 import pytest
 
 from deepseek_jax.text import bpe
-from deepseek_jax.text.chat import read_template
+from deepseek_jax.text.chat import TokenizerError, read_template
 from deepseek_jax.text.tokenizer import load_tokenizer
 
 # In the manner of the reasoning models: earlier thoughts are dropped, tools are written out as JSON, and the
@@ -133,6 +134,50 @@ def test_bad_chats_are_refused(tmp_path, messages, said):
 def test_template_is_sandboxed(tmp_path, attack):
     with pytest.raises(ValueError, match="refuses this chat"):
         load_tokenizer(make(tmp_path, attack)).render([USER])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        7,
+        {"default": "a"},
+        [],
+        ["a"],
+        [{"name": "default"}],
+        [{"name": "default", "template": 7}],
+        [{"name": ["default"], "template": "a"}],
+    ],
+    ids=str,
+)
+def test_a_template_of_another_form_is_refused(tmp_path, template):
+    folder = make(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat_template must be text, or a list"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 'x' + 1 }}", "TypeError"),
+        ("{{ '%d' | format('x') }}", "TypeError"),
+        ("{{ '{a}'.format() }}", "KeyError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_fails_is_one_clear_error(tmp_path, template, error):
+    with pytest.raises(TokenizerError, match=rf"fails on this chat: .*{error}"):
+        load_tokenizer(make(tmp_path, template)).render([USER])
+
+
+def test_a_template_that_is_not_text_is_refused(tmp_path):
+    folder = make(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(folder)
 
 
 def test_template_that_is_not_jinja_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.text import bpe
-from deepseek_jax.text.tokenizer import Stream, Tokenizer, load_tokenizer
+from deepseek_jax.text.tokenizer import Stream, Tokenizer, TokenizerError, load_tokenizer
 
 SAMPLE = 'def f(x):\n\treturn "naïve 你好 🙂" * 1234  # <｜User｜>\r\n'
 
@@ -148,6 +148,28 @@ def test_damaged_files_are_named(folder, tmp_path, name):
     (target / name).write_text('{"model": ')
     with pytest.raises(ValueError, match=name):
         load_tokenizer(target)
+
+
+def test_deeply_nested_files_are_named(folder, tmp_path):
+    target = changed(folder, tmp_path / "deep")
+    (target / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+        load_tokenizer(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bos_token", 0),
+        ("eos_token", ["x"]),
+        ("pad_token", {"content": 3}),
+        ("unk_token", 1.5),
+        ("add_bos_token", "yes"),
+    ],
+)
+def test_entries_of_another_type_are_named(folder, tmp_path, name, value):
+    with pytest.raises(TokenizerError, match=rf"{name} must be"):
+        load_tokenizer(changed(folder, tmp_path / "odd", **{name: value}))
 
 
 def test_configuration_that_names_an_unknown_bos_is_refused(folder, tmp_path):
