@@ -1,6 +1,5 @@
 """``deepseek-jax generate``: continue prompts with a checkpoint."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from deepseek_jax.version import __version__
+from deepseek_jax.cli.files import check_destination, write_json
 
 DTYPE = Literal["bfloat16", "float32", "stored"]
 
@@ -54,9 +53,7 @@ class Generate:
         tokenizer = open_tokenizer(self.ckpt, needed="--prompt-ids" if self.prompt else None)
         if tokenizer is None:
             print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
-        prompts = (
-            [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, p) for p in self.prompt]
-        )
+        prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, p) for p in self.prompt]
 
         from deepseek_jax.generation.engine import stream
 
@@ -88,9 +85,7 @@ class Generate:
                 }
                 for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
             ]
-            write_json(
-                self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows}
-            )
+            write_json(self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows})
         return 130 if interrupted else 0
 
     def _encode(self, tokenizer, text: str) -> list[int]:
@@ -167,18 +162,3 @@ def load_model(ckpt: Path, dtype: DTYPE):
     from deepseek_jax.convert.load import load_pretrained
 
     return load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype)
-
-
-def check_destination(path: Path | None) -> None:
-    """Raises ValueError before the work is done when its result could not be written."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--json {path}: there is no folder {path.parent}.")
-    if path is not None and path.is_dir():
-        raise ValueError(f"--json {path}: this is a folder.")
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Writes a record with the package's version, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"deepseek_jax": __version__, **record}, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

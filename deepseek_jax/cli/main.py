@@ -33,6 +33,14 @@ TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 class CommandError(ValueError):
     """Bad input to a command; the message is all that the user sees."""
 
+    exit_code = 1
+
+
+class UsageError(CommandError):
+    """Arguments that do not make a command."""
+
+    exit_code = 2
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: the process's own arguments) and returns its exit code.
@@ -74,7 +82,22 @@ def _dispatch(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        return _fail(name, _message(error), 1)
+        return _fail(name, _message(error), getattr(error, "exit_code", 1))
+    except Exception as error:
+        if os.environ.get(TRACEBACK) or not _out_of_memory(error):
+            raise
+        return _fail(name, f"out of memory. {_first_line(error)}".strip(), 1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or a device of JAX ran out of memory; JAX is looked at only where it is loaded."""
+    jax = sys.modules.get("jax")
+    device = jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return device or isinstance(error, MemoryError)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _parse(name: str, arguments: list[str]):

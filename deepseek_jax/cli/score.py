@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from deepseek_jax.cli.generate import DTYPE, check_destination, load_model, open_tokenizer, write_json
+from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.generate import DTYPE, load_model, open_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deepseek_jax.version import __version__
+from deepseek_jax.cli.files import check_destination, write_json
 
 if TYPE_CHECKING:
     from deepseek_jax.configs.schema import ModelConfig
@@ -30,6 +30,7 @@ class Summary:
         from deepseek_jax.analysis.shapes import disagreements
         from deepseek_jax.cli.summary_tables import print_summary
 
+        check_destination(self.json)
         cfg = find_config(self.model)
         figures = counts(cfg, self.context)
         wrong = disagreements(cfg, figures)
@@ -40,12 +41,11 @@ class Summary:
         if self.json is not None:
             cost = COSTS.get(release_of(cfg))
             record = {
-                "deepseek_jax": __version__,
                 "config": asdict(cfg),
                 "counts": figures.as_dict(),
                 "cost": cost and {**asdict(cost), "gpu_hours": cost.gpu_hours, "dollars": cost.dollars},
             }
-            self.json.write_text(json.dumps(record, indent=2) + "\n")
+            write_json(self.json, record)
         return 0
 
 
@@ -64,6 +64,6 @@ def find_config(model: str) -> "ModelConfig":
     file = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from error
     return config_from_json(data, name=file.resolve().parent.name)

@@ -1,6 +1,5 @@
 """``deepseek-jax verify``: a checkpoint layer by layer against PyTorch transformers."""
 
-import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from deepseek_jax.version import __version__
+from deepseek_jax.cli.files import check_destination, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +41,6 @@ class Verify:
     def run(self) -> int:
         from rich.console import Console
 
-        from deepseek_jax.cli.generate import check_destination
         from deepseek_jax.convert.ladder import BOUND, ladder
 
         check_destination(self.json)
@@ -68,11 +66,12 @@ class Verify:
 
         if self.prompt is not None and self.tokens:
             raise ValueError("give --prompt or --tokens, not both.")
+        # Both sides read the config: what it must not say is said here, before the reference meets it.
+        vocabulary = read_config(self.src)[0].vocab_size
         if self.tokens:
             return np.asarray([self.tokens])
         if self.prompt is not None:
             return np.asarray([load_tokenizer(self.src).encode(self.prompt)])
-        vocabulary = read_config(self.src)[0].vocab_size
         return np.random.default_rng(self.seed).integers(0, vocabulary, (1, self.length))
 
 
@@ -102,11 +101,10 @@ def _print(rows: "list[Row | Routing]") -> None:
 
 def _write(path: Path, src: Path, rows: "list[Row | Routing]", tokens: "np.ndarray") -> None:
     record = {
-        "deepseek_jax": __version__,
         **{name: version(name) for name in ("jax", "torch", "transformers")},
         "checkpoint": str(src),
         "tokens": tokens.tolist(),
         "ok": all(row.ok for row in rows),
         "comparisons": [{**asdict(row), "ok": row.ok} for row in rows],
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(path, record)

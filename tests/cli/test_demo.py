@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import deepseek_jax as dsj
 from deepseek_jax.cli import demo
 from deepseek_jax.cli.main import main
 
@@ -45,6 +48,37 @@ def test_a_wrong_number_fails_it(folder, name, capsys):
     save_file(stored, file)
     assert main(["demo", "--max-new-tokens", "12"]) == 1
     assert "not equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--picture", "routing.jpg"), "--picture routing.jpg: the picture is a PNG image"),
+        (
+            ("--picture", "/no/such/folder/x.png"),
+            "--picture /no/such/folder/x.png: there is no folder /no/such/folder.",
+        ),
+        (("--json", "/no/such/folder/x.json"), "--json /no/such/folder/x.json: there is no folder /no/such/folder."),
+    ],
+)
+def test_places_that_cannot_be_written_end_it_before_it_begins(arguments, message, capsys):
+    assert main(["demo", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def test_it_generates_at_full_precision(monkeypatch):
+    """Plain and drafted texts are compared, so neither may hang on a device's default precision."""
+    seen = []
+
+    def generate(*args, **settings):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return [[5]], SimpleNamespace(drafted=[0], accepted=[0])
+
+    monkeypatch.setattr(dsj, "generate", generate)
+    demo.write(None, [1], 1, use_mtp=True)
+    assert seen == ["highest"] * 2
 
 
 def test_other_files_than_the_reference_read_are_refused(folder, capsys):

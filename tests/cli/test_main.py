@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
+import jax
 import pytest
 
 from deepseek_jax.cli import main as cli
@@ -35,14 +35,11 @@ def replace_run(monkeypatch, run) -> None:
     monkeypatch.setattr("deepseek_jax.cli.summary.Summary", Command)
 
 
-def test_help_lists_every_command_within_a_second():
-    start = time.perf_counter()
+def test_help_lists_every_command():
     result = run_process("--help")
-    seconds = time.perf_counter() - start
     assert result.returncode == 0
     for name in cli.COMMANDS:
         assert f"\n  {name} " in result.stdout
-    assert seconds < 1
 
 
 def test_help_loads_no_heavy_module():
@@ -105,6 +102,12 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(arguments, message, caps
         (cli.CommandError("no such thing."), "no such thing."),
         (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or directory"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (MemoryError(), "out of memory."),
+        (MemoryError("Unable to allocate 9 EiB"), "out of memory. Unable to allocate 9 EiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA table."),
+            "out of memory. RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(error, line, monkeypatch, capsys):
@@ -114,6 +117,15 @@ def test_an_error_is_one_line_and_exit_code_1(error, line, monkeypatch, capsys):
     replace_run(monkeypatch, run)
     assert cli.main(["summary"]) == 1
     assert capsys.readouterr().err == f"deepseek-jax summary: {line}\n"
+
+
+def test_a_missing_argument_is_exit_code_2(monkeypatch, capsys):
+    def run():
+        raise cli.UsageError("X is missing.")
+
+    replace_run(monkeypatch, run)
+    assert cli.main(["summary"]) == 2
+    assert capsys.readouterr().err == "deepseek-jax summary: X is missing.\n"
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys):
@@ -135,12 +147,13 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch):
         cli.main(["summary"])
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, jax.errors.JaxRuntimeError])
+def test_an_error_of_ours_keeps_its_traceback(kind, monkeypatch):
     def run():
-        raise RuntimeError("a bug")
+        raise kind("INTERNAL: a bug")
 
     replace_run(monkeypatch, run)
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(kind, match="a bug"):
         cli.main(["summary"])
 
 

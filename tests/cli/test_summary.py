@@ -79,7 +79,8 @@ def test_a_checkpoint_folder_and_its_config_file(tmp_path, capsys):
     folder = capsys.readouterr().out
     assert main(["summary", str(tmp_path / "config.json")]) == 0
     assert capsys.readouterr().out == folder
-    assert folder.startswith(f"{tmp_path.name}: 3 layers of width 64")
+    cfg = zoo("tiny-v3")
+    assert folder.startswith(f"{tmp_path.name}: {cfg.n_layers} layers of width {cfg.dim}")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_a_checkpoint_folder_and_its_config_file(tmp_path, capsys):
     [
         (None, "config.json: No such file or directory"),
         ("{", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON"),
         ('{"model_type": "llama"}', "'llama'"),
     ],
 )
@@ -110,5 +112,5 @@ def test_an_unknown_model_lists_the_names(capsys):
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert main(["summary", "tiny-v3", "--json", str(tmp_path / "none" / "a.json")]) == 1
     error = capsys.readouterr().err
-    assert "a.json: No such file or directory" in error
+    assert f"--json {tmp_path / 'none' / 'a.json'}: there is no folder {tmp_path / 'none'}." in error
     assert error.count("\n") == 1
