@@ -63,7 +63,7 @@ class Bench:
             "deepseek_jax": __version__,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seed": 0,
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "cpus": os.cpu_count(),
             "load_average": os.getloadavg()[0],
             "experts": self.experts,
