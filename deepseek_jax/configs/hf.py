@@ -6,6 +6,7 @@ Two spellings are read, that of the released files (``rope_theta`` with ``rope_s
 there. Another that is missing has the value that transformers gives it, which is V3's.
 """
 
+import sys
 from typing import Any
 
 from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
@@ -35,6 +36,9 @@ FIXED = {
     "topk_method": "noaux_tc",
     "moe_layer_freq": 1,
 }
+# Axes are counted in 32 bits. Layers and experts are laid out one by one, so that far fewer exhaust the memory.
+MOST = 2**31 - 1
+MOST_LAID_OUT = 10_000
 
 
 class _Fields:
@@ -50,8 +54,7 @@ class _Fields:
         alias = ALIASES.get(name)
         if alias in self.data and name in self.data and self.data[alias] != self.data[name]:
             raise ConfigError(
-                f"{self.where} contradicts itself: {name} is {self.data[name]!r}, {alias} "
-                f"{self.data[alias]!r}."
+                f"{self.where} contradicts itself: {name} is {self.data[name]!r}, {alias} {self.data[alias]!r}."
             )
         for spelling in (name, alias):
             if spelling in self.data:
@@ -69,11 +72,17 @@ class _Fields:
             raise ConfigError(f"{self.where}: {name} must be {kind}, not {value!r}.")
         return value
 
-    def integer(self, name: str, *default) -> Any:
-        return self._typed(name, (int,), "an integer", default)
+    def integer(self, name: str, *default, most: int = MOST) -> Any:
+        value = self._typed(name, (int,), "an integer", default)
+        if value is not None and value > most:
+            raise ConfigError(f"{self.where}: {name} must be at most {most}; a larger one is not built.")
+        return value
 
     def number(self, name: str, *default) -> Any:
         value = self._typed(name, (int, float), "a number", default)
+        # An integer of JSON has any length, a float of Python's JSON may be NaN or Infinity.
+        if value is not None and not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{self.where}: {name} must be a finite number, not {str(value)[:20]}.")
         return value if value is None else float(value)
 
     def flag(self, name: str, *default) -> Any:
@@ -84,7 +93,7 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     """The model that a published config.json describes. ``name``: what to call it; default its model_type.
 
     Raises ConfigError for a model_type or mechanism that is not built, a missing field that shapes a tensor,
-    a field of the wrong type, and fields that contradict each other.
+    a field of the wrong type or too large, and fields that contradict each other.
     """
     fields = _Fields(data)
     model_type = fields.value("model_type", None)
@@ -97,7 +106,8 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         if value != built:
             raise ConfigError(f"config.json: {field} {value!r} is not supported, only {built!r}.")
     attention = _attention(fields)
-    layers, depth = fields.integer("num_hidden_layers"), fields.integer("num_nextn_predict_layers")
+    layers = fields.integer("num_hidden_layers", most=MOST_LAID_OUT)
+    depth = fields.integer("num_nextn_predict_layers", most=MOST_LAID_OUT)
     dense = fields.integer("first_k_dense_replace")
     if depth > 0 and layers <= dense < layers + depth:
         raise ConfigError(
@@ -158,7 +168,7 @@ def _attention(fields: _Fields) -> MLA:
 
 def _moe(fields: _Fields) -> MoE:
     return MoE(
-        n_experts=fields.integer("n_routed_experts"),
+        n_experts=fields.integer("n_routed_experts", most=MOST_LAID_OUT),
         top_k=fields.integer("num_experts_per_tok", 8),
         expert_dim=fields.integer("moe_intermediate_size"),
         n_shared=fields.integer("n_shared_experts") if fields.value("n_shared_experts") is not None else 0,
@@ -189,15 +199,11 @@ def _rope(fields: _Fields) -> Rope:
 def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
     unknown = sorted(set(rope.data) - set(YARN_FIELDS))
     if unknown:
-        raise ConfigError(
-            f"{rope.where}: unknown fields {', '.join(unknown)}; known are {', '.join(YARN_FIELDS)}."
-        )
-    kinds = {rope.data[key] for key in ("rope_type", "type") if rope.data.get(key) is not None}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"{rope.where} contradicts itself: rope_type and type are {sorted(map(str, kinds))}."
-        )
-    kind = kinds.pop() if kinds else "default"
+        raise ConfigError(f"{rope.where}: unknown fields {', '.join(unknown)}; known are {', '.join(YARN_FIELDS)}.")
+    kinds = [rope.data[key] for key in ("rope_type", "type") if rope.data.get(key) is not None]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ConfigError(f"{rope.where} contradicts itself: rope_type and type are {kinds[0]!r} and {kinds[1]!r}.")
+    kind = kinds[0] if kinds else "default"
     if kind not in ("default", "yarn"):
         raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported, only 'default' and 'yarn'.")
     for name, built in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1.0)):
@@ -207,9 +213,7 @@ def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
     theta = rope.number("rope_theta", None)
     outer = fields.number("rope_theta", None)
     if theta is not None and outer is not None and theta != outer:
-        raise ConfigError(
-            f"config.json contradicts itself: rope_theta is {outer} and, in {rope.where}, {theta}."
-        )
+        raise ConfigError(f"config.json contradicts itself: rope_theta is {outer} and, in {rope.where}, {theta}.")
     theta = next((t for t in (theta, outer) if t is not None), 10000.0)
     yarn = None
     if kind == "yarn":

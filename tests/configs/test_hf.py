@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.configs.hf import config_from_json, config_to_json
+from deepseek_jax.configs.hf import YARN_FIELDS, config_from_json, config_to_json
 from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
 
@@ -88,9 +88,7 @@ def test_both_spellings_agree():
     new["rope_parameters"] = {**scaling, "rope_type": "yarn", "rope_theta": 10000.0}
     new["num_mtp_layers"], new["num_local_experts"] = 1, 256
     assert config_from_json(new) == config_from_json(V3)
-    assert config_from_json(
-        {**new, "rope_scaling": V3["rope_scaling"], "rope_theta": 10000}
-    ) == config_from_json(V3)
+    assert config_from_json({**new, "rope_scaling": V3["rope_scaling"], "rope_theta": 10000}) == config_from_json(V3)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "moonlight-16b", "kimi-k2", "tiny-v3"])
@@ -106,9 +104,7 @@ def test_defaults_are_those_of_the_reference():
     reference = DeepseekV3Config()
     optional = "n_group topk_group norm_topk_prob routed_scaling_factor num_experts_per_tok rms_norm_eps"
     optional += " tie_word_embeddings initializer_range bos_token_id eos_token_id max_position_embeddings"
-    bare = changed(
-        **dict.fromkeys(optional.split(), ...), rope_scaling=..., rope_theta=..., rope_interleave=...
-    )
+    bare = changed(**dict.fromkeys(optional.split(), ...), rope_scaling=..., rope_theta=..., rope_interleave=...)
     cfg = config_from_json(bare)
     assert (cfg.moe.n_groups, cfg.moe.top_groups) == (reference.n_group, reference.topk_group)
     assert (cfg.moe.normalize, cfg.moe.scale) == (reference.norm_topk_prob, reference.routed_scaling_factor)
@@ -116,9 +112,7 @@ def test_defaults_are_those_of_the_reference():
     assert (cfg.tie_embeddings, cfg.init_std) == (reference.tie_word_embeddings, reference.initializer_range)
     assert (cfg.bos_id, cfg.eos_ids) == (reference.bos_token_id, (reference.eos_token_id,))
     assert cfg.max_length == reference.max_position_embeddings
-    assert cfg.attention.rope == Rope(
-        reference.rope_parameters["rope_theta"], None, reference.rope_interleave
-    )
+    assert cfg.attention.rope == Rope(reference.rope_parameters["rope_theta"], None, reference.rope_interleave)
 
 
 def test_the_reference_reads_what_is_written(tmp_path):
@@ -216,6 +210,14 @@ REFUSED = {
     "eos type": ({"eos_token_id": ["a"]}, "eos_token_id"),
     "dense but MoE": ({"first_k_dense_replace": 61}, "first_k_dense_replace 61"),
     "eps": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
+    "rope type no text": ({"rope_scaling": {**YARN, "type": []}}, r"rope type \[\] is not supported"),
+    "infinite theta": ({"rope_theta": 10**400}, "rope_theta must be a finite number, not 1000"),
+    "infinite factor": ({"rope_scaling": {**YARN, "factor": float("inf")}}, "factor must be a finite number, not inf"),
+    "NaN scale": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be a finite number, not nan"),
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000"),
+    "MTP layers": ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers must be at most 10000"),
+    "experts": ({"n_routed_experts": 2**28}, "n_routed_experts must be at most 10000"),
+    "width": ({"hidden_size": 2**31}, "hidden_size must be at most 2147483647"),
     "tie": ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
 }
 
@@ -243,9 +245,7 @@ def configs(draw):
     yarn = None
     if draw(st.booleans()):
         slow = positive()
-        yarn = Yarn(
-            1 + positive(), size(), slow + positive(), slow, draw(st.floats(0, 2)), draw(st.floats(0, 2))
-        )
+        yarn = Yarn(1 + positive(), size(), slow + positive(), slow, draw(st.floats(0, 2)), draw(st.floats(0, 2)))
     groups = draw(st.sampled_from([1, 2, 4]))
     per_group = draw(st.integers(2, 8))
     top_groups = draw(st.integers(1, groups))
@@ -295,16 +295,23 @@ def test_every_config_survives_the_file(cfg):
     assert config_from_json(json.loads(json.dumps(config_to_json(cfg))), "drawn") == cfg
 
 
+ODD = st.sampled_from([10**400, -(10**400), 1e999, -1e999, float("nan"), 2**31, 10**9, 0, -1, 1.0, [], {}, "", "yarn"])
 ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | ODD,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+SPELLINGS = ["rope_parameters", "num_mtp_layers", "num_local_experts", "qk_head_dim"]
+PLACES = [(field,) for field in [*V3, *SPELLINGS]] + [("rope_scaling", field) for field in YARN_FIELDS]
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(V3)), ANY_JSON)
-def test_any_value_is_read_or_refused(field, value):
-    """No value of any field leads to another error than ConfigError."""
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(PLACES), ANY_JSON)
+def test_any_value_is_read_or_refused(place, value):
+    """Any value of any field leads to a ConfigError or to a config that its file can hold."""
+    data = copy.deepcopy(V3)
+    (data if len(place) == 1 else data[place[0]])[place[-1]] = value
     with contextlib.suppress(ConfigError):
-        config_from_json({**V3, field: value})
+        cfg = config_from_json(data)
+        again = json.loads(json.dumps(config_to_json(cfg), allow_nan=False))
+        assert config_from_json(again) == cfg
