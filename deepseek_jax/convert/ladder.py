@@ -161,8 +161,9 @@ def ladder(path: str | Path, tokens: np.ndarray, steps: int = 8) -> Iterator[Row
         raise ValueError(f"{T} tokens and {steps} decoding steps: give at least 4 tokens and 1 step.")
     if max(T, T // 2 + steps) > longest:
         raise ValueError(f"{T} tokens and {steps} decoding steps exceed the model's {longest} tokens.")
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"token {tokens.max()} lies outside the vocabulary of {vocabulary}.")
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if outside.size:
+        raise ValueError(f"token {outside[0]} lies outside the vocabulary of {vocabulary}.")
     seen, generated, decoded = reference.observe(tokens, tokens[:, : T // 2], steps)
     del reference
 

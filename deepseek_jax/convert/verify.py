@@ -206,7 +206,7 @@ def reference_model(path: str | Path) -> Reference:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise VerifyError(f"{path} holds no config.json.")
-    config = json.loads((path / "config.json").read_text())
+    config = _read_json(path / "config.json")
     reference = build_reference(config)
     import torch
 
@@ -246,14 +246,18 @@ def _slots(name: str, target) -> Iterator[str]:
 def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
     """(published name, float32 tensor) of every weight, FP8 times its scales; read by safetensors."""
     import torch
-    from safetensors import safe_open
 
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-        opened = {file: safe_open(path / file, "pt") for file in sorted(set(files.values()))}
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise VerifyError(f"{index} has no weight_map of tensors' names to files.")
+        opened = {file: _open(path / file) for file in sorted(set(files.values()))}
+        for name, file in files.items():
+            if name not in opened[file].keys():  # noqa: SIM118
+                raise VerifyError(f"{path / file} lacks {name}, which {index} has in it.")
     else:
-        opened = {file.name: safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))}
+        opened = {file.name: _open(file) for file in sorted(path.glob("*.safetensors"))}
         files = {name: file for file, f in opened.items() for name in f.keys()}  # noqa: SIM118
     if not files:
         raise VerifyError(f"{path} holds no *.safetensors with weights.")
@@ -266,10 +270,36 @@ def read_tensors(path: Path, config: dict) -> Iterator[tuple[str, Any]]:
             if f"{name}_scale_inv" not in files:
                 raise VerifyError(f"{path}: {name} is FP8 but has no {name}_scale_inv.")
             scale = opened[files[f"{name}_scale_inv"]].get_tensor(f"{name}_scale_inv").float()
-            n, k = tensor.shape
+            n, k = tensor.shape if tensor.ndim == 2 else (0, 0)
+            if scale.shape != (-(-n // rows), -(-k // columns)):
+                raise VerifyError(
+                    f"{path / file}: {name} has shape {tuple(tensor.shape)}, its scales {tuple(scale.shape)}; that is "
+                    f"not one for each block of {rows} x {columns}."
+                )
             spread = scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
             tensor = tensor.float() * spread
         yield name, tensor.float()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise VerifyError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise VerifyError(f"{path} must hold a JSON object, not {type(data).__name__}.")
+    return data
+
+
+def _open(file: Path):
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise VerifyError(f"{file} does not exist.")
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise VerifyError(f"{file} is damaged: safetensors cannot read it ({error}).") from None
 
 
 def _place(name: str, targets: dict, n_layers: int):

@@ -224,6 +224,61 @@ def test_folders_without_files(tmp_path, scratch):
         reference_model(scratch)
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def weight_map(change):
+    """An index of the one file, with ``change`` made to its weight_map."""
+
+    def write(file):
+        names = change(dict.fromkeys(arrays(file.parent), file.name))
+        file.with_name("model.safetensors.index.json").write_text(json.dumps(names))
+
+    return write
+
+
+BROKEN = {
+    "truncated": (cut, "model.safetensors is damaged: safetensors cannot read it"),
+    "garbage": (lambda file: file.write_bytes(bytes(range(256)) * 9), "model.safetensors is damaged"),
+    "empty": (lambda file: file.write_bytes(b""), "model.safetensors is damaged"),
+    "no weight_map": (weight_map(lambda names: {}), "index.json has no weight_map"),
+    "weight_map of numbers": (weight_map(lambda names: {"weight_map": {"a": 1}}), "index.json has no weight_map"),
+    "names left out": (
+        weight_map(lambda names: {"weight_map": {n: f for n, f in names.items() if n != "model.norm.weight"}}),
+        "lacks 1 tensors of the reference, among them model.norm.weight",
+    ),
+    "names too many": (weight_map(lambda names: {"weight_map": {**names, "x": "model.safetensors"}}), "lacks x, which"),
+    "file missing": (weight_map(lambda names: {"weight_map": {**names, "x": "y"}}), "scratch/y does not exist"),
+    "index no object": (weight_map(lambda names: []), "index.json must hold a JSON object, not list"),
+    "index too deep": (
+        lambda file: file.with_name("model.safetensors.index.json").write_text("[" * 100_000),
+        "index.json is not JSON",
+    ),
+    "config": (lambda file: file.with_name("config.json").write_text("{"), "config.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_command_names_a_damaged_file(scratch, capsys, case):
+    damage, message = BROKEN[case]
+    damage(scratch / "model.safetensors")
+    assert main(["verify", str(scratch), "--tokens", "1", "2", "3", "4"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (7,)])
+def test_scales_of_another_shape_are_named(scratch, shape):
+    tensors = arrays(scratch)
+    name = "model.layers.1.self_attn.kv_b_proj.weight_scale_inv"
+    tensors[name] = np.ones(shape, np.float32)
+    write_arrays(scratch, tensors)
+    with pytest.raises(VerifyError, match=r"kv_b_proj\.weight has shape .* not one for each block of 128 x 128"):
+        reference_model(scratch)
+
+
 def test_command(fp8, rows, tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = ["verify", str(fp8), "--tokens", *map(str, TOKENS[0]), "--steps", "3"]
@@ -254,6 +309,7 @@ def test_command_fails_on_a_divergence(fp8, rows, monkeypatch, capsys):
         (["--tokens", "1", "2"], "give at least 4 tokens"),
         (["--length", "300"], "exceed the model's 256 tokens"),
         (["--tokens", "1", "2", "3", "999"], "token 999 lies outside the vocabulary of 256"),
+        (["--tokens", "1", "-7", "3", "200"], "token -7 lies outside the vocabulary of 256"),
         (["--tokens", "1", "--prompt", "x"], "give --prompt or --tokens, not both"),
         (["--prompt", "x"], "tokenizer.json"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder"),
