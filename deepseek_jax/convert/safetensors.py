@@ -95,7 +95,7 @@ def load_json(path: Path) -> dict:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}.")
@@ -116,7 +116,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: the header is not valid JSON: {e}.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object, not {type(header).__name__}.")

@@ -16,6 +16,7 @@ from deepseek_jax.convert.safetensors import (
     Checkpoint,
     CheckpointError,
     Writer,
+    load_json,
     read_header,
 )
 
@@ -229,6 +230,16 @@ def test_tensor_outside_the_index(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     with pytest.raises(CheckpointError, match="holds x, which"):
         Checkpoint(tmp_path)
+
+
+def test_json_that_nests_too_deep(tmp_path):
+    deep = b"[" * 100_000
+    (tmp_path / "a.json").write_bytes(deep)
+    with pytest.raises(CheckpointError, match=r"a\.json is not valid JSON"):
+        load_json(tmp_path / "a.json")
+    (tmp_path / "a.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: the header is not valid JSON"):
+        read_header(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
