@@ -7,6 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.main import UsageError
+
 
 @dataclass(frozen=True)
 class Convert:
@@ -23,23 +26,26 @@ class Convert:
     dry_run: bool = False
     """Only check names, shapes and dtypes, and compare with the release that SRC is; fails where they differ."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the figures to this file."""
+    """Also write the figures, and bytes and seconds of the conversion, to this file."""
 
     def run(self) -> int:
+        if self.dst is None and not self.dry_run:
+            raise UsageError("DST is missing: name the folder to write, or give --dry-run.")
+        check_destination(self.json)
+
         from deepseek_jax.convert.manifest import inspect
 
         report = inspect(self.src)
         print(report.text())
+        record = report.record()
+        if not self.dry_run:
+            record["conversion"] = self._convert(report.nbytes)
         if self.json is not None:
-            self.json.write_text(report.json())
-        if self.dry_run:
-            return 0 if report.agrees else 1
-        if self.dst is None:
-            raise ValueError("DST is missing: name the folder to write, or give --dry-run.")
-        self._convert(report.nbytes)
-        return 0
+            write_json(self.json, record)
+        return 0 if report.agrees or not self.dry_run else 1
 
-    def _convert(self, nbytes: int) -> None:
+    def _convert(self, nbytes: int) -> dict:
+        """Converts, and returns what was written and how long it took."""
         import time
 
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -55,3 +61,4 @@ class Convert:
         layout = "Orbax, a checkpoint a layer" if kind == "layers" else "published layout"
         speed = nbytes / 1e9 / max(seconds, 1e-9)
         print(f"Wrote {self.dst} ({layout}): {nbytes / 1e9:.2f} GB in {seconds:.1f} s, {speed:.2f} GB/s.")
+        return {"destination": str(self.dst), "layout": kind, "bytes": nbytes, "seconds": seconds}

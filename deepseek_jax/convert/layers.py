@@ -161,15 +161,33 @@ def copies(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, str]:
 
 
 def read_record(folder: Path) -> dict:
-    """The folder's deepseek_jax.json. Raises CheckpointError for another format or version."""
+    """The folder's deepseek_jax.json.
+
+    Raises CheckpointError for another format or version, and for contents of another form: ``files`` maps plain
+    names of safetensors files to lists of tensors, and no tensor stands in it twice.
+    """
     record = load_json(folder / RECORD)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / RECORD}: format {record.get('format')!r} version {record.get('format_version')!r} is not "
             f"read here, only {FORMAT!r} version {FORMAT_VERSION}."
         )
-    if not isinstance(record.get("group_size"), int) or not isinstance(record.get("files"), dict):
-        raise CheckpointError(f"{folder / RECORD} lacks group_size or files.")
+    group, indexed, files = (record.get(key) for key in ("group_size", "indexed", "files"))
+    if type(group) is not int or group < 1 or not isinstance(indexed, bool) or not isinstance(files, dict):
+        raise CheckpointError(
+            f"{folder / RECORD} must hold group_size (a positive integer), indexed (true or false) and files (an "
+            f"object), not {group!r}, {indexed!r} and {type(files).__name__}."
+        )
+    held = set()
+    for file, names in files.items():
+        # The name is one that will be written: it must not lead out of the destination.
+        if not file.endswith(".safetensors") or file != Path(file).name:
+            raise CheckpointError(f"{folder / RECORD}: {file!r} is not the plain name of a safetensors file.")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{folder / RECORD}: {file} must have a list of tensors' names, not {names!r}.")
+        if len(set(names)) != len(names) or held & set(names):
+            raise CheckpointError(f"{folder / RECORD}: {file} has a tensor that stood there before.")
+        held |= set(names)
     return record
 
 

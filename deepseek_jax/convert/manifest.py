@@ -1,6 +1,5 @@
 """What a checkpoint holds: the number of tensors, bytes and dtypes, and what its release is known to hold."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from deepseek_jax.convert.load import check_tensors, read_config, scale_shape
 from deepseek_jax.convert.names import BLOCK, SCALE, layout
 from deepseek_jax.convert.safetensors import DTYPES, NAMES, Checkpoint
 from deepseek_jax.convert.save import nbytes
-from deepseek_jax.version import __version__
 
 # The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")
@@ -54,20 +52,24 @@ def of_release(name: str) -> Manifest:
     return of_specs(name, specs)
 
 
-def release_of(cfg: ModelConfig) -> str | None:
-    """The full-size zoo model with this architecture; names, lengths, stop tokens and initialisation apart."""
+def releases_of(cfg: ModelConfig) -> tuple[str, ...]:
+    """The zoo's models with this architecture; names, lengths, stop tokens and initialisation apart."""
     neutral = {"name": "", "init_std": 1.0, "max_length": 1, "bos_id": None, "eos_ids": ()}
-    return next((name for name in zoo() if replace(zoo(name), **neutral) == replace(cfg, **neutral)), None)
+    return tuple(name for name in zoo() if replace(zoo(name), **neutral) == replace(cfg, **neutral))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a folder holds beside what its release should hold (None: no release has this architecture)."""
+    """What a folder holds beside what its release should hold (None: no release has this architecture).
+
+    ``releases``: all that have the architecture. Their files hold the same, so no folder tells which one it is.
+    """
 
     folder: str
     layout: str
     found: Manifest
     expected: Manifest | None
+    releases: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -82,12 +84,13 @@ class Report:
         if self.expected is None:
             return f"{found}\nNo known release has this architecture; names, shapes and dtypes agree with config.json."
         if self.agrees:
-            return f"{found}\nThis is what {self.expected.release} holds."
-        source = "as released holds" if self.expected.release in CONFIRMED else "should, by its config, hold"
-        return f"{found}\n{self.expected.release} {source} {_line(self.expected)}"
+            return f"{found}\nThis is what {' and '.join(self.releases)} should hold."
+        seen = " and ".join(name for name in self.releases if name in CONFIRMED)
+        known = f" (seen in the files of {seen})" if seen else ""
+        return f"{found}\n{' and '.join(self.releases)} should, by config, hold{known} {_line(self.expected)}"
 
-    def json(self) -> str:
-        return json.dumps({"deepseek_jax": __version__, **asdict(self), "agrees": self.agrees}, indent=2) + "\n"
+    def record(self) -> dict:
+        return {**asdict(self), "agrees": self.agrees}
 
 
 def _line(manifest: Manifest) -> str:
@@ -105,7 +108,8 @@ def inspect(folder: str | Path) -> Report:
     converted = (folder / RECORD).exists()
     checkpoint = Layers(folder, cfg, block) if converted else Checkpoint(folder)
     check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
-    release = release_of(cfg)
+    releases = tuple(name for name in releases_of(cfg) if not name.startswith("tiny"))
     specs = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}
-    expected = of_release(release) if release and not release.startswith("tiny") else None
-    return Report(str(folder), "Orbax" if converted else "published", of_specs(folder.name, specs), expected)
+    expected = of_release(releases[0]) if releases else None
+    kind = "Orbax" if converted else "published"
+    return Report(str(folder), kind, of_specs(folder.name, specs), expected, releases)

@@ -39,6 +39,7 @@ COPIED_FILES = (
     "*.tiktoken",
     "*.model",
     "*.py",
+    "LICENSE*",
 )
 E8M0 = np.dtype(jnp.float8_e8m0fnu)
 Spec = tuple[np.dtype, tuple[int, ...]]
@@ -70,7 +71,8 @@ def new_folder(path: str | Path):
 
     Raises FileExistsError when ``path`` is a file or a folder that is not empty.
     """
-    path = Path(path).absolute()
+    # Through a link, so that the temporary folder lies on the disk that the result will lie on.
+    path = Path(path).resolve()
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
@@ -280,7 +282,7 @@ def _keep_stops(path: Path, cfg: ModelConfig) -> None:
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copies the tokenizer, its templates and the generation config."""
+    """Copies the tokenizer, its templates, the generation config and the licence."""
     for pattern in COPIED_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

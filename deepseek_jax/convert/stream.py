@@ -35,9 +35,9 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
     same source and destination. Every tensor is checked as `load_pretrained` checks it.
 
     Raises CheckpointError and ConfigError for a bad source, FileExistsError for a destination that is not
-    empty, OSError when the disk is too small.
+    empty, OSError when the disk is too small, fills up or cannot be written; what is finished then stays.
     """
-    source, destination = Path(source), Path(destination).absolute()
+    source, destination = Path(source), Path(destination).resolve()
     check_free(destination)
     cfg, block = read_config(source)
     if (source / RECORD).exists():
@@ -73,6 +73,11 @@ def _staging(source: Checkpoint | Layers, destination: Path) -> Iterator[Path]:
     except (CheckpointError, ConfigError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        raise OSError(
+            error.errno, f"{text}; what is finished is kept in {folder}, where the same command goes on."
+        ) from error
     folder.replace(destination)
 
 

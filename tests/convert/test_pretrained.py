@@ -1,5 +1,6 @@
 """`load_pretrained` and `save_pretrained`: byte-equal round trips, the reference's names, refusals."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ import deepseek_jax as dsj
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert.names import layout
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError
+from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.core.params import RouterBias, is_variable
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
 
@@ -488,6 +489,32 @@ def test_destinations(fp8, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         dsj.save_pretrained(edge_model(), tmp_path / "failed")
     assert {p.name for p in tmp_path.iterdir()} == {"full", "empty"}
+
+
+def test_a_link_to_an_empty_folder_is_written_through(tmp_path):
+    (tmp_path / "disk/target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/target")
+    dsj.save_pretrained(edge_model(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/target/config.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "link"}
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    """Full in the middle of the weights' file."""
+    whole, calls = Writer._write, []
+
+    def write(self, data):
+        calls.append(len(data))
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(self, data)
+
+    monkeypatch.setattr(Writer, "_write", write)
+    with pytest.raises(OSError, match="No space"):
+        dsj.save_pretrained(edge_model(), tmp_path / "failed")
+    assert list(tmp_path.iterdir()) == []
+    assert len(calls) == 6
 
 
 def test_templates_of_another_model(fp8, tmp_path):

@@ -1,6 +1,7 @@
 """`deepseek-jax convert`: there and back byte for byte, resumable, and nothing left after an error."""
 
 import contextlib
+import errno
 import json
 import random
 import shutil
@@ -23,8 +24,8 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert import stream as stream_module
-from deepseek_jax.convert.layers import RECORD, places
-from deepseek_jax.convert.manifest import CONFIRMED, inspect, of_release, release_of
+from deepseek_jax.convert.layers import RECORD, places, read_record
+from deepseek_jax.convert.manifest import CONFIRMED, inspect, of_release, releases_of
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError
 from deepseek_jax.convert.stream import convert
 
@@ -37,6 +38,7 @@ def fp8(tmp_path_factory) -> Path:
         patch.setattr(save_module, "SHARD_BYTES", 400_000)
         dsj.save_pretrained(edge_model(), folder / "model", quantize="fp8")
     (folder / "model/tokenizer.json").write_text('{"a": 1}')
+    (folder / "model/LICENSE-MODEL").write_text("terms")
     edit_json(folder / "model/config.json", lambda c: c.update(auto_map={"x": "y"}))
     assert len(list((folder / "model").glob("*.safetensors"))) == 3
     return folder / "model"
@@ -70,7 +72,8 @@ def test_the_folder_is_orbax(converted, fp8):
     """A layer is an Orbax checkpoint with the stored bytes in the published orientation."""
     from orbax.checkpoint.experimental import v1 as ocp
 
-    assert {p.name for p in converted.iterdir()} == {"config.json", "tokenizer.json", RECORD, "model", "layers"}
+    copied = {"config.json", "tokenizer.json", "LICENSE-MODEL"}
+    assert {p.name for p in converted.iterdir()} == {*copied, RECORD, "model", "layers"}
     assert {p.name for p in (converted / "layers").iterdir()} == {"0", "1", "2", "3"}
     tree = ocp.load(converted / "layers/2")
     stored = arrays(fp8)
@@ -274,6 +277,100 @@ def test_destinations(fp8, tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"full"}
 
 
+def test_a_link_to_an_empty_folder_is_written_through(fp8, tmp_path):
+    """The work is staged beside the folder that the link names, perhaps on another disk."""
+    (tmp_path / "disk/target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/target")
+    staged = []
+    convert(fp8, tmp_path / "link", lambda n: staged.extend(p.name for p in (tmp_path / "disk").glob(".*")))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/target" / RECORD).is_file()
+    assert set(staged) == {next(iter(staged))}
+    assert staged[0].startswith(".target.converting-")
+    assert {p.name for p in tmp_path.rglob("*") if p.parent in (tmp_path, tmp_path / "disk")} == {
+        "disk",
+        "link",
+        "target",
+    }
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_disk_that_fills_up(fp8, converted, tmp_path, monkeypatch, capsys, back):
+    """One line that names what is kept; the same command goes on from there."""
+    from orbax.checkpoint.experimental import v1 as ocp
+
+    owner, name = (stream_module.Writer, "write") if back else (ocp.partial, "save")
+    whole, calls = getattr(owner, name), []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == (200 if back else 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(*args, **kwargs)
+
+    source = converted if back else fp8
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        assert main(["convert", str(source), str(tmp_path / "out")]) == 1
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith(".out.converting-")
+    assert any(kept.iterdir())
+    error = capsys.readouterr().err
+    assert f"No space left on device; what is finished is kept in {kept}, where the same command goes on." in error
+    assert error.count("\n") == 1
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert_same_model(*(replace_name(dsj.load_pretrained(f, dtype=None), "x") for f in (source, tmp_path / "out")))
+
+
+def test_destinations_that_cannot_be_written(fp8, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert main(["convert", str(fp8), str(tmp_path / "file/out")]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'file'}: " in error
+    assert error.count("\n") == 1
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["convert", str(fp8), str(tmp_path / "none/out")]) == 1
+    assert capsys.readouterr().err == f"deepseek-jax convert: {tmp_path / 'none'}: Permission denied\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"file"}
+
+
+RECORDS = {
+    "out of the folder": (lambda r: r["files"].update({"../../x.safetensors": []}), "not the plain name"),
+    "absolute": (lambda r: r["files"].update({"/tmp/x.safetensors": []}), "not the plain name"),
+    "another file": (lambda r: r["files"].update({"config.json": []}), "not the plain name"),
+    "no list": (lambda r: r["files"].update({"x.safetensors": 7}), "must have a list of tensors' names"),
+    "list of numbers": (lambda r: r["files"].update({"x.safetensors": [7]}), "must have a list of tensors' names"),
+    "a name twice": (lambda r: r["files"].update({"x.safetensors": ["a", "a"]}), "a tensor that stood there before"),
+    "a name in two files": (
+        lambda r: r["files"].update({"x.safetensors": ["lm_head.weight"]}),
+        "a tensor that stood there before",
+    ),
+    "no files": (lambda r: r.pop("files"), "must hold group_size"),
+    "no indexed": (lambda r: r.pop("indexed"), "must hold group_size"),
+    "indexed": (lambda r: r.update(indexed="no"), "must hold group_size"),
+    "group_size": (lambda r: r.update(group_size=True), "must hold group_size"),
+    "no group": (lambda r: r.update(group_size=0), "must hold group_size"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_damaged_records(converted, tmp_path, case):
+    """What the record names is written to: it is read with suspicion."""
+    change, message = RECORDS[case]
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    record = json.loads((converted / RECORD).read_text())
+    change(record)
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=message):
+        read_record(folder)
+
+
 def test_damaged_converted_folders(converted, tmp_path):
     def copy(name):
         return shutil.copytree(converted, tmp_path / name)
@@ -306,11 +403,20 @@ def test_command(fp8, tmp_path, capsys):
     assert "Orbax" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--json", str(tmp_path / "r.json")]) == 0
     assert files(tmp_path / "c") == files(fp8)
-    assert json.loads((tmp_path / "r.json").read_text())["deepseek_jax"] == dsj.__version__
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["deepseek_jax"] == dsj.__version__
+    assert record["conversion"]["bytes"] == sum(entry.nbytes for entry in Checkpoint(fp8).entries.values())
+    assert record["conversion"]["seconds"] > 0
+    assert (record["conversion"]["layout"], record["conversion"]["destination"]) == ("published", str(tmp_path / "c"))
     assert main(["convert", str(fp8), "--dry-run"]) == 0
     assert "tensors" in capsys.readouterr().out
-    assert main(["convert", str(fp8)]) == 1
-    assert "DST is missing" in capsys.readouterr().err
+    assert main(["convert", str(fp8)]) == 2
+    captured = capsys.readouterr()
+    assert "DST is missing" in captured.err
+    assert captured.out == ""
+    assert main(["convert", str(fp8), str(tmp_path / "d"), "--json", str(tmp_path / "no/r.json")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
     assert main(["convert", str(fp8), str(tmp_path / "c")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "d")]) == 1
@@ -322,8 +428,10 @@ def test_manifests():
     assert of_release("deepseek-v3").tensors == 91_991
     assert of_release("deepseek-v3").dtypes["F8_E4M3"] + 59 == of_release("deepseek-v3").dtypes["F32"]
     assert of_release("moonlight-16b").dtypes.keys() == {"BF16", "F32"}
-    assert release_of(replace(zoo("deepseek-v3"), init_std=0.02)) == "deepseek-v3"
-    assert release_of(zoo("deepseek-v3", n_layers=60)) is None
+    same = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1")
+    assert releases_of(replace(zoo("deepseek-v3"), init_std=0.02)) == same
+    assert releases_of(zoo("moonlight-16b")) == ("moonlight-16b",)
+    assert releases_of(zoo("deepseek-v3", n_layers=60)) == ()
 
 
 def test_the_committed_manifests(root):
@@ -344,10 +452,12 @@ def test_dry_run_compares_with_the_release(fp8, monkeypatch, capsys):
 
     assert inspect(fp8).expected is None
     cfg = dsj.load_pretrained(fp8).cfg
-    monkeypatch.setattr(manifest, "release_of", lambda cfg: "edges")
+    monkeypatch.setattr(manifest, "releases_of", lambda cfg: ("edges", "edges-2"))
     monkeypatch.setattr(manifest, "zoo", lambda name: cfg)
     assert inspect(fp8).agrees
+    assert "This is what edges and edges-2 should hold." in inspect(fp8).text()
+    assert inspect(fp8).record()["releases"] == ("edges", "edges-2")
     monkeypatch.setattr(manifest, "BLOCK", (64, 64))
     assert not inspect(fp8).agrees
     assert main(["convert", str(fp8), "--dry-run"]) == 1
-    assert "edges should, by its config, hold" in capsys.readouterr().out
+    assert "edges and edges-2 should, by config, hold" in capsys.readouterr().out
