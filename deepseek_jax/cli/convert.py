@@ -46,12 +46,15 @@ class Convert:
 
     def _convert(self, nbytes: int) -> dict:
         """Converts, and returns what was written and how long it took."""
+        import logging
         import time
 
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         from deepseek_jax.convert.stream import convert
 
+        # Orbax logs, with a traceback, errors that it raises as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         start = time.monotonic()
         with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:

@@ -6,6 +6,8 @@ it stopped; what it had begun is made again.
 """
 
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,7 +165,7 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict, progress: Prog
     context = ocp.Context()
     # Weights hardly compress, and compressing takes longer than writing.
     context.array.saving.use_compression = False
-    with context:
+    with context, _disk_errors(path):
         batch, size = {}, 0
         for key, members in arrays.items():
             for kind, suffix in (("values", ""), ("scale", SCALE)):
@@ -179,6 +181,18 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict, progress: Prog
         ocp.partial.save(path, batch, custom_metadata=metadata)
         progress(size)
         ocp.partial.finalize(path)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Orbax's store reports the system's refusal to write as a ValueError that quotes its code."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _gather(checkpoint: Checkpoint, members: list[tuple[str, Place]], suffix: str) -> np.ndarray:
