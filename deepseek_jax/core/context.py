@@ -34,9 +34,7 @@ class Context:
 
     def __post_init__(self):
         if self.mesh is not None or self.layout is not None:
-            raise ValueError(
-                "Context(mesh=..., layout=...): sharding over a mesh is not built yet; leave both None."
-            )
+            raise ValueError("Context(mesh=..., layout=...): sharding over a mesh is not built yet; leave both None.")
         for name, choices in (("experts", EXPERTS), ("mla", MLA_FORMS), ("remat", tuple(REMAT))):
             value = getattr(self, name)
             if value not in choices:

@@ -35,8 +35,9 @@ class Init:
 
 def param(init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A matrix drawn from N(0, std**2), with a logical name for each axis."""
-    value = jax.random.normal(init.next_key(), shape, init.dtype) * jnp.asarray(init.std, init.dtype)
-    return nnx.Param(value, axes=axes)
+    # Drawn in float32: a bfloat16 draw has 128 different values only.
+    value = jax.random.normal(init.next_key(), shape, jnp.float32) * init.std
+    return nnx.Param(value.astype(init.dtype), axes=axes)
 
 
 def gain(init: Init, size: int, axis: str) -> nnx.Param:
@@ -69,18 +70,14 @@ def partition(model: Tree) -> tuple[Tree, Tree]:
 
 def combine(params: Tree, rest: Tree) -> Tree:
     """The model whose `partition` these two are."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, params, rest, is_leaf=lambda x: x is None or is_variable(x)
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, params, rest, is_leaf=lambda x: x is None or is_variable(x))
 
 
 def map_variables(f, model: Tree, *others: Tree) -> Tree:
     """``f(path, variable, *other_variables)`` for every variable; a path is a tuple of names and numbers."""
 
     def call(path, *variables):
-        return f(
-            tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path), *variables
-        )
+        return f(tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path), *variables)
 
     return jax.tree_util.tree_map_with_path(call, model, *others, is_leaf=is_variable)
 

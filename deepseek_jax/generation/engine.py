@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import parameter_dtype
 from deepseek_jax.generation.layers import unstacked
 from deepseek_jax.generation.loop import State, decode, prefill
 from deepseek_jax.generation.sampling import make_sampling
@@ -122,12 +121,12 @@ def stream(
     stop_V = np.zeros(cfg.vocab_size, bool)
     stop_V[_check_stops(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)] = True
 
-    batch, dtype = len(prompts), ctx.dtype or parameter_dtype(model)
+    batch, dtype = len(prompts), model.compute_dtype(ctx)
     tokens_BS = np.zeros((batch, capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
     state = State(
-        cache=model.init_cache(batch, capacity, rewind=depth, dtype=dtype),
+        cache=model.init_cache(batch, capacity, rewind=depth, ctx=ctx),
         tokens=tokens_BS,
         logprob=np.zeros((batch, capacity), np.float32),
         known=lengths.copy(),

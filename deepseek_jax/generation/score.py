@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import parameter_dtype
 from deepseek_jax.generation.engine import MIN_CACHE, check_count, check_prompts
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Transformer
@@ -47,12 +46,11 @@ def score(
         raise ValueError(f"window={window}: must lie in 2..{cfg.max_length}, the length of {cfg.name}.")
     size = min(window, len(tokens))
     capacity = min(max(1 << (size - 1).bit_length(), MIN_CACHE), cfg.max_length)
-    dtype = ctx.dtype or parameter_dtype(model)
 
     values, start = [], 0
     while len(values) < len(tokens) - 1:
         part = np.asarray(tokens[start : start + window], np.int32)
-        cache, pieces = model.init_cache(1, capacity, dtype=dtype), []
+        cache, pieces = model.init_cache(1, capacity, ctx=ctx), []
         for first in range(0, len(part) - 1, chunk):
             fed = np.zeros((3, 1, chunk), np.int32)
             size = min(chunk, len(part) - 1 - first)

@@ -38,7 +38,7 @@ class Cache:
         """Takes back the last ``n_B`` tokens of each row (int32 [B], 0 to ``max_rewind``).
 
         Raises ValueError when a concrete count exceeds ``max_rewind`` or the row's length. Counts traced
-        under jit cannot be checked here: the caller holds them within the bound.
+        under jit cannot be checked here: the caller holds them within the bound (a row never gets shorter than empty).
         """
         n_B = jnp.asarray(n_B, jnp.int32)
         if not isinstance(n_B, jax.core.Tracer) and not isinstance(self.length, jax.core.Tracer):
@@ -49,7 +49,7 @@ class Cache:
                 )
             if bool((n_B > self.length).any()):
                 raise ValueError(f"rewind by {n_B.tolist()} exceeds the lengths {self.length.tolist()}.")
-        length = self.length - n_B
+        length = jnp.maximum(self.length - n_B, 0)
         kept = jnp.arange(self.capacity)[None, :] < length[:, None]
         return replace(
             self,

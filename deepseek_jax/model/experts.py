@@ -37,6 +37,7 @@ def routed_experts(
     form.
     """
     gate_up, down = (getattr(w, "get_value", lambda w=w: w)() for w in (gate_up_ED2F, down_EFD))
+    weight_NK = jnp.where(index_NK >= 0, weight_NK, 0)
     if ctx.experts == "dense":
         return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype))
     return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, ctx.experts)
@@ -45,9 +46,7 @@ def routed_experts(
 def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Array:
     """The oracle: all experts for all tokens, then the weighted sum of the chosen ones."""
     E = gate_up_ED2F.shape[0]
-    weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(
-        1
-    )
+    weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
     gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
     return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(gate_NEF) * up_NEF, down_EFD, weight_NE)
 
@@ -75,7 +74,8 @@ def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
     h_MZ = grouped_matmul(x_ND[order // K], gate_up_ED2F, sizes, form)
     y_MD = grouped_matmul(swiglu(h_MZ), down_EFD, sizes, form)
-    y_ND = jnp.einsum("NKD,NK->ND", y_MD[inverse].reshape(N, K, -1), weight_NK)
+    y_NKD = y_MD[inverse].reshape(N, K, -1)
+    y_ND = jnp.einsum("NKD,NK->ND", y_NKD, weight_NK, preferred_element_type=jnp.float32).astype(x_ND.dtype)
     return y_ND, (x_ND, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 

@@ -70,9 +70,7 @@ class MLA(nnx.Module):
             q = self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
             q = linear("BTQ,QNX->BTNX", q, self.q_b, ctx)
         q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
-        return q_BTNH, apply_rope(
-            q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved
-        )
+        return q_BTNH, apply_rope(q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved)
 
     def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
         cfg = self.cfg

@@ -11,7 +11,7 @@ from flax import nnx
 
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import dense
+from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import Init, param, router_bias
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
@@ -39,22 +39,18 @@ class Router(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
     ) -> Routing:
-        """``replay_BTK``: experts to use instead of choosing; their weights still come from the scores."""
+        """``replay_BTK``: experts to use instead of choosing, -1 for none; weights still come from the scores."""
         # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE",
-            x_BTD.astype(jnp.float32),
-            dense(self.weight, jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        x32_BTD = x_BTD.astype(jnp.float32)
+        logits_BTE = linear("BTD,DE->BTE", x32_BTD, self.weight, ctx, precision=jax.lax.Precision.HIGHEST)
         score_BTE = jax.nn.sigmoid(logits_BTE)
         index_BTK = self.choose(score_BTE) if replay_BTK is None else replay_BTK
-        real_BT1 = segment_BT[..., None] != 0
+        chosen_BTK = (index_BTK >= 0) & (segment_BT[..., None] != 0)
         weight_BTK = jnp.take_along_axis(score_BTE, jnp.maximum(index_BTK, 0), axis=-1)
+        weight_BTK = jnp.where(chosen_BTK, weight_BTK, 0.0)
         if self.cfg.normalize:
             weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdims=True) + SUM_EPS)
-        weight_BTK = jnp.where(real_BT1, weight_BTK * self.cfg.scale, 0.0)
-        return Routing(jnp.where(real_BT1, index_BTK, -1), weight_BTK, score_BTE)
+        return Routing(jnp.where(chosen_BTK, index_BTK, -1), weight_BTK * self.cfg.scale, score_BTE)
 
     def choose(self, score_BTE: jax.Array) -> jax.Array:
         """int32 [B, T, K]: the K best biased scores within the best groups."""
@@ -72,9 +68,7 @@ class Router(nnx.Module):
 
 def expert_load(index: jax.Array, n_experts: int) -> jax.Array:
     """int32 [E]: how often each expert was chosen; -1 counts for none."""
-    return (
-        jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
-    )
+    return jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
 
 
 def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, top_k: int) -> jax.Array:
@@ -91,7 +85,5 @@ def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, top_k: int) ->
     count_BE = jnp.zeros((score_BTE.shape[0], E)).at[rows, chosen_BTK].add(real_BT[..., None])
     f_BE = count_BE * E / (top_k * tokens_B[:, None])
     share_BTE = score_BTE / (score_BTE.sum(-1, keepdims=True) + SUM_EPS)
-    p_BE = (
-        jnp.einsum("BTE,BT->BE", share_BTE, real_BT, precision=jax.lax.Precision.HIGHEST) / tokens_B[:, None]
-    )
+    p_BE = jnp.einsum("BTE,BT->BE", share_BTE, real_BT, precision=jax.lax.Precision.HIGHEST) / tokens_B[:, None]
     return (f_BE * p_BE).sum(-1)

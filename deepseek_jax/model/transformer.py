@@ -13,7 +13,7 @@ from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, REMAT, Context
-from deepseek_jax.core.linear import dense
+from deepseek_jax.core.linear import dense, product
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import Init, param, parameter_dtype, unstack
 from deepseek_jax.core.rope import rope_tables
@@ -44,18 +44,18 @@ class Transformer(nnx.Module):
             if layers
         )
         self.norm = RMSNorm(init(key), cfg.dim, "embed", cfg.norm_eps)
-        head = (
-            None
-            if cfg.tie_embeddings
-            else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
-        )
+        head = None if cfg.tie_embeddings else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
         self.head = head
         mtp_keys = jax.random.split(jax.random.fold_in(key, 1), cfg.mtp_depth) if cfg.mtp_depth else ()
         self.mtp = nnx.List(MTP(cfg, init(k)) for k in mtp_keys)
 
-    def init_cache(self, batch: int, length: int, rewind: int = 0, dtype=None) -> Cache:
+    def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
         """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
-        return cache_module.init_cache(self.cfg, batch, length, rewind, dtype or parameter_dtype(self))
+        return cache_module.init_cache(self.cfg, batch, length, rewind, self.compute_dtype(ctx))
+
+    def compute_dtype(self, ctx: Context | None = None):
+        """The dtype of activations: the context's, else that of the parameters."""
+        return (ctx or DEFAULT).dtype or parameter_dtype(self)
 
     def __call__(
         self,
@@ -75,16 +75,18 @@ class Transformer(nnx.Module):
         ``positions``: int32 [B, T]; default 0..T-1, or on from the cache's length (real tokens only).
         ``segments``: int32 [B, T], 0 is padding; a token sees its own segment only; default all 1.
         ``next_tokens``: int32 [B, T, mtp_depth], the tokens at +1.., -1 for none; default the tokens shifted.
-        ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing. ``logits``: "all", "last" (of
-        each row's last real token) or "none". ``capture``: names of activations to return.
+        With a cache and ``with_mtp`` the last token of a call has no next token unless ``next_tokens`` gives it, and
+        its slot in the MTP cache then stays empty. ``routing``: int32 [L_moe, B, T, K], experts to use instead of
+        choosing, -1 for none. ``logits``: "all", "last" (of each row's last real token; MTP logits stay whole) or
+        "none" (MTP logits neither). ``capture``: names of activations to return.
 
-        Raises ValueError for arguments that do not fit the model.
+        Raises ValueError for arguments that do not fit the model, and for more tokens than the cache has room for;
+        under jit the room that is left cannot be checked, and tokens beyond it are lost.
         """
         ctx = ctx or DEFAULT
-        self._check(tokens_BT, positions, segments, next_tokens, routing, with_mtp, logits, capture)
-        dtype = ctx.dtype or parameter_dtype(self)
+        self._check(tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture)
         span, cache = self._span(tokens_BT, positions, segments, cache)
-        x_BTD = dense(self.embed, dtype)[tokens_BT]
+        x_BTD = dense(self.embed, self.compute_dtype(ctx))[tokens_BT]
         memory = None if cache is None else cache.latent
         x_BTD, memory, aux, captured = self._layers(x_BTD, span, ctx, memory, routing, tuple(capture))
         hidden = self.norm(x_BTD)
@@ -110,7 +112,7 @@ class Transformer(nnx.Module):
     def unembed(self, hidden_BTD: jax.Array, ctx: Context | None = None) -> jax.Array:
         """float32 logits [B, T, V] of final hidden states."""
         w = dense(self.embed, hidden_BTD.dtype).T if self.head is None else dense(self.head, hidden_BTD.dtype)
-        return jnp.einsum("BTD,DV->BTV", hidden_BTD, w, preferred_element_type=jnp.float32)
+        return product("BTD,DV->BTV", hidden_BTD, w)
 
     def predict(
         self,
@@ -152,15 +154,19 @@ class Transformer(nnx.Module):
             cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
             memory, own = cache.mtp_latent, replace(own, key_segment=segment)
         embedding = dense(self.embed, hidden_BTD.dtype)[jnp.maximum(token_BT, 0)]
-        hidden_BTD, memory, aux = self.mtp[depth](hidden_BTD, embedding, own, ctx, memory, depth)
+
+        def run(module, hidden_BTD, embedding, own, memory):
+            return module(hidden_BTD, embedding, own, ctx, memory, depth)
+
+        hidden_BTD, memory, aux = _remat(run, ctx)(self.mtp[depth], hidden_BTD, embedding, own, memory)
         if cache is not None:
             cache = replace(cache, mtp_latent=memory)
         return hidden_BTD, own, cache, aux
 
     def cached_span(self, position_BT: jax.Array, segment_BT: jax.Array, cache: Cache) -> Span:
         """Who sees whom for tokens that the cache holds already, each at the slot of its position."""
-        rope = self.cfg.attention
-        cos, sin = rope_tables(position_BT, rope.rope_dim, rope.rope)
+        attention = self.cfg.attention
+        cos, sin = rope_tables(position_BT, attention.rope_dim, attention.rope)
         return Span(
             position=position_BT,
             segment=segment_BT,
@@ -174,7 +180,6 @@ class Transformer(nnx.Module):
         )
 
     def _layers(self, x_BTD, span: Span, ctx: Context, memory, routing, capture: tuple[str, ...]):
-        kept = REMAT[ctx.remat]
         first, first_moe, statistics, seen = 0, 0, [], {name: [] for name in capture}
         for stack in self.stacks:
             size = stack.attn_norm.weight.get_value().shape[0]
@@ -190,8 +195,7 @@ class Transformer(nnx.Module):
                     {name: activations[name] for name in capture if name in activations},
                 )
 
-            if kept is not None:
-                layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+            layer = _remat(layer, ctx)
             inputs = (stack, jnp.arange(first, first + size), replay)
             if size == 1:
                 # A scan of one layer would copy its weights; generation relies on this.
@@ -217,8 +221,6 @@ class Transformer(nnx.Module):
             position = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
             key_position, key_segment, slot = position, segment, None
         else:
-            if cache.latent.shape[1] != B:
-                raise ValueError(f"the cache has {cache.latent.shape[1]} rows, the tokens {B}.")
             order = jnp.cumsum(segment != 0, axis=-1)
             slot = jnp.where(segment != 0, cache.length[:, None] + order - 1, cache.capacity)
             position = cache.length[:, None] + jnp.maximum(order - 1, 0) if positions is None else positions
@@ -229,9 +231,9 @@ class Transformer(nnx.Module):
                 length=cache.length + order[:, -1],
             )
             key_position, key_segment = cache.position, cache.segment
-        rope = self.cfg.attention
+        attention = self.cfg.attention
         shared = positions is None and cache is None
-        cos, sin = rope_tables(position[:1] if shared else position, rope.rope_dim, rope.rope)
+        cos, sin = rope_tables(position[:1] if shared else position, attention.rope_dim, attention.rope)
         return (
             Span(
                 position=position,
@@ -255,28 +257,55 @@ class Transformer(nnx.Module):
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return self.unembed(hidden, ctx)
 
-    def _check(self, tokens, positions, segments, next_tokens, routing, with_mtp, logits, capture):
+    def _check(self, tokens, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture):
         cfg = self.cfg
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have shape [batch, length], not {tokens.shape}.")
+        if jnp.ndim(tokens) != 2 or 0 in jnp.shape(tokens):
+            raise ValueError(f"tokens must have shape [batch, length] with both positive, not {jnp.shape(tokens)}.")
         for name, array in (("positions", positions), ("segments", segments)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name} must have the tokens' shape {tokens.shape}, not {array.shape}.")
         if with_mtp and not cfg.mtp_depth:
             raise ValueError(f"with_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
+        if next_tokens is not None and not with_mtp:
+            raise ValueError("next_tokens are for the MTP modules: give with_mtp=True as well.")
         if next_tokens is not None and next_tokens.shape != (*tokens.shape, cfg.mtp_depth):
-            raise ValueError(
-                f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}."
-            )
+            raise ValueError(f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}.")
         if routing is not None:
             expected = (cfg.n_moe_layers, *tokens.shape, cfg.moe.top_k if cfg.moe else 0)
             if routing.shape != expected:
                 raise ValueError(f"routing must have shape {expected}, not {routing.shape}.")
         if logits not in ("all", "last", "none"):
             raise ValueError(f'logits={logits!r}: choose "all", "last" or "none".')
-        unknown = [name for name in capture if name not in CAPTURABLE]
-        if unknown or (cfg.n_moe_layers == 0 and "router_scores" in capture):
-            raise ValueError(f"capture={tuple(capture)}: {cfg.name} offers {', '.join(CAPTURABLE)}.")
+        offered = CAPTURABLE if cfg.n_moe_layers else tuple(n for n in CAPTURABLE if n != "router_scores")
+        if isinstance(capture, str) or any(name not in offered for name in capture):
+            raise ValueError(f"capture={capture!r}: a sequence of names is needed; {cfg.name} offers {offered}.")
+        if cache is not None:
+            self._check_cache(cache, tokens, segments)
+
+    def _check_cache(self, cache: Cache, tokens, segments):
+        cfg, (B, T) = self.cfg, tokens.shape
+        width = cfg.attention.kv_rank + cfg.attention.rope_dim
+        expected = ((cfg.n_layers, B, cache.capacity, width), (cfg.mtp_depth, B, cache.capacity, width))
+        found = (cache.latent.shape, cache.mtp_latent.shape)
+        if found != expected:
+            raise ValueError(f"the cache's arrays have shapes {found}, this model and {B} rows need {expected}.")
+        if segments is None and cache.capacity < T:
+            raise ValueError(f"{T} tokens a row exceed the cache's length of {cache.capacity}.")
+        arrays = (cache.length, *(() if segments is None else (segments,)))
+        if not any(isinstance(a, jax.core.Tracer) for a in arrays):
+            new = T if segments is None else (segments != 0).sum(-1)
+            if (cache.length + new).max() > cache.capacity:
+                raise ValueError(
+                    f"the cache holds {cache.length.tolist()} tokens of {cache.capacity} a row; {T} more do not fit."
+                )
+
+
+def _remat(f, ctx: Context):
+    """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
+    kept = REMAT[ctx.remat]
+    if kept is None:
+        return f
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 
 def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:

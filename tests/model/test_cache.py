@@ -1,6 +1,7 @@
 """Decoding with the latent cache equals the full forward and transformers' cache; rewinding is exact."""
 
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +148,20 @@ def test_rewind_says_what_it_cannot_do():
         cache.rewind(jnp.asarray([0, 3]))
     with pytest.raises(ValueError, match="exceeds the lengths"):
         cache.rewind(jnp.asarray([1, 1]))
+
+
+def test_more_tokens_than_the_cache_holds_are_refused():
+    p = pair(TINY)
+    with pytest.raises(ValueError, match="9 tokens a row exceed the cache's length of 8"):
+        p.model(p.tokens[:, :9], cache=p.model.init_cache(2, 8))
+    full = replace(p.model.init_cache(2, 8), length=jnp.asarray([5, 3]))
+    with pytest.raises(ValueError, match=r"holds \[5, 3\] tokens of 8 a row; 4 more do not fit"):
+        p.model(p.tokens[:, :4], cache=full)
+    with pytest.raises(ValueError, match="the cache's arrays have shapes"):
+        p.model(p.tokens[:1, :4], cache=full)
+    # Padding takes no room: the first row has three tokens to come, and they fit.
+    segments = jnp.asarray([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert step(p, p.tokens[:, :4], full, segments=segments).cache.length.tolist() == [8, 7]
 
 
 def test_a_v3_cache_holds_576_numbers_a_token_and_layer():

@@ -10,9 +10,11 @@ import pytest
 import torch
 from reference import experts, full, pair, torch_tensors
 from test_parity import CONFIGS, TINY
+from tiny import random_model, random_tokens
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import combine, partition
+from deepseek_jax.core.params import combine, named, partition
+from deepseek_jax.model.transformer import abstract
 
 CASES = [name for name, (cfg, _) in CONFIGS.items() if cfg.moe]
 
@@ -87,6 +89,42 @@ def test_remat_changes_no_gradient(remat):
     base, again = main_gradients("none"), main_gradients(remat)
     for name, value in base.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_remat_computes_again():
+    cfg = replace(TINY, n_layers=2)
+    params, rest = partition(abstract(cfg))
+
+    def products(remat: str) -> int:
+        def loss(params, rest, tokens):
+            return combine(params, rest)(tokens, with_mtp=True, ctx=Context(remat=remat)).mtp_hidden[0].sum()
+
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        return str(jax.make_jaxpr(jax.grad(loss))(params, rest, tokens)).count("dot_general")
+
+    assert products("full") > products("none")
+
+
+@pytest.mark.parametrize("form", ["blocks", pytest.param("ragged", marks=pytest.mark.slow)])
+def test_bfloat16_compute_with_float32_parameters(form):
+    """Gradients keep the parameters' dtype and lie near those of float32 under the same experts."""
+    cfg = replace(TINY, mtp_depth=0)
+    model, tokens = random_model(cfg), random_tokens(cfg, 2, 16)
+    params, rest = partition(model)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, cfg.vocab_size)), jnp.float32)
+
+    def loss(params, routing, ctx):
+        out = combine(params, rest)(tokens, routing=routing, ctx=ctx)
+        return (out.logits * cotangent).sum() / out.logits.size, out.aux.expert_index
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
+    exact, routing = gradient(params, None, Context(experts="blocks"))
+    rough, _ = gradient(params, routing, Context(dtype=jnp.dtype(jnp.bfloat16), experts=form))
+    for name, value in named(exact).items():
+        other = named(rough)[name]
+        assert other.dtype == value.dtype == jnp.float32
+        error = jnp.linalg.norm(other - value) / jnp.linalg.norm(value)
+        assert 0 < error < 0.05, (name, float(error))
 
 
 @cache

@@ -114,6 +114,16 @@ def test_replayed_experts_are_weighed_by_their_scores():
     np.testing.assert_allclose(result.weight_BTK, 2.5 * score / score.sum(-1, keepdims=True), rtol=1e-6)
 
 
+def test_a_replayed_minus_one_is_no_expert():
+    ours, _, x = make(GROUPED, 0.0)
+    replay = jnp.broadcast_to(jnp.asarray([31, -1, 7, -1]), (4, 512, 4))
+    result = call(ours, x, jnp.ones(x.shape[:2], jnp.int32), DEFAULT, replay)
+    np.testing.assert_array_equal(result.index_BTK, replay)
+    score = np.asarray(result.score_BTE)[..., [31, 7]]
+    np.testing.assert_allclose(result.weight_BTK[..., ::2], 2.5 * score / score.sum(-1, keepdims=True), rtol=1e-6)
+    assert (result.weight_BTK[..., 1::2] == 0).all()
+
+
 def test_no_gradient_reaches_the_bias():
     ours, _, x = make(GROUPED, 0.0)
 

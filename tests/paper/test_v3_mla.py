@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.configs.schema import Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import is_variable
 from deepseek_jax.core.rope import inverse_frequencies, softmax_scale, yarn_mscale, yarn_range
 from deepseek_jax.model.transformer import abstract
@@ -17,7 +18,7 @@ V3 = zoo("deepseek-v3", mtp_depth=0)
 
 
 def v3_cache():
-    return jax.eval_shape(lambda: abstract(V3).init_cache(1, 1, dtype=jnp.bfloat16))
+    return jax.eval_shape(lambda: abstract(V3).init_cache(1, 1, ctx=Context(dtype=jnp.bfloat16)))
 
 
 def test_cache_bytes_a_token():
