@@ -1,6 +1,8 @@
 """``deepseek-jax train``: a model from scratch on real text, exported in the published layout."""
 
-import json
+import itertools
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.train.recipe import Recipe
 
 
@@ -20,10 +23,12 @@ class Train:
     per byte beside a Kneser-Ney trigram counted on the same tokens.
     """
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder for the run: run.json, train.log, metrics.jsonl, checkpoint/. It must not exist, or be empty."""
+    out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
+    """Folder for the run: run.json, train.log, metrics.jsonl, tokenizer/, checkpoint/. It must not exist, or be empty;
+    by default the first free one of runs/MODEL-1, runs/MODEL-2, ..."""
     model: str = "tiny-v3"
-    """Architecture: a name of the zoo, a config.json or a checkpoint folder; its vocabulary becomes the tokenizer's."""
+    """Architecture: a name of the zoo, a config.json, or a checkpoint folder, whose weights are not read. Its
+    vocabulary becomes the tokenizer's."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Text file, or folder of text files, to train on."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -41,17 +46,25 @@ class Train:
         from deepseek_jax.train.loop import train
 
         began = time.monotonic()
+        check_destination(self.json)
         cfg = find_config(self.model)
+        out = self.out or free_folder(Path("runs"), Path(self.model).name)
         corpus = load_corpus(self.data)
         if corpus.unreadable:
             print(f"left out, not UTF-8 text ({len(corpus.unreadable)}): {', '.join(corpus.unreadable)}")
         tokenizer = self.vocab_size if self.tokenizer is None else self.tokenizer
-        result = train(cfg, self.recipe, corpus, tokenizer, self.out, began=began)
+        command = shlex.join(["deepseek-jax", *sys.argv[1:]])
+        result = train(cfg, self.recipe, corpus, tokenizer, out, began=began, command=command)
         verdict = "never did" if result.crossed_at is None else f"did after {result.crossed_at:.1f} minutes"
         print(
-            f"{result.steps} steps in {result.minutes:.1f} minutes: held-out bits per byte {result.model_bits:.4f}, "
-            f"trigram {result.trigram_bits:.4f}; the model was to pass it and {verdict}."
+            f"{out}: {result.steps} steps in {result.minutes:.1f} minutes, held-out bits per byte "
+            f"{result.model_bits:.4f}, trigram {result.trigram_bits:.4f}; the model was to pass it and {verdict}."
         )
         if self.json is not None:
-            self.json.write_text(json.dumps({**asdict(result), "checkpoint": str(result.checkpoint)}, indent=2) + "\n")
-        return 0
+            write_json(self.json, {**asdict(result), "checkpoint": str(result.checkpoint)})
+        return 130 if result.interrupted else 0
+
+
+def free_folder(parent: Path, stem: str) -> Path:
+    """The first of PARENT/STEM-1, PARENT/STEM-2, ... that does not exist."""
+    return next(path for n in itertools.count(1) if not (path := parent / f"{stem}-{n}").exists())

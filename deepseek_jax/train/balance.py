@@ -9,34 +9,34 @@ import jax.numpy as jnp
 from deepseek_jax.core.params import RouterBias, map_variables
 
 
-def update_router_bias(rest, load_LE: jax.Array, mtp_load_PE: jax.Array | None, speed: float | jax.Array):
+def update_router_bias(rest, load: jax.Array, mtp_load: jax.Array | None, speed: float | jax.Array):
     """``rest`` with every bias moved by ``speed`` towards balance: up where an expert got less than the mean.
 
-    ``load_LE``, ``mtp_load_PE``: counts over the *global* batch (`Output.aux.load`, `Output.mtp_aux.load`); None
-    for MTP leaves those biases. Called once an optimizer step, after it. Pure.
+    ``load``, ``mtp_load``: int [L, E] and [P, E], counts over the *global* batch (`Output.aux.load` and
+    `Output.mtp_aux.load`); None for MTP leaves those biases. Called once an optimizer step, after it. Pure.
+
+    Raises ValueError for loads of other routers than the model's.
     """
-    first = 0
-    starts = {}
+    starts, first = {}, 0
     for number, stack in enumerate(rest.stacks):
         if hasattr(stack.ffn, "router"):
             starts[number] = first
             first += stack.ffn.router.bias.get_value().shape[0]
-    if load_LE.shape[0] != first:
-        raise ValueError(f"the model has {first} MoE layers, the load {load_LE.shape[0]}.")
+    n_experts = rest.cfg.moe.n_experts if rest.cfg.moe else 0
+    for name, counts, layers in (("load", load, first), ("mtp_load", mtp_load, len(rest.mtp))):
+        if counts is not None and counts.shape != (layers, n_experts):
+            raise ValueError(f"{name} must have shape {(layers, n_experts)}, a row a router; it has {counts.shape}.")
 
     def move(path, variable):
-        if not isinstance(variable, RouterBias):
+        if not isinstance(variable, RouterBias) or (path[0] == "mtp" and mtp_load is None):
             return variable
         bias = variable.get_value()
         if path[0] == "mtp":
-            if mtp_load_PE is None:
-                return variable
-            load = mtp_load_PE[path[1]]
+            counts = mtp_load[path[1]]
         else:
-            start = starts[path[1]]
-            load = load_LE[start : start + bias.shape[0]]
-        load = load.astype(jnp.float32)
-        return variable.replace(bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load))
+            counts = load[starts[path[1]] : starts[path[1]] + bias.shape[0]]
+        counts = counts.astype(jnp.float32)
+        return variable.replace(bias + speed * jnp.sign(counts.mean(-1, keepdims=True) - counts))
 
     return map_variables(move, rest)
 

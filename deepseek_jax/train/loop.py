@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +27,7 @@ from deepseek_jax.train.corpus import Corpus
 from deepseek_jax.train.data import HeldOut, TrainingRows, encode_documents
 from deepseek_jax.train.evaluate import evaluate, trigram_bits_per_byte
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.step import State, start, train_step
+from deepseek_jax.train.step import start, train_step
 from deepseek_jax.version import __version__
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -37,6 +40,7 @@ class Result:
     it never was. ``checkpoint``: the published folder."""
 
     steps: int
+    interrupted: bool
     minutes: float
     model_bits: float
     trigram_bits: float
@@ -44,6 +48,16 @@ class Result:
     draft_agreement: float | None
     stored_bits: float
     checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out figures after ``step`` steps."""
+
+    step: int
+    model_bits: float
+    trigram_bits: float
+    draft_agreement: float | None
 
 
 class Log:
@@ -67,6 +81,26 @@ class Log:
             file.write(json.dumps(values) + "\n")
 
 
+class Interrupt:
+    """Within it Ctrl-C is noted in ``asked`` instead of raised, so that no step is torn; a second one is raised."""
+
+    def __enter__(self) -> "Interrupt":
+        self.asked = False
+        # Python delivers signals to the main thread only.
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
 def train(
     cfg: ModelConfig,
     recipe: Recipe,
@@ -76,38 +110,44 @@ def train(
     report: Callable[[str], None] = print,
     ctx: Context = DEFAULT,
     began: float | None = None,
+    command: str | None = None,
 ) -> Result:
     """Trains ``cfg`` from scratch and writes ``folder``: run.json, train.log, metrics.jsonl, tokenizer/ and
     checkpoint/, the model in the published layout with FP8 blocks and its tokenizer.
 
     ``tokenizer``: a folder with a tokenizer.json, or the vocabulary size of one to be trained on the corpus; the
-    model's vocabulary becomes the tokenizer's. ``began``: `time.monotonic()` at which the run counts as begun. An
-    interrupt (Ctrl-C) stops after the step
-    under way; what has been trained is then measured and exported like a whole run.
+    model's vocabulary becomes the tokenizer's. ``began``: `time.monotonic()` at which the run counts as begun.
+    ``command``: what started the run, for run.json. An interrupt (Ctrl-C) ends it after the step under way: what has
+    been trained is measured and exported like a whole run; a second one stops at once.
 
-    Raises ValueError when the folder is not empty, or the tokenizer, the text or the lengths do not fit.
+    Raises ValueError or FileExistsError when the folder is not empty, or the tokenizer, the text or the lengths do
+    not fit; nothing is written then.
     """
     check_free(folder)
     if recipe.length > cfg.max_length:
         raise ValueError(f"rows of {recipe.length} tokens exceed the model's max_length of {cfg.max_length}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(tokenizer, int):
+            trained = train_tokenizer((d.text for d in corpus.train), tokenizer)
+            tokenizer = Path(scratch)
+            save_tokenizer(trained, tokenizer, version=__version__, max_length=cfg.max_length)
+        text = load_tokenizer(tokenizer)
+        cfg = replace(cfg, vocab_size=text.vocab_size)
+        rows = TrainingRows.cut(
+            encode_documents(corpus.train, text, seed=recipe.seed),
+            length=recipe.length,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+        )
+        held_out = HeldOut.cut(encode_documents(corpus.held_out, text), text.token_bytes(), length=recipe.length)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer").mkdir()
+        copy_tokenizer(tokenizer, folder / "tokenizer")
     log = Log(folder, report, time.monotonic() if began is None else began)
-    if isinstance(tokenizer, int):
-        trained = train_tokenizer((d.text for d in corpus.train), tokenizer)
-        tokenizer = folder / "tokenizer"
-        save_tokenizer(trained, tokenizer, version=__version__, max_length=cfg.max_length)
-    text = load_tokenizer(tokenizer)
-    cfg = replace(cfg, vocab_size=text.vocab_size)
-    rows = TrainingRows.cut(
-        encode_documents(corpus.train, text, seed=recipe.seed),
-        length=recipe.length,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-    )
-    held_out = HeldOut.cut(encode_documents(corpus.held_out, text), text.token_bytes(), length=recipe.length)
-    folder.mkdir(parents=True, exist_ok=True)
     described = {
         "deepseek_jax": __version__,
         "jax": jax.__version__,
+        "command": command,
         "model": asdict(cfg),
         "recipe": asdict(recipe),
         "data": corpus.record(),
@@ -122,62 +162,60 @@ def train(
     log.say(f"model: {sum(v.size for v in values.values()):,} parameters")
     optimizer = optim.make(recipe.optimizer, recipe.steps, values)
     step = jax.jit(partial(train_step, optimizer=optimizer, weights=recipe.weights, ctx=ctx), donate_argnums=0)
-    state, crossed_at = start(model, optimizer), None
+    state, batches = start(model, optimizer), rows.batches()
     del model, values
 
-    def measure(state: State) -> tuple[float, float, float | None]:
-        done = int(state.step)
+    def measure(done: int) -> Measured:
         found = evaluate(state.model, held_out, ctx)
         trigram = trigram_bits_per_byte(rows.rows_seen(done), held_out, cfg.vocab_size)
         log.record("evaluation", step=done, **asdict(found), trigram_bits_per_byte=trigram)
         agreement = "" if found.draft_agreement is None else f", drafts agree {found.draft_agreement:.1%}"
-        log.say(
-            f"step {done}: held-out bits per byte {found.bits_per_byte:.4f}, trigram on the same tokens "
-            f"{trigram:.4f}{agreement}"
-        )
-        return found.bits_per_byte, trigram, found.draft_agreement
+        bits = f"{found.bits_per_byte:.4f}, trigram on the same tokens {trigram:.4f}{agreement}"
+        log.say(f"step {done}: held-out bits per byte {bits}")
+        return Measured(done, found.bits_per_byte, trigram, found.draft_agreement)
 
-    batches = rows.batches()
-    measured, interrupted = None, False
-    while int(state.step) < recipe.steps and not interrupted:
-        done = int(state.step)
-        try:
+    done, crossed_at, last = 0, None, None
+    with Interrupt() as interrupt:
+        while done < recipe.steps and not interrupt.asked:
             state, metrics = step(state, next(batches), recipe.bias_speed_at(done))
-            if (done + 1) % recipe.log_every == 0 or done == 0:
-                _log_step(log, done + 1, metrics, recipe)
-            measured = None
-            if (done + 1) % recipe.evaluate_every == 0:
-                measured = measure(state)
-        except KeyboardInterrupt:
-            interrupted = True
-            log.say("interrupted: exporting what has been trained")
-        if crossed_at is None and measured is not None and measured[0] < measured[1]:
-            crossed_at = log.minutes()
-            log.say(f"crossed: the model is better than the trigram after {crossed_at:.1f} minutes")
-    model_bits, trigram_bits, agreement = measured or measure(state)
-    if crossed_at is None and model_bits < trigram_bits:
-        crossed_at = log.minutes()
+            done += 1
+            if done % recipe.log_every == 0 or done == 1:
+                _log_step(log, done, metrics, recipe)
+            if done % recipe.evaluate_every == 0 or done == recipe.steps:
+                last = measure(done)
+                if crossed_at is None and last.model_bits < last.trigram_bits:
+                    crossed_at = log.minutes()
+                    log.say(f"crossed: the model is better than the trigram after {crossed_at:.1f} minutes")
+        if interrupt.asked:
+            log.say(f"interrupted after step {done}: exporting what has been trained")
+            if last is None or last.step != done:
+                last = measure(done)
 
     checkpoint = folder / "checkpoint"
     save_pretrained(state.model, checkpoint, quantize="fp8")
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, checkpoint / name)
+    copy_tokenizer(folder / "tokenizer", checkpoint)
     stored = evaluate(load_pretrained(checkpoint, dtype=np.float32), held_out, ctx)
     size = sum(f.stat().st_size for f in checkpoint.iterdir())
     log.say(f"exported {checkpoint}: {size / 1e6:.2f} MB in FP8, bits per byte as stored {stored.bits_per_byte:.4f}")
     result = Result(
-        steps=int(state.step),
+        steps=done,
+        interrupted=interrupt.asked,
         minutes=log.minutes(),
-        model_bits=model_bits,
-        trigram_bits=trigram_bits,
+        model_bits=last.model_bits,
+        trigram_bits=last.trigram_bits,
         crossed_at=crossed_at,
-        draft_agreement=agreement,
+        draft_agreement=last.draft_agreement,
         stored_bits=stored.bits_per_byte,
         checkpoint=checkpoint,
     )
     log.record("result", **{**asdict(result), "checkpoint": checkpoint.name})
     return result
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
 
 
 def _log_step(log: Log, step: int, metrics: dict, recipe: Recipe) -> None:

@@ -30,15 +30,16 @@ def loss(
 ) -> tuple[jax.Array, Output]:
     """The training loss in nats a token, and the forward pass's output with ``losses`` filled in.
 
-    ``batch``: "tokens" int32 [B, T]; optional "segments" and "positions" int32 [B, T], as the model takes them.
+    ``batch``: "tokens" int32 [B, T]; optional "segments" and "positions" int32 [B, T], as the model takes them;
+    a row's tokens stand in the order of their positions.
     Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d.
     ``losses``: "main", "mtp" (mean over the modules) and "balance" (sum over layers, mean over rows), unweighted,
     and "tokens", the targets counted.
 
-    Raises ValueError for a batch without tokens.
+    Raises ValueError for a batch without tokens or with unknown entries.
     """
-    if "tokens" not in batch:
-        raise ValueError(f"a batch needs 'tokens'; this one has {sorted(batch)}.")
+    if "tokens" not in batch or not set(batch) <= {"tokens", "segments", "positions"}:
+        raise ValueError(f"a batch needs 'tokens' and may have 'segments' and 'positions', not {sorted(batch)}.")
     weights = weights or LossWeights()
     tokens, segments = batch["tokens"], batch.get("segments")
     with_mtp = bool(model.cfg.mtp_depth and weights.mtp)

@@ -38,8 +38,10 @@ def test_without_a_load_for_mtp_its_bias_stays():
 
 def test_a_load_for_other_layers_is_refused():
     _, rest = dsj.partition(random_model(CFG))
-    with pytest.raises(ValueError, match="2 MoE layers, the load 1"):
+    with pytest.raises(ValueError, match=r"load must have shape \(2, 8\)"):
         dsj.update_router_bias(rest, LOAD[:1], None, 0.001)
+    with pytest.raises(ValueError, match=r"mtp_load must have shape \(1, 8\)"):
+        dsj.update_router_bias(rest, LOAD, LOAD, 0.001)
 
 
 def test_max_violation():

@@ -1,6 +1,8 @@
 """A whole run on a little text: files, figures, repeatability, interruption."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from tiny import tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.cli.main import main
 from deepseek_jax.train.corpus import load_corpus
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import train
@@ -75,10 +78,10 @@ def test_the_same_seed_gives_the_same_run(run, corpus, tmp_path):
 def test_an_interrupted_run_exports_what_it_has(corpus, tmp_path):
     def report(line):
         if "step 2/" in line:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     result = train(CFG, RECIPE, corpus, VOCABULARY, tmp_path / "run", report=report)
-    assert result.steps == 2
+    assert (result.steps, result.interrupted) == (2, True)
     assert "interrupted" in (tmp_path / "run" / "train.log").read_text()
     assert dsj.load_pretrained(result.checkpoint).cfg.n_layers == CFG.n_layers
 
@@ -110,3 +113,29 @@ def test_a_used_folder_and_lengths_that_do_not_fit_are_refused(corpus, tmp_path)
         train(CFG, replace(RECIPE, length=512), corpus, VOCABULARY, tmp_path / "run")
     with pytest.raises(ValueError, match="steps"):
         Recipe(steps=0)
+    with pytest.raises(ValueError, match="too few for one batch"):
+        train(CFG, replace(RECIPE, batch_size=10_000), corpus, VOCABULARY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_and_names_its_folder(corpus, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for document in (*corpus.train, *corpus.held_out):
+        (text / document.path).write_text(document.text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepseek_jax.cli.summary.find_config", lambda name: CFG)
+    sizes = ["--steps", "2", "--batch-size", "2", "--length", "32", "--evaluate-every", "2", "--log-every", "1"]
+    arguments = ["train", "--data", str(text), "--vocab-size", str(VOCABULARY), *sizes]
+    assert main([*arguments, "--json", "result.json"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 2
+    assert (tmp_path / "runs" / "tiny-v3-1" / "checkpoint" / "config.json").is_file()
+    assert "runs/tiny-v3-1" in capsys.readouterr().out
+    assert main([*arguments, "--json", "missing/result.json"]) == 1
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tiny-v3-2").exists()
+    assert main(["train", "runs/tiny-v3-1", *arguments[1:]]) == 1
+    assert "runs/tiny-v3-1" in capsys.readouterr().err
+    assert main(["train", "--data", "nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err
