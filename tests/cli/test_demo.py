@@ -77,7 +77,8 @@ def test_it_generates_at_full_precision(monkeypatch):
         return [[5]], SimpleNamespace(drafted=[0], accepted=[0])
 
     monkeypatch.setattr(dsj, "generate", generate)
-    demo.write(None, [1], 1, use_mtp=True)
+    with jax.default_matmul_precision("bfloat16"):
+        demo.write(None, [1], 1, use_mtp=True)
     assert seen == ["highest"] * 2
 
 
