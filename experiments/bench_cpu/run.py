@@ -199,10 +199,11 @@ def torch_tasks(folder: str, threads: int, experts: str) -> dict:
 
     def decode(rows):
         prompts = torch.as_tensor(tokens(rows, PROMPT))
+        mask, limits = torch.ones_like(prompts), {"do_sample": False, "pad_token_id": 1}
 
         def generate(new):
             begin = time.perf_counter()
-            model.generate(prompts, min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=1)
+            model.generate(prompts, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **limits)
             return time.perf_counter() - begin
 
         return lambda: generate(NEW + 1) - generate(1)

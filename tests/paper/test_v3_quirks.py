@@ -17,7 +17,7 @@ from deepseek_jax.train.balance import update_router_bias
 
 ROOT = Path(__file__).parents[2]
 NOTE = (ROOT / "paper_notes" / "v3_quirks.md").read_text()
-TESTS = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", NOTE)
+TESTS = re.findall(r"`(tests/[\w/]+\.py)`: `(\w+)`", NOTE)
 
 
 @pytest.mark.parametrize(("file", "name"), TESTS)
@@ -28,7 +28,7 @@ def test_the_notes_tests_exist(file, name):
 def test_every_row_of_the_note_names_a_test():
     rows = [line for line in NOTE.splitlines() if line.startswith("| ") and not line.startswith("| detail")]
     assert len(rows) >= 17
-    assert [row for row in rows if "::test_" not in row] == []
+    assert [row for row in rows if "`: `test_" not in row] == []
 
 
 def test_softmax_scale_counts_both_halves_of_a_key():
