@@ -155,6 +155,8 @@ def train(
         "held_out_tokens": len(held_out.stream_n),
     }
     (folder / "run.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    log.record("run", deepseek_jax=__version__, jax=jax.__version__)
+    log.say(f"deepseek_jax {__version__}, jax {jax.__version__}")
     log.say(f"data: {corpus.source}, {rows.rows_RT.size:,} training and {len(held_out.stream_n):,} held-out tokens")
 
     model = init(cfg, jax.random.key(recipe.seed))

@@ -3,6 +3,13 @@
 from dataclasses import dataclass, field
 
 
+def _within(owner, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie between {low:g} and {high:g}, not {value}.")
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Factors of the loss terms beside next-token cross-entropy."""
@@ -11,6 +18,9 @@ class LossWeights:
     """Multi-token prediction: lambda of V3 section 2.2 (0.3, for the last third 0.1)."""
     balance: float = 1e-4
     """Sequence-wise balance: alpha of V3 section 2.1.2."""
+
+    def __post_init__(self):
+        _within(self, 0, float("inf"), "mtp", "balance")
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Optimizer:
     muon: bool = True
     """Orthogonalised momentum for matrices, scaled to AdamW's step size (2502.16982); AdamW keeps the embedding,
     the head, the routers and the norms. Off: AdamW for all."""
+
+    def __post_init__(self):
+        _within(self, 0, float("inf"), "peak_lr", "warmup", "weight_decay", "clip")
+        _within(self, 0, 1, "decay_from", "final_lr", "b1", "b2")
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class Recipe:
         for name in ("steps", "batch_size", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _within(self, 0, float("inf"), "bias_speed")
+        _within(self, 0, 1, "bias_until")
         if self.length < 3:
             raise ValueError(f"length must be at least 3 tokens, not {self.length}.")
 

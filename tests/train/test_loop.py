@@ -15,7 +15,7 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.train.corpus import load_corpus
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import train
-from deepseek_jax.train.recipe import Recipe
+from deepseek_jax.train.recipe import LossWeights, Optimizer, Recipe
 
 CFG = tiny_config()
 RECIPE = Recipe(steps=4, batch_size=2, length=32, evaluate_every=2, log_every=1)
@@ -51,6 +51,7 @@ def test_a_run_says_what_it_did(run, corpus):
     assert described["deepseek_jax"] == dsj.__version__
     assert described["data"] == corpus.record()
     assert described["model"]["vocab_size"] == VOCABULARY
+    assert records(folder, "run")[0]["deepseek_jax"] == dsj.__version__
     assert [r["step"] for r in records(folder, "step")] == [1, 2, 3, 4]
     assert [r["step"] for r in records(folder, "evaluation")] == [2, 4]
     assert result.model_bits == records(folder, "evaluation")[-1]["bits_per_byte"]
@@ -111,8 +112,13 @@ def test_a_used_folder_and_lengths_that_do_not_fit_are_refused(corpus, tmp_path)
     assert (tmp_path / "full" / "file").read_text() == "kept"
     with pytest.raises(ValueError, match="max_length"):
         train(CFG, replace(RECIPE, length=512), corpus, VOCABULARY, tmp_path / "run")
-    with pytest.raises(ValueError, match="steps"):
-        Recipe(steps=0)
+    for wrong in ({"steps": 0}, {"bias_until": 1.5}, {"bias_speed": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Recipe(**wrong)
+    with pytest.raises(ValueError, match="final_lr must lie between 0 and 1, not -1"):
+        Optimizer(final_lr=-1.0)
+    with pytest.raises(ValueError, match="mtp"):
+        LossWeights(mtp=float("nan"))
     with pytest.raises(ValueError, match="too few for one batch"):
         train(CFG, replace(RECIPE, batch_size=10_000), corpus, VOCABULARY, tmp_path / "run")
     assert not (tmp_path / "run").exists()
