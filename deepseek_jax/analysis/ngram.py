@@ -43,9 +43,7 @@ class KneserNey:
                 f"got {order}, {vocab_size} and {discount}."
             )
         if vocab_size**order >= 2**63:
-            raise ValueError(
-                f"{order}-grams over {vocab_size} tokens do not fit into 63 bits; take a lower order."
-            )
+            raise ValueError(f"{order}-grams over {vocab_size} tokens do not fit into 63 bits; take a lower order.")
         self.vocab_size, self.order, self.discount = vocab_size, order, discount
         self._orders: list[_Order] = []
 
@@ -60,9 +58,7 @@ class KneserNey:
         """
         rows_nT = np.asarray(rows_nT)
         if rows_nT.ndim != 2 or rows_nT.shape[0] == 0 or rows_nT.shape[1] < self.order:
-            raise ValueError(
-                f"Rows of at least {self.order} tokens are needed, [n, T]; got shape {rows_nT.shape}."
-            )
+            raise ValueError(f"Rows of at least {self.order} tokens are needed, [n, T]; got shape {rows_nT.shape}.")
         self._check_ids(rows_nT)
         above = None
         orders = []
@@ -120,9 +116,7 @@ class KneserNey:
         return np.maximum(count - self.discount, 0) / total + back_off * lower
 
     def _table(self, keys_G: np.ndarray, counts_G: np.ndarray) -> _Order:
-        contexts_C, first, types_C = np.unique(
-            keys_G // self.vocab_size, return_index=True, return_counts=True
-        )
+        contexts_C, first, types_C = np.unique(keys_G // self.vocab_size, return_index=True, return_counts=True)
         return _Order(keys_G, counts_G, contexts_C, np.add.reduceat(counts_G, first), types_C)
 
     def _pack(self, rows_nT: np.ndarray, n: int) -> np.ndarray:
@@ -140,9 +134,7 @@ class KneserNey:
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
-            raise ValueError(
-                f"Token ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}."
-            )
+            raise ValueError(f"Token ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}.")
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -67,9 +67,7 @@ class MLA:
     def __post_init__(self):
         for name in ("n_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
             _require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
-        _require(
-            self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}."
-        )
+        _require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}.")
         _require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
 
 
@@ -159,9 +157,7 @@ class ModelConfig:
             ("eos_ids", self.eos_ids),
         ):
             for i in ids:
-                _require(
-                    0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}."
-                )
+                _require(0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}.")
 
     @property
     def n_moe_layers(self) -> int:

@@ -78,9 +78,7 @@ def test_a_stream_is_scored_by_those_distributions(rows):
 def test_no_ngram_crosses_the_end_of_a_row(rows):
     shuffled = rows[np.random.default_rng(2).permutation(len(rows))]
     stream = rows[:5].reshape(-1)
-    np.testing.assert_array_equal(
-        KneserNey(V).fit(rows).nats(stream), KneserNey(V).fit(shuffled).nats(stream)
-    )
+    np.testing.assert_array_equal(KneserNey(V).fit(rows).nats(stream), KneserNey(V).fit(shuffled).nats(stream))
 
 
 def test_a_trigram_beats_a_bigram_beats_a_unigram_on_real_text():
