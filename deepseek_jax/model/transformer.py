@@ -278,7 +278,7 @@ class Transformer(nnx.Module):
             raise ValueError(f'logits={logits!r}: choose "all", "last" or "none".')
         offered = CAPTURABLE if cfg.n_moe_layers else tuple(n for n in CAPTURABLE if n != "router_scores")
         if isinstance(capture, str) or any(name not in offered for name in capture):
-            raise ValueError(f"capture={capture!r}: a sequence of names is needed; {cfg.name} offers {offered}.")
+            raise ValueError(f"capture={capture!r}: give a sequence of names; {cfg.name} offers {', '.join(offered)}.")
         if cache is not None:
             self._check_cache(cache, tokens, segments)
 
