@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,12 +212,16 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, back):
         convert(tmp_path / "a", source)
     destination = tmp_path / "out"
     program = "from deepseek_jax.cli.main import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", program, "convert", str(source), str(destination)]
+    command = [sys.executable, "-c", program, "convert", str(source)]
+    # How long a whole run takes here and now; kills come at random parts of that, later and later.
+    begin = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    whole = time.monotonic() - begin
     kills = 0
     while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*command, str(destination)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            _, errors = process.communicate(timeout=1.5 + 2 * rng.random() + 0.1 * kills)
+            _, errors = process.communicate(timeout=whole * (0.3 + 0.3 * rng.random() + 0.03 * kills))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
