@@ -23,7 +23,7 @@ COMMANDS = {
     "verify": ("Verify", "compare a checkpoint layer by layer with PyTorch transformers"),
     "generate": ("Generate", "continue a prompt with a checkpoint"),
     "score": ("Score", "log-probabilities of given text"),
-    "train": ("Train", "train a model from scratch or from a checkpoint"),
+    "train": ("Train", "train a model from scratch on real text"),
 }
 NOT_BUILT = ("plot", "compile", "experiment", "sweep", "report")
 # Shows where an error comes from, for those who work on the package.

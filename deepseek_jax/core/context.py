@@ -18,7 +18,7 @@ MLA_FORMS = ("auto", "expanded", "absorbed")
 class Context:
     """How a model runs. Frozen and hashable, so that it is part of every jit cache key.
 
-    ``dtype``: compute dtype, None for the dtype of the embedding. ``experts``: the form of the expert
+    ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
     computation, "auto" for block-wise on CPU and `jax.lax.ragged_dot` elsewhere. ``mla``: "auto" takes the
     form with fewer operations. ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
 
