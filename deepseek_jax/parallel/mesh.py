@@ -1,6 +1,7 @@
 """Meshes of devices; the one place that makes them."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -34,3 +35,20 @@ def make_mesh(
         raise LayoutError(f"a mesh of {described} does not make up {len(devices)} devices.")
     # Auto: the compiler follows the constraints. `jax.make_mesh` would make axes Explicit by default.
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of ``make_mesh`` from text such as ``fsdp=64,expert=8``; what is not named is 1.
+
+    Raises LayoutError for anything else.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or name in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise LayoutError(
+                f"mesh {text!r}: {part.strip()!r} is not AXIS=SIZE, with each of {', '.join(MESH_AXES)} at most once and "
+                "a positive size, or -1 for what the others leave."
+            )
+        sizes[name] = int(size)
+    return sizes
