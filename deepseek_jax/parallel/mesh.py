@@ -47,8 +47,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
         name, _, size = part.strip().partition("=")
         if name not in MESH_AXES or name in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise LayoutError(
-                f"mesh {text!r}: {part.strip()!r} is not AXIS=SIZE, with each of {', '.join(MESH_AXES)} at most once and "
-                "a positive size, or -1 for what the others leave."
+                f"mesh {text!r}: {part.strip()!r} is not AXIS=SIZE, with each of {', '.join(MESH_AXES)} at most once "
+                "and a positive size, or -1 for what the others leave."
             )
         sizes[name] = int(size)
     return sizes
