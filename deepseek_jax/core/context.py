@@ -18,6 +18,7 @@ REMAT = {
 }
 EXPERTS = ("auto", "dense", "blocks", "ragged")
 MLA_FORMS = ("auto", "expanded", "absorbed")
+ATTENTION = ("auto", "xla", "kernel")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Context:
 
     ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
     computation, "auto" for block-wise on CPU and `jax.lax.ragged_dot` elsewhere. ``mla``: "auto" takes the
-    form with fewer operations. ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
+    form with fewer operations. ``attention``: what runs the softmax over whole rows without a cache, "auto" for a
+    Pallas kernel on TPU and XLA's own operations elsewhere; "kernel" on the CPU runs interpreted, to check it, slowly.
+    ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
     ``loss_chunk``: tokens of each row whose logits the loss has in memory at once; None for all.
 
     ``mesh`` and ``layout``: the devices, and where arrays lie on them; both or neither. ``dispatch``: what runs the
@@ -43,6 +46,7 @@ class Context:
     dtype: Any = None
     experts: str = "auto"
     mla: str = "auto"
+    attention: str = "auto"
     remat: str = "none"
     loss_chunk: int | None = None
     dispatch: Callable | None = None
@@ -57,7 +61,8 @@ class Context:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"Context(loss_chunk={self.loss_chunk!r}): must be at least one token, or None.")
-        for name, choices in (("experts", EXPERTS), ("mla", MLA_FORMS), ("remat", tuple(REMAT))):
+        fields = {"experts": EXPERTS, "mla": MLA_FORMS, "attention": ATTENTION, "remat": tuple(REMAT)}
+        for name, choices in fields.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"Context({name}={value!r}): choose one of {', '.join(choices)}.")

@@ -1,4 +1,4 @@
-"""Softmax attention in plain XLA, in blocks of queries, and the description of who sees whom.
+"""Softmax attention, in plain XLA in blocks of queries or by a kernel, and the description of who sees whom.
 
 Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key head, K key dim, V value dim,
 F rotary frequencies.
@@ -14,6 +14,7 @@ from einops import rearrange
 from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import product
+from deepseek_jax.model.kernels import LANES, causal_attention, on_platform
 
 # At most this many query blocks are unrolled; each attends to the keys up to its own end only.
 UNROLLED_BLOCKS = 16
@@ -108,7 +109,22 @@ def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, span: Span, start: int | jax.Array, sc
 def attend(
     q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, span: Span, scale: float, ctx: Context = DEFAULT
 ) -> jax.Array:
-    """Causal attention, [B, T, N, V]; N query heads share G key heads. Memory grows with T + S, not T x S."""
+    """Causal attention, [B, T, N, V]; N query heads share G key heads. Memory grows with T + S, not T x S.
+
+    ``ctx.attention`` names the form. The kernel takes calls without a cache whose tokens are all of their rows, in
+    order, a multiple of 128; calls with a cache take the XLA form always, the others under "auto". Raises ValueError
+    where "kernel" is named for one of those others.
+    """
+    if ctx.attention != "xla" and span.slot is None:
+        if not (refusal := _kernel_refusal(q_BTNK, span, ctx)):
+            segment_BT = None if span.uniform else span.segment
+            kernel = lambda interpret: partial(causal_attention, scale=scale, ctx=ctx, interpret=interpret)  # noqa: E731
+            xla = None
+            if ctx.attention == "auto":
+                xla = lambda q, k, v, _: attend_whole(q, k, v, span, scale)  # noqa: E731
+            return on_platform(kernel, xla)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
+        if ctx.attention == "kernel":
+            raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
     if not ctx.balanced:
         return attend_whole(q_BTNK, k_BSGK, v_BSGV, span, scale)
 
@@ -128,6 +144,17 @@ def attend(
         )
         outputs.append(attend_whole(q_BTNK[:, queries], seen(k_BSGK), seen(v_BSGV), part, scale))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _kernel_refusal(q_BTNK: jax.Array, span: Span, ctx: Context) -> str:
+    """Why a call without a cache cannot run by the kernel; empty if it can."""
+    if ctx.sequence_parts > 1:
+        return "it takes whole rows, and the mesh splits them over its axis 'context'"
+    if not span.causal:
+        return "it takes tokens in order, and this call gives positions"
+    if q_BTNK.shape[1] % LANES:
+        return f"it takes rows of a multiple of {LANES} tokens, not {q_BTNK.shape[1]}"
+    return ""
 
 
 def fold_rows(a_BT: jax.Array, ctx: Context, *axes: str | None) -> jax.Array:

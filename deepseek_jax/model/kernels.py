@@ -1,0 +1,98 @@
+"""Pallas kernels for TPU behind the functions that have an XLA form: causal attention and the experts' matmul.
+
+Attention is JAX's splash attention: a block of queries meets the keys of its own and earlier blocks only, with a
+running softmax in float32, so that no scores are in memory. `model.attention.attend` decides where it applies.
+
+Suffixes: B batch, T tokens, N query heads, G key heads, K key dim, V value dim.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.core.axes import BATCH, activation_sharding
+from deepseek_jax.core.context import Context
+
+# Rows are cut into blocks of a multiple of this many tokens, a vector register's lanes.
+LANES = 128
+# Blocks of queries and keys, and the keys of a block that meet the queries at once: what fits into the 16 MB of a
+# core's vector memory that a kernel may use. Larger blocks read keys and values from HBM less often.
+BLOCK, COMPUTE = 1024, 512
+
+
+def on_platform(kernel, xla=None):
+    """What `kernel(interpret)` gives, for the platform the program is lowered for.
+
+    On TPU it is compiled; elsewhere ``xla`` takes its place, or without ``xla`` the kernel runs interpreted on the
+    CPU: for checking it, slowly. Without ``xla`` other platforms cannot lower the program.
+    """
+    if xla is None:
+        return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), cpu=kernel(True))
+    return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), default=xla)
+
+
+def causal_attention(
+    q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, ctx: Context, interpret: bool = False
+) -> jax.Array:
+    """[B, T, N, V]: causal attention within segments, zero where the segment is 0; N query heads share G key heads.
+
+    ``segment_BT``: int32, or None where each row is one segment. T is a multiple of `LANES`, G is N or 1. The scale
+    multiplies the queries, which rounds them once more in their dtype. Products take the inputs' dtype and
+    accumulate in float32. ``interpret``: run the kernel on any platform, as a slow loop of plain operations.
+
+    On a mesh each device takes its own rows and heads; rows are whole.
+    """
+    attend = partial(_attend, scale=scale, interpret=interpret)
+    if ctx.mesh is None:
+        return attend(q_BTNK, k_BTGK, v_BTGV, segment_BT)
+    heads = (BATCH, None, "heads", None)
+    axes = (heads, *((heads if k_BTGK.shape[2] > 1 else (BATCH, None, None, None)),) * 2, (BATCH, None))
+    arrays = [q_BTNK, k_BTGK, v_BTGV, segment_BT]
+    specs = [
+        PartitionSpec() if a is None else activation_sharding(names, a.shape, ctx).spec
+        for names, a in zip(axes, arrays, strict=True)
+    ]
+    return jax.shard_map(attend, mesh=ctx.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -> jax.Array:
+    T, N, G = *q_BTNK.shape[1:3], k_BTGK.shape[2]
+    kernel = splash.make_splash_mqa if G == 1 else splash.make_splash_mha
+    attend = kernel(
+        masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
+        block_sizes=_blocks(T, q_BTNK.shape[-1]),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def row(q_TNK, k_TGK, v_TGV, segment_T):
+        q, k, v = (a.swapaxes(0, 1) for a in (q_TNK, k_TGK, v_TGV))
+        k, v = (k[0], v[0]) if G == 1 else (k, v)
+        o_NTV = attend(q, k, v, None if segment_T is None else splash.SegmentIds(segment_T, segment_T))
+        return o_NTV.swapaxes(0, 1)
+
+    q_BTNK = (q_BTNK * scale).astype(q_BTNK.dtype)
+    o_BTNV = jax.vmap(row, in_axes=(0, 0, 0, None if segment_BT is None else 0))(q_BTNK, k_BTGK, v_BTGV, segment_BT)
+    # Padding is a segment of its own to the kernel, whose softmax needs a key for every query.
+    return o_BTNV if segment_BT is None else jnp.where(segment_BT[..., None, None] != 0, o_BTNV, 0)
+
+
+def _blocks(T: int, key_dim: int) -> splash.BlockSizes:
+    """Block sizes for rows of T tokens; those of the backward pass, which holds more arrays, are the same or less."""
+    block, compute = math.gcd(T, BLOCK), math.gcd(T, COMPUTE)
+    return splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=compute,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=compute,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
