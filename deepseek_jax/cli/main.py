@@ -25,8 +25,9 @@ COMMANDS = {
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "plot": ("Plot", "a run's metrics as images"),
+    "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("compile", "experiment", "sweep", "report")
+NOT_BUILT = ("experiment", "sweep", "report")
 # Shows where an error comes from, for those who work on the package.
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 

@@ -1,0 +1,120 @@
+"""The programs that are compiled ahead of time, on shapes alone: a training step, prefill, one decoding step.
+
+Suffixes: A micro-batches, B rows, T tokens.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.core.axes import BATCH, shardings, spec
+from deepseek_jax.core.params import named, renamed
+from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.parallel.context import Context
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.placement import row_groups
+from deepseek_jax.train.recipe import Recipe
+from deepseek_jax.train.recipes import ADAMW
+from deepseek_jax.train.schedule import Setting
+from deepseek_jax.train.step import Knobs, State
+from deepseek_jax.train.trainer import begin
+
+PROGRAMS = ("train", "prefill", "decode")
+WEIGHTS = ("bfloat16", "int8", "fp8")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled.
+
+    ``rows``: a device's. ``length``: tokens of a row that the call runs, 1 in decoding. ``context``: the cache's slots
+    in decoding. ``weights``: of `WEIGHTS`, in prefill and decoding; training keeps float32. ``mtp``: the MTP modules
+    train too. ``options``: of `Context`.
+    """
+
+    kind: str = "train"
+    rows: int = 1
+    length: int = 4096
+    context: int = 4096
+    weights: str = "bfloat16"
+    mtp: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def lower(cfg: ModelConfig, program: Program, devices: list, sizes: dict[str, int], layout: str | None):
+    """The `jax.stages.Lowered` of a program for a mesh of ``devices``.
+
+    Raises LayoutError where mesh, layout, model and batch do not fit together, ValueError for unknown options.
+    """
+    mesh = make_mesh(**sizes, devices=devices)
+    ctx = Context(mesh=mesh, layout=layout, **{"dtype": jnp.bfloat16} | program.options)
+    return {"train": _train, "prefill": _prefill, "decode": _decode}[program.kind](cfg, program, ctx)
+
+
+def _train(cfg: ModelConfig, program: Program, ctx: Context):
+    model = _placed(abstract(cfg, jnp.float32), ctx)
+    recipe = Recipe(optimizer=ADAMW, ema_decay=0.0)
+    if not (program.mtp and cfg.mtp_depth):
+        recipe = replace(recipe, weights=replace(recipe.weights, mtp=0.0))
+    steps = []
+
+    def first(model):
+        state, step = begin(model, recipe, ctx)
+        steps.append(step)
+        return state
+
+    state = _like_parameters(jax.eval_shape(first, model), model, ctx)
+    shape = (1, program.rows * row_groups(ctx), program.length)
+    split = spec((None, BATCH, None), shape, ctx.layout.use, ctx.mesh, "a batch")
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(ctx.mesh, split))}
+    return steps[0].lower(state, batch, _whole(Knobs.of(_SETTING), ctx))
+
+
+_SETTING = Setting(lr=1e-4, bias_speed=1e-3, mtp_weight=0.3, micro_batches=1, rows=1)
+
+
+def _prefill(cfg: ModelConfig, program: Program, ctx: Context):
+    raise NotImplementedError
+
+
+def _decode(cfg: ModelConfig, program: Program, ctx: Context):
+    raise NotImplementedError
+
+
+def _placed(tree, ctx: Context):
+    """Shapes with the shardings at which parameters rest."""
+
+    def place(a, sharding):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, shardings(tree, ctx))
+
+
+def _whole(tree, ctx: Context):
+    whole = NamedSharding(ctx.mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), tree)
+
+
+def _like_parameters(state: State, model: Transformer, ctx: Context) -> State:
+    """A training state's shapes with shardings: an optimizer's arrays lie where their parameters do."""
+    places = named(model)
+
+    def place(path, a):
+        name = next((p.key for p in reversed(path) if isinstance(p, jax.tree_util.DictKey)), None)
+        like = places.get(name)
+        same = like is not None and like.shape == a.shape
+        sharding = like.sharding if same else NamedSharding(ctx.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    return replace(
+        state,
+        params=renamed(state.params, places),
+        rest=renamed(state.rest, places),
+        opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state),
+        step=_whole(state.step, ctx),
+        skipped=_whole(state.skipped, ctx),
+    )
