@@ -8,14 +8,14 @@ the two is gathered when a layer is read (FSDP). Without a mesh every function h
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.core.params import map_variables
+from deepseek_jax.core.params import is_variable, map_variables
 from deepseek_jax.core.quant import Quantized
 
 if TYPE_CHECKING:
@@ -23,7 +23,19 @@ if TYPE_CHECKING:
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Of parameters.
-PARAMETER_AXES = ("vocab", "embed", "heads", "head_dim", "q_rank", "kv_rank", "ffn", "expert", "expert_ffn", "scores")
+PARAMETER_AXES = (
+    "vocab",
+    "embed",
+    "embedding",
+    "heads",
+    "head_dim",
+    "q_rank",
+    "kv_rank",
+    "ffn",
+    "expert",
+    "expert_ffn",
+    "scores",
+)
 # Of activations.
 BATCH, SEQUENCE = "batch", "sequence"
 
@@ -158,46 +170,67 @@ def top_k(x: jax.Array, k: int, ctx: "Context") -> tuple[jax.Array, jax.Array]:
     return take(x)
 
 
-def gather(module: Tree, ctx: "Context", dtype) -> Tree:
-    """A layer's parameters for use: whole but for the axes that stay split; matrices in ``dtype``, routers excepted.
+def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec) -> jax.Array:
+    """Within `jax.shard_map`: this device's part at rest becomes its part in use. One mesh axis after the other, the
+    minor one first: a gather over many devices at once is made an all-reduce by the TPU compiler."""
+    for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
+        shared = _shared(resting, used)
+        for axis in reversed(resting[shared:]):
+            w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)
+        for axis in used[shared:]:
+            w = _own_part(w, axis, dimension)
+    return w
 
-    Called within the scan over layers, so that one layer at a time is whole. The gradients go back to where the
-    parameters rest.
+
+def to_rest(dw: jax.Array, use: PartitionSpec, rest: PartitionSpec, over: tuple[str, ...]) -> jax.Array:
+    """Within `jax.shard_map`: a gradient laid out as in use, summed over the mesh axes ``over``, each device keeping
+    its part at rest. Devices that are apart in use have no part in each other's sums."""
+    waiting = [axis for axis in over if not any(axis in used for used in parts(use))]
+    for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
+        shared = _shared(resting, used)
+        for axis in reversed(used[shared:]):
+            dw = jax.lax.all_gather(dw, axis, axis=dimension, tiled=True)
+        for axis in resting[shared:]:
+            if axis in waiting:
+                dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+                waiting.remove(axis)
+            else:
+                dw = _own_part(dw, axis, dimension)
+    return jax.lax.psum(dw, tuple(waiting))
+
+
+def _shared(resting: tuple[str, ...], used: tuple[str, ...]) -> int:
+    """How many mesh axes, from the major one on, an axis is split over both at rest and in use."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(resting, used, strict=False))))
+
+
+def _own_part(w: jax.Array, axis: str, dimension: int) -> jax.Array:
+    size = w.shape[dimension] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(w, jax.lax.axis_index(axis) * size, size, dimension)
+
+
+def gather(tree: Tree, ctx: "Context", dtype) -> Tree:
+    """Parameters as in use, by constraints alone; matrices in ``dtype``.
+
+    For weights that are not trained as they are: quantised ones, those with adapters, and decoding's.
     """
     if ctx.mesh is None:
-        return module
+        return tree
 
     def whole(path, variable):
+        if not is_variable(variable):
+            return variable
         value, axes = variable.get_value(), variable.get_metadata().get("axes")
         if axes is None or len(axes) < 2:
             return variable
-        rest, use = (parameter_sharding(axes, value.shape, ctx, in_use) for in_use in (False, True))
+        use = parameter_sharding(axes, value.shape, ctx, in_use=True)
         if isinstance(value, Quantized):
             use = _quantized_shardings(value, use, "a quantised parameter")
             return variable.replace(jax.tree.map(jax.lax.with_sharding_constraint, value, use))
         # Cast first: a gather moves the bytes of the compute dtype.
-        value = value if "scores" in axes else value.astype(dtype)
-        return variable.replace(_gathered(value, use, rest))
+        return variable.replace(jax.lax.with_sharding_constraint(value.astype(dtype), use))
 
-    return map_variables(whole, module)
-
-
-def kept_for_backward(primitive, *_, call_jaxpr=None, **__) -> bool:
-    """A checkpoint policy: everything but gathered weights, which would be kept for all layers at once."""
-    inner = [primitive.name] if call_jaxpr is None else [equation.primitive.name for equation in call_jaxpr.eqns]
-    return inner != ["sharding_constraint"]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w, use: NamedSharding, rest: NamedSharding):
-    return jax.lax.with_sharding_constraint(w, use)
-
-
-# JAX's own rule would keep the gradient whole on every device.
-_gathered.defvjp(
-    lambda w, use, rest: (_gathered(w, use, rest), None),
-    lambda use, rest, _, dw: (jax.lax.with_sharding_constraint(dw, rest),),
-)
+    return map_variables(whole, tree)
 
 
 def parameter_sharding(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from deepseek_jax.core.axes import SEQUENCE, Layout
+from deepseek_jax.core.axes import BATCH, SEQUENCE, Layout
 
 # Activations that `remat` may name: these are kept for the backward pass, all else is computed again.
 REMAT = {
@@ -35,7 +35,8 @@ class Context:
     ``mesh`` and ``layout``: the devices, and where arrays lie on them; both or neither. ``dispatch``: what runs the
     routed experts on a mesh, ``(experts, x_BTD, index_BTK, weight_BTK, gate_up, down, ctx) -> (y_BTD, dropped)``.
     ``expert_buffer``: rows that a device takes in from others at once, as a multiple of the mean. What does not fit
-    follows in further rounds, or with ``drop`` is dropped and counted. ``balanced``: a row's tokens stand in
+    follows in further rounds, or with ``drop`` is dropped and counted. ``expert_chunks``: parts in which a device's
+    tokens go, so that one can travel while another is computed. ``balanced``: a row's tokens stand in
     `balanced_order`. `deepseek_jax.Context` fills these in from a mesh and a layout's name.
 
     Raises ValueError for unknown choices.
@@ -51,6 +52,7 @@ class Context:
     loss_chunk: int | None = None
     dispatch: Callable | None = None
     expert_buffer: float = 2.0
+    expert_chunks: int = 1
     drop: bool = False
     balanced: bool = False
 
@@ -79,6 +81,14 @@ class Context:
             return self
         use = tuple((name, axes) for name, axes in self.layout.use if name != SEQUENCE)
         return replace(self, layout=replace(self.layout, use=use), balanced=False)
+
+    def folded(self) -> "Context":
+        """The same for rows of which each device's part stands as a row of its own (`model.attention.fold_rows`)."""
+        if self.sequence_parts == 1:
+            return self
+        use = dict(self.layout.use)
+        use[BATCH] = use.pop(SEQUENCE) + use.get(BATCH, ())
+        return replace(self, layout=replace(self.layout, use=tuple(use.items())), balanced=False)
 
 
 DEFAULT = Context()

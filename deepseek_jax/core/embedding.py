@@ -10,15 +10,15 @@ from deepseek_jax.core.axes import BATCH, SEQUENCE, parameter_sharding, parts, s
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.lowrank import dense, held
 
-AXES = ("vocab", "embed")
+AXES = ("vocab", "embedding")
 
 
 def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
     """The tokens' rows of the table (a parameter, an array, `Quantized` or `LowRank`) as ``dtype``, [B, T, D].
 
-    On a mesh the table stays where it rests: each device looks its part of the width up for all tokens of the
-    devices that share the table, and they exchange these. That moves activations, which are smaller than the table,
-    and the gradient takes the same way back.
+    On a mesh the table is gathered over ``fsdp`` only. Over the other axes its width stays split: each device looks
+    its part up for all tokens of the devices that share the table, and they exchange these. So neither a whole table
+    nor all devices' tokens are in memory; the gradient takes the same way back.
 
     Raises LayoutError where the batch does not divide over the mesh.
     """
@@ -35,7 +35,12 @@ def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
         for axes in ((BATCH, SEQUENCE), (BATCH, SEQUENCE, None))
     )
 
+    whole = next((i for i, axis in enumerate(width) if axis == "fsdp"), len(width))
+    width, gathered = width[:whole], width[whole:]
+
     def local(table, tokens):
+        for axis in reversed(gathered):
+            table = jax.lax.all_gather(table, axis, axis=1, tiled=True)
         tokens = jax.lax.all_gather(tokens, width) if width else tokens[None]
         row = tokens - jax.lax.axis_index(vocabulary) * table.shape[0] if vocabulary else tokens
         x_GBTD = table[jnp.clip(row, 0, table.shape[0] - 1)].astype(dtype)

@@ -1,13 +1,17 @@
-"""Linear maps of weights: the one place that dequantises a weight and fixes the dtype of its products.
+"""Linear maps of weights: the one place that gathers and dequantises a weight and fixes the dtype of its products.
 
-The grouped matmul of the experts, which has no equation, is the exception: `model/experts.py`.
+The grouped matmul of the experts, which has no equation, is the exception: `model/experts.py`, and on a mesh
+`parallel/expert.py`.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
 
+from deepseek_jax.core.axes import BATCH, SEQUENCE, gather, gathered, parameter_sharding, parts, spec, to_rest
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.lowrank import LowRank, dense, held
 
@@ -28,29 +32,98 @@ def _forward(equation, a, b, precision):
 
 def _backward(equation, precision, operands, dy):
     a, b = operands
-    inputs, out = equation.split("->")
-    of_a, of_b = inputs.split(",")
-    dy = dy.astype(a.dtype)
-    back = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    da, db = back(f"{out},{of_b}->{of_a}", dy, b), back(f"{of_a},{out}->{of_b}", a, dy)
-    return da.astype(a.dtype), db.astype(b.dtype)
+    return tuple(_cotangents(equation, a, b, dy.astype(a.dtype), precision))
 
 
 product.defvjp(_forward, _backward)
 
 
-def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None) -> jax.Array:
+def _cotangents(equation: str, a, b, dy, precision):
+    inputs, out = equation.split("->")
+    of_a, of_b = inputs.split(",")
+    back = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    yield back(f"{out},{of_b}->{of_a}", dy, b).astype(a.dtype)
+    yield back(f"{of_a},{out}->{of_b}", a, dy).astype(b.dtype)
+
+
+def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=None) -> jax.Array:
     """``einsum(equation, x, w)`` in x's dtype, accumulated in float32, forward and backward.
 
     ``w``: a parameter, an array, or a `Quantized` or `LowRank` leaf. ``ctx``: how the model runs; what changes the
     arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since a
-    float32 product is otherwise bfloat16 on TPU and TF32 on GPU.
+    float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
+
+    On a mesh a parameter is gathered here, for this one product, and once more in the backward pass. x's first two
+    axes are rows and tokens.
     """
-    w = held(w)
+    dtype = dtype or x.dtype
+    if ctx.mesh is not None and isinstance(w, nnx.Variable) and isinstance(w.get_value(), jax.Array):
+        axes = w.get_metadata()["axes"]
+        return _sharded(x, w.get_value(), equation, axes, ctx, precision).astype(dtype)
+    w = held(gather(w, ctx, x.dtype))
     if isinstance(w, LowRank):
         y = product(equation, x, dense(w.base, x.dtype), precision)
-        return (y + w.scale * _adapted(equation, x, w, precision)).astype(x.dtype)
-    return product(equation, x, dense(w, x.dtype), precision).astype(x.dtype)
+        return (y + w.scale * _adapted(equation, x, w, precision)).astype(dtype)
+    return product(equation, x, dense(w, x.dtype), precision).astype(dtype)
+
+
+# --- On a mesh ------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _sharded(x, w, equation: str, axes, ctx: Context, precision) -> jax.Array:
+    """float32 `product` of x and a parameter that lies at rest.
+
+    Written out with its collectives: left to the compiler, a weight's gradient is summed whole on every device.
+    """
+    return _sharded_forward(x, w, equation, axes, ctx, precision)[0]
+
+
+class _Split:
+    """How the three terms of an equation are split over the mesh."""
+
+    def __init__(self, equation: str, x, w, axes, ctx: Context):
+        self.of_x, self.of_w, self.of_y = equation.replace("->", ",").split(",")
+        self.rest, self.use = (parameter_sharding(axes, w.shape, ctx, in_use).spec for in_use in (False, True))
+        over = dict(zip(self.of_w, parts(self.use), strict=True))
+        rows = spec((BATCH, SEQUENCE), x.shape[:2], ctx.layout.use, ctx.mesh, "an activation")
+        over |= dict(zip(self.of_x[:2], parts(rows), strict=True))
+        self.over = over
+        self.x, self.y = (PartitionSpec(*(over[a] or None for a in term)) for term in (self.of_x, self.of_y))
+
+    def without(self, term: str) -> tuple[str, ...]:
+        """The mesh axes over which a product that gives ``term`` is a sum."""
+        return tuple(a for letter, axes in self.over.items() if letter not in term for a in axes)
+
+
+def _sharded_forward(x, w, equation, axes, ctx, precision):
+    split = _Split(equation, x, w, axes, ctx)
+
+    def local(x, w):
+        w = gathered(w.astype(x.dtype), split.rest, split.use)
+        y = jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
+        return jax.lax.psum(y, split.without(split.of_y))
+
+    run = jax.shard_map(local, mesh=ctx.mesh, in_specs=(split.x, split.rest), out_specs=split.y, check_vma=False)
+    return run(x, w), (x, w)
+
+
+def _sharded_backward(equation, axes, ctx, precision, operands, dy):
+    x, w = operands
+    split = _Split(equation, x, w, axes, ctx)
+
+    def local(x, w, dy):
+        whole = gathered(w.astype(x.dtype), split.rest, split.use)
+        dx, dw = _cotangents(equation, x, whole, dy.astype(x.dtype), precision)
+        dx = jax.lax.psum(dx, split.without(split.of_x))
+        return dx, to_rest(dw, split.use, split.rest, split.without(split.of_w)).astype(w.dtype)
+
+    specs = (split.x, split.rest, split.y)
+    run = jax.shard_map(local, mesh=ctx.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
+    return run(x, w, dy)
+
+
+_sharded.defvjp(_sharded_forward, _sharded_backward)
 
 
 def _adapted(equation: str, x: jax.Array, w: LowRank, precision) -> jax.Array:

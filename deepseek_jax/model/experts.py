@@ -9,7 +9,8 @@ width.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -74,30 +75,47 @@ def sorted_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str)
 def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
     N, K = index_NK.shape
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
-    h_MZ = _apply(x_ND[order // K], gate_up_ED2F, sizes, form)
-    y_MD = _apply(swiglu(h_MZ), down_EFD, sizes, form)
-    y_NKD = y_MD[inverse].reshape(N, K, -1)
-    y_ND = jnp.einsum("NKD,NK->ND", y_NKD, weight_NK, preferred_element_type=jnp.float32).astype(x_ND.dtype)
+    weight_M1 = weight_NK.reshape(-1)[order][:, None]
+    y_MD, h_MZ = rows_forward(x_ND[order // K], weight_M1, gate_up_ED2F, down_EFD, sizes, form)
+    y_ND = y_MD[inverse].reshape(N, K, -1).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
     return y_ND, (x_ND, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 
 def _backward(form, residuals, dy_ND):
     x_ND, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
     N, K = weight_NK.shape
-    dy_MD, weight_M1 = dy_ND[order // K], weight_NK.reshape(-1)[order][:, None]
-    a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
-    # The gradient before its routing weight also gives the weight's own gradient, without the experts'
-    # outputs.
-    da_MF = _apply_transposed(dy_MD, down, sizes, form)
-    (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
-    dx_MD = _apply_transposed(dh_MZ, gate_up, sizes, form)
-    dweight_NK = (a_MF * da_MF).sum(-1)[inverse].reshape(N, K)
-    d_gate_up = _weight_gradient(gate_up, x_ND[order // K], dh_MZ, sizes, form)
-    d_down = _weight_gradient(down, a_MF * weight_M1, dy_MD, sizes, form)
+    weight_M1 = weight_NK.reshape(-1)[order][:, None]
+    dx_MD, dweight_M1, d_gate_up, d_down = rows_backward(
+        x_ND[order // K], weight_M1, dy_ND[order // K], gate_up, down, sizes, form, h_MZ
+    )
+    dweight_NK = dweight_M1[inverse].reshape(N, K).astype(weight_NK.dtype)
     return dx_MD[inverse].reshape(N, K, -1).sum(1), None, dweight_NK, d_gate_up, d_down
 
 
 sorted_experts.defvjp(_forward, _backward)
+
+
+def rows_forward(x_MD, weight_M1, gate_up, down, sizes, form: str) -> tuple[jax.Array, jax.Array]:
+    """Rows sorted by expert through their experts, times their routing weights: [M, D], and the products h [M, 2F].
+
+    The weight stands before the second product, where it scales the narrower array. The backward pass then needs
+    neither that product nor, on a mesh, its way back.
+    """
+    h_MZ = _apply(x_MD, gate_up, sizes, form)
+    return _apply(swiglu(h_MZ) * weight_M1.astype(x_MD.dtype), down, sizes, form), h_MZ
+
+
+def rows_backward(x_MD, weight_M1, dy_MD, gate_up, down, sizes, form: str, h_MZ=None):
+    """The gradients of `rows_forward` by x, weight, gate_up and down; h is computed again unless it is given."""
+    h_MZ = _apply(x_MD, gate_up, sizes, form) if h_MZ is None else h_MZ
+    weight_M1 = weight_M1.astype(x_MD.dtype)
+    a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
+    da_MF = _apply_transposed(dy_MD, down, sizes, form)
+    (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
+    dx_MD = _apply_transposed(dh_MZ, gate_up, sizes, form)
+    dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
+    d_gate_up = _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form)
+    return dx_MD, dweight_M1, d_gate_up, _weight_gradient(down, a_MF * weight_M1, dy_MD, sizes, form)
 
 
 def _fuse(w):
@@ -248,3 +266,14 @@ def blocks_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
 
     shape = (sizes_E.size, x_MD.shape[1], y_MZ.shape[1])
     return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The computation on one device, for a dispatcher that brings tokens to their experts: `routed_experts`,
+    `sort_by_expert`, `rows_forward`, `rows_backward`."""
+
+    routed: Callable = routed_experts
+    sort: Callable = sort_by_expert
+    forward: Callable = rows_forward
+    backward: Callable = rows_backward

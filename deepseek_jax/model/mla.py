@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core.context import Context
+from deepseek_jax.core.axes import gather
+from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import dense, linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import Init, param
@@ -83,7 +84,7 @@ class MLA(nnx.Module):
     def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
         cfg = self.cfg
         c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
-        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx)
+        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx.folded())
         k_BSNH, v_BSNV = jnp.split(kv, [cfg.nope_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
         q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
@@ -91,16 +92,16 @@ class MLA(nnx.Module):
 
     def _absorbed(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
         cfg = self.cfg
-        w_k_NHC, w_v_NCV = self.absorbed or self.absorbed_maps(latent_BSX.dtype)
+        w_k_NHC, w_v_NCV = self.absorbed or self.absorbed_maps(latent_BSX.dtype, ctx)
         q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, w_k_NHC, ctx)
         q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
         o_BTNC = attend(q, key, value, span, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
         return linear("BTNC,NCV->BTNV", o_BTNC, w_v_NCV, ctx)
 
-    def absorbed_maps(self, dtype) -> tuple[jax.Array, jax.Array]:
+    def absorbed_maps(self, dtype, ctx: Context = DEFAULT) -> tuple[jax.Array, jax.Array]:
         """[N, H, C], from a head's query to the latent, and [N, C, V], from the latent to its values."""
-        w_k_CNH, w_v_CNV = jnp.split(dense(self.kv_b, dtype), [self.cfg.nope_dim], axis=-1)
+        w_k_CNH, w_v_CNV = jnp.split(dense(gather(self.kv_b, ctx, dtype), dtype), [self.cfg.nope_dim], axis=-1)
         return w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2)
 
     def _absorbs(self, T: int, S: int, ctx: Context) -> bool:

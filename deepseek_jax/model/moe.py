@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core.axes import summed
+from deepseek_jax.core.axes import gather, summed
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import dense
+from deepseek_jax.core.lowrank import dense, held
 from deepseek_jax.core.params import Init, param
-from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.experts import Experts, routed_experts
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.outputs import Aux
 from deepseek_jax.model.router import Router, expert_load, score_share, sequence_balance
@@ -51,7 +51,10 @@ class MoE(nnx.Module):
     def _routed(self, x_BTD, index_BTK, weight_BTK, ctx: Context) -> tuple[jax.Array, jax.Array]:
         """The routed experts' sum, and the number of assignments that were not computed."""
         if ctx.dispatch is not None:
-            weights = (dense(w, x_BTD.dtype) for w in (self.gate_up, self.down))
-            return ctx.dispatch(routed_experts, x_BTD, index_BTK, weight_BTK, *weights, ctx)
+            # The dispatcher gathers arrays itself; a quantised weight is whole, where it is not split in use.
+            weights = [held(w) for w in (self.gate_up, self.down)]
+            if not all(isinstance(w, jax.Array) for w in weights):
+                weights = [dense(gather(w, ctx, x_BTD.dtype), x_BTD.dtype) for w in (self.gate_up, self.down)]
+            return ctx.dispatch(Experts(), x_BTD, index_BTK, weight_BTK, *weights, ctx)
         rows = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, index_BTK, weight_BTK))
         return routed_experts(*rows, self.gate_up, self.down, ctx).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)

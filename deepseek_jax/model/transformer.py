@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, gather, kept_for_backward, shardings
+from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, shardings
 from deepseek_jax.core.context import DEFAULT, REMAT, Context
 from deepseek_jax.core.embedding import lookup
-from deepseek_jax.core.linear import dense, product
+from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import Init, param, parameter_dtype, unstack
 from deepseek_jax.core.rope import rope_tables
@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         keys = iter(jax.random.split(key, 5))
         init = partial(Init, std=cfg.init_std, dtype=dtype)
-        self.embed = param(init(next(keys)), (cfg.vocab_size, cfg.dim), ("vocab", "embed"))
+        self.embed = param(init(next(keys)), (cfg.vocab_size, cfg.dim), ("vocab", "embedding"))
         sizes = ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers))
         self.stacks = nnx.List(
             jax.vmap(lambda k, moe=moe: Block(cfg, moe, init(k)))(jax.random.split(next(keys), layers))
@@ -116,8 +116,8 @@ class Transformer(nnx.Module):
     def unembed(self, hidden_BTD: jax.Array, ctx: Context | None = None) -> jax.Array:
         """float32 logits [B, T, V] of final hidden states."""
         ctx = ctx or DEFAULT
-        w = dense(gather(self.embed if self.head is None else self.head, ctx, hidden_BTD.dtype), hidden_BTD.dtype)
-        logits = product("BTD,DV->BTV", hidden_BTD, w.T if self.head is None else w)
+        equation, w = ("BTD,VD->BTV", self.embed) if self.head is None else ("BTD,DV->BTV", self.head)
+        logits = linear(equation, hidden_BTD, w, ctx, dtype=jnp.float32)
         return constrain(logits, (BATCH, SEQUENCE, "vocab"), ctx)
 
     def predict(
@@ -162,7 +162,6 @@ class Transformer(nnx.Module):
         embedding = lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype, ctx)
 
         def run(module, hidden_BTD, embedding, own, memory):
-            module = gather(module, ctx, hidden_BTD.dtype)
             return module(hidden_BTD, embedding, own, ctx, memory, depth)
 
         hidden_BTD, memory, aux = _remat(run, ctx)(self.mtp[depth], hidden_BTD, embedding, own, memory)
@@ -196,7 +195,6 @@ class Transformer(nnx.Module):
             def layer(carry, inputs):
                 x, memory = carry
                 block, number, replay = inputs
-                block = gather(block, ctx, x.dtype)
                 x, memory, aux, activations = block(x, span, ctx, memory, number, replay)
                 return (x, memory), (
                     aux,
@@ -311,10 +309,8 @@ class Transformer(nnx.Module):
 def _remat(f, ctx: Context):
     """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
     kept = REMAT[ctx.remat]
-    if kept is None and ctx.mesh is None:
-        return f
     if kept is None:
-        return jax.checkpoint(f, policy=kept_for_backward)
+        return f
     return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 

@@ -4,11 +4,15 @@ Each device sorts its assignments by expert. A receiving device sees all that is
 its experts and within an expert by sender; a round moves one window of ``rows`` of that array. Windows are as long as
 the buffer, and there are as many rounds as the fullest device of an expert group needs: none of the assignments is
 dropped, whatever the routing. With ``ctx.drop`` there is one round, and what lies beyond its window is dropped and
-counted. The backward pass repeats the rounds: it sends tokens and their gradients and computes the experts' inner
-activations again, so that nothing of the size of the buffer is kept.
+counted. A device's tokens may go in several chunks (``ctx.expert_chunks``), one after the other in the program, so
+that the compiler can send one while it computes another. Each chunk's first round stands in straight line; what is
+left over, which is nothing when the load is near its mean, follows in one loop behind all chunks.
 
-Suffixes: B rows, T tokens, N = B x T tokens of this device, K chosen experts, M = N x K assignments, E experts,
-L experts of this device, P devices of the expert axis, R rows of the buffer, D width, F expert width.
+The backward pass repeats the rounds: it sends tokens and their gradients and computes the experts' inner activations
+again, so that nothing of the size of the buffer is kept, and the experts' outputs are not sent a second time.
+
+Suffixes: B rows, T tokens, N tokens of a chunk, K chosen experts, M = N x K assignments, E experts, L experts of this
+device, P devices of the expert axis, R rows of the buffer, C chunks, D width, F expert width.
 """
 
 import math
@@ -18,7 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, parameter_sharding, parts, spec
+from deepseek_jax.core.axes import (
+    BATCH,
+    SEQUENCE,
+    LayoutError,
+    gathered,
+    parameter_sharding,
+    parts,
+    spec,
+    to_rest,
+)
 from deepseek_jax.core.context import Context
 from deepseek_jax.parallel.exchange import Plan, exchange
 
@@ -32,10 +45,10 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of each token's experts [B, T, D], and int32 assignments dropped on all devices.
 
-    ``experts``: the computation on one device, ``(x_ND, index_NK, weight_NK, gate_up, down, ctx) -> y_ND``; an index
-    of -1 is nobody's. ``gate_up``: [E, D, 2, F], ``down``: [E, F, D], laid out as in use.
+    ``experts``: the computation on one device, `model.experts.Experts`; an index of -1 is nobody's. ``gate_up``:
+    [E, D, 2, F], ``down``: [E, F, D], laid out as at rest; they are gathered here, in x's dtype.
 
-    Raises LayoutError when batch, sequence or experts do not divide over the mesh.
+    Raises LayoutError when batch, sequence or experts do not divide over the mesh, or a device's tokens into chunks.
     """
     for w, axes in zip((gate_up, down), WEIGHTS, strict=True):
         spec(axes, w.shape, ctx.layout.use, ctx.mesh, "the experts' weights")
@@ -48,20 +61,21 @@ def _dispatch(x_BTD, index_BTK, weight_BTK, gate_up, down, experts, ctx: Context
 
 
 def _specs(x, index, gate_up, down, ctx: Context):
-    def use(axes, shape):
-        return spec(axes, shape, ctx.layout.use, ctx.mesh, "an activation")
-
-    weights = tuple(use(axes, w.shape) for axes, w in zip(WEIGHTS, (gate_up, down), strict=True))
-    return use(TOKEN, x.shape), use(TOKEN, index.shape), *weights
+    """Of tokens, of their choices, and of both weights at rest and in use."""
+    token, choice = (spec(TOKEN, a.shape, ctx.layout.use, ctx.mesh, "an activation") for a in (x, index))
+    rest, use = (
+        [parameter_sharding(axes, w.shape, ctx, used).spec for axes, w in zip(WEIGHTS, (gate_up, down), strict=True)]
+        for used in (False, True)
+    )
+    return token, choice, rest, use
 
 
 def _forward(x, index, weight, gate_up, down, experts, ctx: Context):
-    token, choice, *weights = _specs(x, index, gate_up, down, ctx)
-    local = partial(_forward_here, experts=experts, ctx=ctx, over=_axes(token))
+    token, choice, rest, use = _specs(x, index, gate_up, down, ctx)
     out = jax.shard_map(
-        local,
+        partial(_forward_here, experts=experts, ctx=ctx, over=_axes(token), rest=rest, use=use),
         mesh=ctx.mesh,
-        in_specs=(token, choice, choice, *weights),
+        in_specs=(token, choice, choice, *rest),
         out_specs=(token, PartitionSpec()),
         check_vma=False,
     )(x, index, weight, gate_up, down)
@@ -70,15 +84,11 @@ def _forward(x, index, weight, gate_up, down, experts, ctx: Context):
 
 def _backward(experts, ctx: Context, residuals, cotangents):
     x, index, weight, gate_up, down = residuals
-    token, choice, *weights = _specs(x, index, gate_up, down, ctx)
-    over = _axes(token)
-    rest = [parameter_sharding(axes, w.shape, ctx).spec for axes, w in zip(WEIGHTS, (gate_up, down), strict=True)]
-    rest = [_only(split, over + _axes(used)) for split, used in zip(rest, weights, strict=True)]
-    local = partial(_backward_here, experts=experts, ctx=ctx, over=over, splits=tuple(zip(weights, rest, strict=True)))
+    token, choice, rest, use = _specs(x, index, gate_up, down, ctx)
     dx, dweight, d_gate_up, d_down = jax.shard_map(
-        local,
+        partial(_backward_here, experts=experts, ctx=ctx, over=_axes(token), rest=rest, use=use),
         mesh=ctx.mesh,
-        in_specs=(token, choice, choice, *weights, token),
+        in_specs=(token, choice, choice, *rest, token),
         out_specs=(token, choice, *rest),
         check_vma=False,
     )(x, index, weight, gate_up, down, cotangents[0])
@@ -92,66 +102,46 @@ def _axes(split: PartitionSpec) -> tuple[str, ...]:
     return tuple(axis for mine in parts(split) for axis in mine)
 
 
-def _only(split: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(a for a in mine if a in axes) or None for mine in parts(split)))
-
-
 # --- On one device --------------------------------------------------------------------------------------------
 
 
-def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: Context, over):
-    (B, T, D), K = x_BTD.shape, index_BTK.shape[-1]
-    x_ND, index_NK = x_BTD.reshape(B * T, D), index_BTK.reshape(B * T, K)
-    weight_NK = weight_BTK.reshape(B * T, K)
-    if _parts(ctx) == 1:
-        y_ND, dropped = experts(x_ND, index_NK, weight_NK, gate_up, down, ctx), jnp.zeros((), jnp.int32)
-    else:
-        order_M, inverse_M, rounds = _schedule(index_NK, gate_up.shape[0], ctx)
-        x_MD, weight_M = x_ND[order_M // K], weight_NK.reshape(-1)[order_M]
+def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: Context, over, rest, use):
+    weights = _in_use((gate_up, down), x_BTD.dtype, rest, use)
 
-        def step(number, y_MD):
-            plan, index_R1 = rounds.window(number)
-            send = partial(exchange, plan=plan, rows=rounds.rows, axis=AXIS)
-            y_RD = experts(send(x_MD), index_R1, send(weight_M)[:, None], gate_up, down, ctx)
-            return y_MD + exchange(y_RD, plan.reversed(), x_MD.shape[0], AXIS)
+    def step(number, x_ND, index_NK, weight_NK):
+        if _parts(ctx) == 1:
+            return experts.routed(x_ND, index_NK, weight_NK, *weights, ctx), (), None
+        trip = Trip(index_NK, number, weights[0].shape[0], experts, ctx)
+        y_RD, _ = experts.forward(trip.there(x_ND), trip.weights(weight_NK), *weights, trip.sizes_L, ctx.experts)
+        return trip.back(y_RD), (), trip.rounds
 
-        y_MD = rounds.run(step, jnp.zeros_like(x_MD))
-        y_ND = y_MD[inverse_M].reshape(B * T, K, D).astype(jnp.float32).sum(1).astype(x_BTD.dtype)
-        dropped = jax.lax.psum(rounds.beyond, over) if ctx.drop else jnp.zeros((), jnp.int32)
-    return jax.lax.psum(y_ND, _tensor(ctx)).reshape(B, T, D), dropped
+    y_CND, _, beyond = _each_round(step, [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK)])
+    dropped = jax.lax.psum(beyond, over) if ctx.drop else jnp.zeros((), jnp.int32)
+    return jax.lax.psum(y_CND, _tensor(ctx)).reshape(x_BTD.shape), dropped
 
 
-def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, experts, ctx: Context, over, splits):
-    (B, T, D), K = x_BTD.shape, index_BTK.shape[-1]
-    x_ND, dy_ND, index_NK = x_BTD.reshape(B * T, D), dy_BTD.reshape(B * T, D), index_BTK.reshape(B * T, K)
-    weight_NK = weight_BTK.reshape(B * T, K)
+def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, experts, ctx: Context, over, rest, use):
+    weights = _in_use((gate_up, down), x_BTD.dtype, rest, use)
 
-    def gradients(x, index, weight, dy):
-        _, vjp = jax.vjp(lambda x, weight, *w: experts(x, index, weight, *w, ctx), x, weight, gate_up, down)
-        return vjp(dy)
+    def step(number, x_ND, index_NK, weight_NK, dy_ND):
+        if _parts(ctx) == 1:
+            _, vjp = jax.vjp(lambda x, w, *both: experts.routed(x, index_NK, w, *both, ctx), x_ND, weight_NK, *weights)
+            dx_ND, dweight_NK, *dw = vjp(dy_ND)
+            return (dx_ND, dweight_NK), dw, None
+        trip = Trip(index_NK, number, weights[0].shape[0], experts, ctx)
+        x_RD, dy_RD, weight_R1 = trip.there(x_ND), trip.there(dy_ND), trip.weights(weight_NK)
+        dx_RD, dweight_R1, *dw = experts.backward(x_RD, weight_R1, dy_RD, *weights, trip.sizes_L, ctx.experts)
+        return (trip.back(dx_RD), trip.weights_back(dweight_R1)), dw, trip.rounds
 
-    if _parts(ctx) == 1:
-        dx_ND, dweight_NK, *dw = gradients(x_ND, index_NK, weight_NK, dy_ND)
-    else:
-        order_M, inverse_M, rounds = _schedule(index_NK, gate_up.shape[0], ctx)
-        x_MD, dy_MD, weight_M = x_ND[order_M // K], dy_ND[order_M // K], weight_NK.reshape(-1)[order_M]
+    chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK, dy_BTD)]
+    tokens, dw, _ = _each_round(step, chunks)
+    dx_CND, dweight_CNK = jax.lax.psum(tokens, _tensor(ctx))
+    dw = (to_rest(d, u, r, over).astype(w.dtype) for d, u, r, w in zip(dw, use, rest, (gate_up, down), strict=True))
+    return dx_CND.reshape(x_BTD.shape), dweight_CNK.reshape(weight_BTK.shape), *dw
 
-        def step(number, sums):
-            dx_MD, dweight_M, *dw = sums
-            plan, index_R1 = rounds.window(number)
-            send = partial(exchange, plan=plan, rows=rounds.rows, axis=AXIS)
-            give_back = partial(exchange, plan=plan.reversed(), rows=x_MD.shape[0], axis=AXIS)
-            dx_RD, dweight_R1, *more = gradients(send(x_MD), index_R1, send(weight_M)[:, None], send(dy_MD))
-            dw = [a + b for a, b in zip(dw, more, strict=True)]
-            return dx_MD + give_back(dx_RD), dweight_M + give_back(dweight_R1[:, 0]), *dw
 
-        zeros = (x_MD, weight_M, gate_up, down)
-        dx_MD, dweight_M, *dw = rounds.run(step, tuple(jnp.zeros_like(a) for a in zeros))
-        dx_ND = dx_MD[inverse_M].reshape(B * T, K, D).astype(jnp.float32).sum(1).astype(x_BTD.dtype)
-        dweight_NK = dweight_M[inverse_M].reshape(B * T, K)
-    dx_ND, dweight_NK = jax.lax.psum((dx_ND, dweight_NK), _tensor(ctx))
-    d_gate_up, d_down = (_to_rest(d, use, rest, over) for d, (use, rest) in zip(dw, splits, strict=True))
-    return dx_ND.reshape(B, T, D), dweight_NK.reshape(B, T, K), d_gate_up, d_down
+def _in_use(weights, dtype, rest, use) -> list[jax.Array]:
+    return [gathered(w.astype(dtype), r, u) for w, r, u in zip(weights, rest, use, strict=True)]
 
 
 def _parts(ctx: Context) -> int:
@@ -163,32 +153,81 @@ def _tensor(ctx: Context) -> tuple[str, ...]:
     return tuple(a for a in dict(ctx.layout.use).get("expert_ffn", ()) if ctx.mesh.shape[a] > 1)
 
 
-def _to_rest(dw: jax.Array, use: PartitionSpec, rest: PartitionSpec, over: tuple[str, ...]) -> jax.Array:
-    """A weight's gradient, summed over the devices that had other tokens, each keeping its part at rest."""
-    waiting = [axis for axis in over if axis not in _axes(use)]
-    for dimension, (used, resting) in enumerate(zip(parts(use), parts(rest), strict=True)):
-        for axis in resting:
-            if axis not in used:
-                dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
-                waiting.remove(axis)
-    return jax.lax.psum(dw, tuple(waiting))
+def _chunked(a_BTX: jax.Array, ctx: Context) -> jax.Array:
+    """[C, N, ...]: the tokens of this device in chunks; decoding's few go in one."""
+    tokens = math.prod(a_BTX.shape[:2])
+    chunks = ctx.expert_chunks if a_BTX.shape[1] > 1 else 1
+    if tokens % chunks:
+        raise LayoutError(f"the {tokens} tokens of a device do not divide into expert_chunks={chunks}.")
+    return a_BTX.reshape(chunks, tokens // chunks, *a_BTX.shape[2:])
 
 
 # --- The rounds -----------------------------------------------------------------------------------------------
 
 
-def _schedule(index_NK, experts_here: int, ctx: Context):
-    """The assignments sorted by expert (order [M] and its inverse), and the rounds in which they travel."""
-    M, devices = index_NK.size, _parts(ctx)
-    E = experts_here * devices
-    flat = index_NK.reshape(-1)
-    order = jnp.argsort(jnp.where(flat < 0, E, flat), stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(M, dtype=order.dtype))
-    sizes_E = jnp.zeros(E, jnp.int32).at[flat].add(1, mode="drop", wrap_negative_indices=False)
-    # A token chooses different experts, so that no device ever gets more than this from another.
-    worst = devices * index_NK.shape[0] * min(index_NK.shape[1], experts_here)
-    rows = min(math.ceil(ctx.expert_buffer * M), worst)
-    return order, inverse, Rounds(sizes_E, rows, rows == worst or ctx.drop)
+def _each_round(step, tokens_CN: list[jax.Array]):
+    """All rounds of all chunks: ``step(number, *tokens of a chunk) -> (results [N, ...], sums, rounds)``.
+
+    Returns the results [C, N, ...] and the sums, each added up over the rounds, and the assignments beyond the first.
+    """
+    chunks = list(zip(*tokens_CN, strict=True))
+    first = [step(0, *chunk) for chunk in chunks]
+    results = jax.tree.map(lambda *a: jnp.stack(a), *(result for result, _, _ in first))
+    sums = jax.tree.map(lambda *a: sum(a[1:], a[0]), *(more for _, more, _ in first))
+    rounds = [r for _, _, r in first]
+    if rounds[0] is None:
+        return results, sums, None
+    beyond = sum(r.beyond for r in rounds)
+    if rounds[0].single:
+        return results, sums, beyond
+    extra_C = jnp.stack([r.extra for r in rounds])
+    ends_C = jnp.cumsum(extra_C)
+
+    def left_over(i, held):
+        chunk = (ends_C <= i).sum()
+        number = 1 + i - (ends_C[chunk] - extra_C[chunk])
+        result, more, _ = step(number, *(jax.lax.dynamic_index_in_dim(a, chunk, keepdims=False) for a in tokens_CN))
+        results, sums = held
+        return jax.tree.map(lambda a, b: a.at[chunk].add(b), results, result), jax.tree.map(jnp.add, sums, more)
+
+    return *jax.lax.fori_loop(0, ends_C[-1], left_over, (results, sums)), beyond
+
+
+class Trip:
+    """A round of one chunk: its rows to their experts' devices, and what is computed there back to the tokens."""
+
+    def __init__(self, index_NK: jax.Array, number, experts_here: int, experts, ctx: Context):
+        (N, self.K), devices = index_NK.shape, _parts(ctx)
+        self.order_M, self.inverse_M, sizes_E = experts.sort(index_NK, experts_here * devices)
+        # A token chooses different experts, so that no device ever gets more than this from another.
+        worst = devices * N * min(self.K, experts_here)
+        rows = min(math.ceil(ctx.expert_buffer * index_NK.size), worst)
+        self.rounds = Rounds(sizes_E, rows, rows == worst or ctx.drop)
+        self.plan, self.sizes_L = self.rounds.window(number)
+
+    def _send(self, a_MX: jax.Array) -> jax.Array:
+        return exchange(a_MX, self.plan, self.rounds.rows, AXIS)
+
+    def _return(self, a_RX: jax.Array) -> jax.Array:
+        """[N, K, ...]: rows of this round at their tokens, zeros where an assignment was not in it."""
+        a_MX = exchange(a_RX, self.plan.reversed(), self.order_M.size, AXIS)
+        return a_MX[self.inverse_M].reshape(-1, self.K, *a_RX.shape[1:])
+
+    def there(self, x_ND: jax.Array) -> jax.Array:
+        """[R, D]: each token at every expert that it chose."""
+        return self._send(x_ND[self.order_M // self.K])
+
+    def weights(self, weight_NK: jax.Array) -> jax.Array:
+        """[R, 1]"""
+        return self._send(weight_NK.reshape(-1)[self.order_M])[:, None]
+
+    def back(self, y_RD: jax.Array) -> jax.Array:
+        """[N, D]: the sum of what comes back to each token."""
+        return self._return(y_RD).astype(jnp.float32).sum(1).astype(y_RD.dtype)
+
+    def weights_back(self, dweight_R1: jax.Array) -> jax.Array:
+        """[N, K]"""
+        return self._return(dweight_R1[:, 0])
 
 
 class Rounds:
@@ -205,13 +244,15 @@ class Rounds:
         ends = jnp.cumsum(by_receiver, axis=1)
         place = (ends - by_receiver).reshape(devices, self.local, devices).transpose(2, 0, 1)
         self.size_PE, self.start_PE, self.place_PE = size_PE, start_PE, place.reshape(devices, -1)
-        self.total_P, self.me = ends[:, -1], me
+        self.me = me
+        # As many as the fullest device of the group needs, the first apart.
+        self.extra = jnp.maximum(-(-ends[:, -1].max() // rows) - 1, 0)
         # Of what this device sends.
         beyond_E = jnp.clip(self.place_PE[me] + size_PE[me] - rows, 0, size_PE[me])
         self.beyond = beyond_E.sum()
 
     def window(self, number) -> tuple[Plan, jax.Array]:
-        """The plan of a round, and the local expert of each row that it brings here, int32 [R, 1], -1 for none."""
+        """The plan of a round, and int32 [L], the rows that it brings to each expert of this device."""
         first = number * self.rows
         begin = jnp.clip(self.place_PE, first, first + self.rows)
         end = jnp.clip(self.place_PE + self.size_PE, first, first + self.rows)
@@ -225,14 +266,5 @@ class Rounds:
             return a_PE[self.me].astype(jnp.int32)
 
         arrived = tuple(arriving(a).reshape(-1).astype(jnp.int32) for a in (there, size, start))
-        ends_L = jnp.cumsum(arriving(size).sum(0))
-        row = jnp.arange(self.rows)
-        expert = jnp.searchsorted(ends_L, row, side="right")
-        index = jnp.where(row < ends_L[-1], expert, -1)[:, None].astype(jnp.int32)
-        return Plan(leaving(start), leaving(size), leaving(there), *arrived), index
-
-    def run(self, step, initial):
-        """``step(number, carry)`` for every round, as many as the fullest device of the group needs."""
-        if self.single:
-            return step(0, initial)
-        return jax.lax.fori_loop(0, -(-self.total_P.max() // self.rows), step, initial)
+        plan = Plan(leaving(start), leaving(size), leaving(there), *arrived)
+        return plan, arriving(size).sum(0).astype(jnp.int32)

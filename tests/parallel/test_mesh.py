@@ -174,8 +174,8 @@ def test_published_weights_are_read_straight_into_their_shards(default):
 
 def test_layers_are_gathered_one_at_a_time(default):
     found = default[f"snapshot|{SNAPSHOT}"]
-    # Both layers' experts at once, as a device of this mesh would hold them in use: (layers, experts, width, 2, inner).
-    one, both = [1, 4, 64, 2, 24], [2, 4, 64, 2, 24]
+    # Experts as a device of this mesh holds them in use, one layer's and both layers': (experts, width, 2, inner).
+    one, both = [4, 64, 2, 24], [2, 4, 64, 2, 24]
     assert both not in found["gathered"]
     assert {loops for shape, loops in zip(found["gathered"], found["loops"], strict=True) if shape == one} == {1}
 
