@@ -20,9 +20,11 @@ from deepseek_jax.core.context import Context
 
 # Rows are cut into blocks of a multiple of this many tokens, a vector register's lanes.
 LANES = 128
-# Blocks of queries and keys, and the keys of a block that meet the queries at once: what fits into the 16 MB of a
-# core's vector memory that a kernel may use. Larger blocks read keys and values from HBM less often.
-BLOCK, COMPUTE = 1024, 512
+# Tokens of a block of queries or keys, and the keys that meet a block of queries at once. Larger blocks read keys and
+# values less often; smaller ones leave out more of what causality hides. Those of wide keys (the absorbed form's 576)
+# would otherwise not fit into the 16 MB of a core's vector memory that a kernel may use.
+BLOCK, WIDE_BLOCK, COMPUTE = 1024, 512, 512
+WIDE = 256
 
 
 def on_platform(kernel, xla=None):
@@ -84,8 +86,12 @@ def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -
 
 
 def _blocks(T: int, key_dim: int) -> splash.BlockSizes:
-    """Block sizes for rows of T tokens; those of the backward pass, which holds more arrays, are the same or less."""
-    block, compute = math.gcd(T, BLOCK), math.gcd(T, COMPUTE)
+    """Block sizes for rows of T tokens.
+
+    The backward pass runs as two kernels, which compute the probabilities once each. JAX has one for both, but it
+    holds a partial gradient of the queries for every block of keys.
+    """
+    block, compute = math.gcd(T, WIDE_BLOCK if key_dim > WIDE else BLOCK), math.gcd(T, COMPUTE)
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,
