@@ -2,12 +2,13 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
 
 DTYPE = Literal["bfloat16", "float32", "stored"]
@@ -43,6 +44,8 @@ class Generate:
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write tokens, text, log-probabilities (nats) and settings to this file."""
+    devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
+    """Where it runs."""
 
     def run(self) -> int:
         if bool(self.prompt) == bool(self.prompt_ids):
@@ -50,8 +53,12 @@ class Generate:
         if self.chat and self.prompt_ids:
             raise ValueError("--chat renders text: give --prompt, not --prompt-ids.")
         check_destination(self.json)
+        ctx = self.devices.context()
+
+        from deepseek_jax.parallel.processes import is_first
+
         tokenizer = open_tokenizer(self.ckpt, needed="--prompt-ids" if self.prompt else None)
-        if tokenizer is None:
+        if tokenizer is None and is_first():
             print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
         prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, p) for p in self.prompt]
 
@@ -61,7 +68,11 @@ class Generate:
             name: getattr(self, name)
             for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "use_mtp")
         }
-        run = stream(load_model(self.ckpt, self.dtype), prompts, **settings)
+        run = stream(load_model(self.ckpt, self.dtype, ctx), prompts, ctx=ctx, **settings)
+        if not is_first():
+            for _ in run:
+                pass
+            return 0
         labels = self.prompt if len(prompts) > 1 else ()
         printer, interrupted, times = Printer(len(prompts), tokenizer, labels), False, [time.perf_counter()]
         counts = []
@@ -158,7 +169,7 @@ def open_tokenizer(ckpt: Path, needed: str | None):
     return None
 
 
-def load_model(ckpt: Path, dtype: DTYPE):
+def load_model(ckpt: Path, dtype: DTYPE, ctx=None):
     from deepseek_jax.convert.load import load_pretrained
 
-    return load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype)
+    return load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype, ctx=ctx)

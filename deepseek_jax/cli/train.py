@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train.options import Options
@@ -42,6 +43,10 @@ class Train:
     Ctrl-C saves, measures and exports (exit code 130), a second one stops at once; SIGTERM saves and ends (143). After
     either, or a crash, `deepseek-jax train OUT --resume` goes on from the newest whole checkpoint and ends bit-equal to
     a run that never stopped. A run stops with an error after --max-skipped steps in a row that are not finite.
+
+    With --mesh the model lies on several devices. Started once on each host (srun, or with --coordinator), the
+    processes train together: each reads its share of the text, the first one reports and writes, OUT is a folder that
+    all of them see. A run may be resumed on another mesh and by another number of processes.
     """
 
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
@@ -78,6 +83,8 @@ class Train:
     """What it reads."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
     """How it is kept."""
+    devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
+    """Where it runs."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the result to this file."""
     arguments: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
@@ -98,7 +105,10 @@ class Train:
         begun = read_run(out).get("arguments")
         if begun is None:
             return default
-        was = replace(parse(begun, default=cls._scaled(begun)), out=None)
+        was = parse(begun, default=cls._scaled(begun))
+        # The processes are this command's own.
+        devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout)
+        was = replace(was, out=None, devices=devices)
         if _given(arguments, "--recipe") not in (None, was.recipe_name):
             raise ValueError(
                 f"{out} was begun with the recipe {was.recipe_name}, not {default.recipe_name}: resume it as it was "
@@ -125,25 +135,32 @@ class Train:
         return cls(recipe_name=name, recipe=numbers, arguments=tuple(arguments))
 
     def run(self) -> int:
+        began = time.monotonic()
+        ctx = self.devices.context()
+
+        from deepseek_jax.parallel.processes import from_first, is_first
         from deepseek_jax.train.live import LiveView
         from deepseek_jax.train.loop import train
 
-        began = time.monotonic()
         check_destination(self.json)
         if self.resume and self.out is None:
             raise ValueError("--resume needs the folder of the run: deepseek-jax train OUT --resume.")
         tuned = bool(self.sft is not None or self.train or self.lora.rank)
         self._check(tuned)
         cfg = self._architecture()
-        out = self.out or free_folder(Path("runs"), Path(self.recipe.model).name)
+        out = self.out
+        if out is None:
+            stem = Path(self.recipe.model).name
+            out = Path(from_first(lambda: str(free_folder(Path("runs"), stem)), "choosing a folder"))
         how = {
             "options": self.options,
             "resume": self.resume,
+            "ctx": ctx,
             "began": began,
             "command": shlex.join(["deepseek-jax", "train", *self.arguments]),
             "arguments": list(self.arguments),
         }
-        view = LiveView(self.recipe.tokens, cfg.name, began=began)
+        view = LiveView(self.recipe.tokens, cfg.name, began=began) if is_first() else None
         try:
             if tuned:
                 result = self._fine_tune(out, view, how)
@@ -151,9 +168,11 @@ class Train:
                 tokenizer = self.tokenizer or self.source or self.vocab_size
                 result = train(cfg, self.recipe, self.text, tokenizer, out, source=self.source, view=view, **how)
         finally:
-            view.close()
-        print(f"{out}: {_told(result)}")
-        if self.json is not None:
+            if view is not None:
+                view.close()
+        if is_first():
+            print(f"{out}: {_told(result)}")
+        if self.json is not None and is_first():
             write_json(self.json, {**asdict(result), "checkpoint": result.checkpoint and str(result.checkpoint)})
         return EXIT_CODES[result.interrupted]
 
@@ -197,7 +216,7 @@ class Train:
             patterns=self.train,
             lora=self.lora,
             view=view,
-            planned=lambda recipe: view.expect(recipe.tokens),
+            planned=lambda recipe: None if view is None else view.expect(recipe.tokens),
             **how,
         )
 

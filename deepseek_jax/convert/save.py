@@ -9,13 +9,16 @@ import math
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_to_json, eos_ids
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
@@ -25,6 +28,7 @@ from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError,
 from deepseek_jax.core.params import Adapter, RouterBias, map_variables, variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.processes import is_first
 from deepseek_jax.version import __version__
 
 SHARD_BYTES = 5_000_000_000
@@ -55,6 +59,9 @@ def save_pretrained(
     ``like``: a published folder whose dtypes, scales, file split, tokenizer files and further config fields
     are taken; a block that its values still represent keeps its scale and bytes.
 
+    Of a model in shards one published tensor after the other is gathered. Several processes all call this; the first
+    one writes, and the others return when they have given their part.
+
     Raises FileExistsError when ``path`` is there and not empty, CheckpointError when ``like`` does not hold
     the model's tensors, ValueError for an unknown ``quantize``, a model with adapters and values that are not finite.
     """
@@ -63,7 +70,7 @@ def save_pretrained(
     if any(isinstance(v, Adapter) for v in variables(model)):
         raise ValueError("the model has adapters: merge them (train.lora.merge), or write them apart (save_adapter).")
     template = _Template(like, model.cfg) if like is not None else None
-    with new_folder(path) as folder:
+    with new_folder(path) if is_first() else nullcontext() as folder:
         _write(model, folder, quantize, template)
 
 
@@ -114,11 +121,16 @@ class _Template:
                 raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.name + SCALE} is missing.")
 
 
-def _write(model: Transformer, folder: Path, quantize: str | None, like: _Template | None) -> None:
+def _write(model: Transformer, folder: Path | None, quantize: str | None, like: _Template | None) -> None:
+    """Without a folder: takes part in the gathering only."""
     values: dict[tuple, nnx.Variable] = {}
     map_variables(lambda path, v: values.setdefault(path, v), model)
     block = like.block if like else _model_block(values)
     tensors, leaves = layout(model.cfg, block)
+    if folder is None:
+        for tensor in tensors:
+            _held(values[tensor.path].get_value(), leaves[tensor.path], tensor)
+        return
     specs: dict[str, Spec] = {}
     for tensor in tensors:
         dtype, scale_dtype = _stored_as(tensor, values[tensor.path], quantize, like)
@@ -173,13 +185,37 @@ def _held(value, leaf: Leaf, tensor: Tensor) -> np.ndarray | tuple[np.ndarray, n
     """A published tensor as the model holds it: an array, or FP8 values, scales and their block."""
 
     def part(array, shape):
-        array = np.asarray(array).reshape(shape)[tensor.index]
+        if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+            array = _gathered(array, shape, tensor.index)
+        else:
+            array = np.asarray(array).reshape(shape)[tensor.index]
         return array.T if tensor.transposed else array
 
     if isinstance(value, Quantized):
         scale = part(value.scale, value.scale.shape)
         return part(value.values, leaf.matrix), scale, published_block(tensor.path, value.block)
     return part(value, leaf.matrix)
+
+
+def _gathered(array: jax.Array, shape: tuple[int, ...], index: tuple[int | slice, ...]) -> np.ndarray:
+    """``array.reshape(shape)[index]`` of an array on a mesh; only that is ever whole on a device."""
+    lead = next((i for i, part in enumerate(index) if not isinstance(part, int)), len(index))
+    rest = tuple(part if isinstance(part, int) else None for part in index[lead:])
+    piece = _piece(array.sharding.mesh, shape[lead:], rest)
+    return np.asarray(piece(array, np.asarray(index[:lead], np.int32)))
+
+
+@lru_cache
+def _piece(mesh, shape: tuple[int, ...], rest: tuple[int | None, ...]):
+    """Takes an array's part at the first axes' places, a program for all of these; ``rest``: None for a whole axis."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def take(array, places):
+        for place in places:
+            array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+        return array.reshape(shape)[tuple(slice(None) if part is None else part for part in rest)]
+
+    return jax.jit(take, out_shardings=whole)
 
 
 def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], like: _Template | None):

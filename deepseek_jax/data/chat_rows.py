@@ -16,7 +16,7 @@ from deepseek_jax.data.chat import Chat, UnsuitableTemplate, encode_chat
 from deepseek_jax.data.damage import Damage
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.packing import Layout, best_fit
-from deepseek_jax.data.pipeline import Batches
+from deepseek_jax.data.pipeline import Batches, Shard
 from deepseek_jax.data.records import json_objects
 from deepseek_jax.data.rows import Epochs
 from deepseek_jax.data.shuffle import ORDER, ROWS, name_key, seed_key, shuffled
@@ -162,7 +162,7 @@ class ChatData:
             raise ValueError(f"The chats were cut for rows of {self.length} tokens, which do not fit rows of {length}.")
         return ChatRows(self.train, self._keys[~self._is_held_out], length=length, seed=seed)
 
-    def batches(self, *, length: int, rows: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Batches:
+    def batches(self, *, length: int, rows: int, seed: int, shard: Shard = (0, 1)) -> Batches:
         """Micro-batches of ``rows`` rows of ``length`` tokens over all hosts, without end, as `pipeline.Data.batches`:
         "tokens", "segments" and "loss_mask", each int32 [b, T]."""
         settings = {"length": length, "seed": seed, "chats": self.identity}

@@ -35,6 +35,8 @@ LEAST_DOMAIN = 20_000  # bytes of measured text below which a part of a source i
 OTHER = "other"
 AHEAD = 4  # batches kept ready for each worker
 
+Shard = tuple[int | tuple[int, ...], int]  # which of so many groups of a batch's rows a host gets
+
 
 def training_texts(config: DataConfig) -> Iterator[str]:
     """The text of the training documents, never a held-out one: what a tokenizer may be learned from.
@@ -110,11 +112,11 @@ class Data:
     fim: Fim
     bytes_V: np.ndarray
 
-    def batches(self, *, length: int, rows: int, seed: int, shard: tuple[int, int] = (0, 1)) -> "Batches":
+    def batches(self, *, length: int, rows: int, seed: int, shard: Shard = (0, 1)) -> "Batches":
         """Micro-batches of ``rows`` rows of ``length`` tokens over all hosts, without end.
 
-        ``shard`` is (index, count): this host gets rows index * rows / count and on of each; one after the other, the
-        hosts' rows are the batch of a single host.
+        ``shard`` is (index, count): this host gets rows index * rows / count and on of each, or with a tuple of
+        indices these groups of rows, in that order. The hosts' groups in order are the batch of a single host.
 
         Raises:
             ValueError: rows that do not divide by the hosts, or less text than one batch.
@@ -194,13 +196,15 @@ class Batches:
         *,
         rows: int,
         workers: int,
-        shard: tuple[int, int],
+        shard: Shard,
     ):
         index, count = shard
-        if rows < 1 or not 0 <= index < count or rows % count:
+        groups = index if isinstance(index, tuple) else (index,)
+        if rows < 1 or not groups or not all(0 <= group < count for group in groups) or rows % count:
             raise ValueError(f"A batch of {rows} rows cannot be dealt to host {index} of {count}.")
         self.rows, self.length, self.labels, self.workers = rows, settings["length"], tuple(sources), workers
-        self._own = range(index * rows // count, (index + 1) * rows // count)
+        size = rows // count
+        self._own = [row for group in groups for row in range(group * size, (group + 1) * size)]
         self._mixture = Mixture(weights)
         self._sources = list(sources.values())
         self._settings = settings

@@ -1,17 +1,19 @@
 """`generate` and `stream`: prompts in, tokens out; checks every argument before anything runs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.core.axes import BATCH, activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.generation.layers import unstacked
-from deepseek_jax.generation.loop import State, decode, prefill
+from deepseek_jax.generation.loop import State, compiled
 from deepseek_jax.generation.sampling import make_sampling
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.placement import fetch, place, row_groups
 
 # Tokens of a prompt that one prefill call feeds, and decoding steps that one call runs on the device.
 CHUNK = 128
@@ -63,6 +65,10 @@ def generate(
     of the cache, prompt and new; default the next power of two, from 256. ``chunk``: prompt tokens a prefill
     call feeds.
 
+    ``ctx``: on a mesh the rows are split over its data, fsdp and expert axes, filled up with rows that do nothing
+    where they do not divide; the tokens are those of one device up to near-ties. Several processes all call this with
+    the same prompts, and all get the tokens.
+
     Raises ValueError for an empty prompt, ids outside the vocabulary, settings out of range, and for a prompt
     that with its new tokens exceeds the cache or the model's length.
     """
@@ -109,8 +115,6 @@ def stream(
     iteration at any time (Ctrl-C too) loses nothing that came: ``result()`` has it.
     """
     cfg, ctx = model.cfg, ctx or DEFAULT
-    if ctx.mesh is not None:
-        raise ValueError("generation on a mesh is not built yet: call the model with a cache, or leave the mesh out.")
     prompts = check_prompts(prompts, cfg.vocab_size)
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("steps", steps)):
         check_count(name, value)
@@ -120,10 +124,16 @@ def stream(
     lengths = np.array([len(p) for p in prompts], np.int32)
     capacity = _capacity(cfg, int(lengths.max()), max_new_tokens, depth, cache_length)
     sampling = make_sampling(len(prompts), temperature, top_k, top_p, min_p, seed)
+    rows = batch = len(prompts)
+    if ctx.mesh is not None:
+        # As many rows for every group of devices: those that fill up are done.
+        batch = -(-rows // row_groups(ctx)) * row_groups(ctx)
+        sampling = jax.tree.map(lambda a: a[np.arange(batch) % rows], sampling)
+    known = np.pad(lengths, (0, batch - rows), constant_values=1)
     stop_V = np.zeros(cfg.vocab_size, bool)
     stop_V[_check_stops(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)] = True
 
-    batch, dtype = len(prompts), model.compute_dtype(ctx)
+    dtype = model.compute_dtype(ctx)
     tokens_BS = np.zeros((batch, capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
@@ -131,16 +141,17 @@ def stream(
         cache=model.init_cache(batch, capacity, rewind=depth, ctx=ctx),
         tokens=tokens_BS,
         logprob=np.zeros((batch, capacity), np.float32),
-        known=lengths.copy(),
-        limit=lengths + np.int32(max_new_tokens),
-        done=np.zeros(batch, bool),
+        known=known,
+        limit=known + np.int32(max_new_tokens),
+        done=np.arange(batch) >= rows,
         offered=np.int32(0),
         q=np.zeros((batch, depth, cfg.vocab_size), np.float32),
         recent=jnp.zeros((batch, max(depth - 1, 0), cfg.dim), dtype),
         drafted=np.zeros(batch, np.int32),
         accepted=np.zeros(batch, np.int32),
     )
-    return Generation(unstacked(model, dtype), state, sampling, stop_V, lengths, depth, ctx, chunk, steps)
+    model = unstacked(place(model, ctx), dtype, ctx)
+    return Generation(model, state, sampling, stop_V, lengths, depth, ctx, chunk, steps)
 
 
 class Generation(Iterator[list[list[int]]]):
@@ -148,10 +159,16 @@ class Generation(Iterator[list[list[int]]]):
 
     def __init__(self, model, state: State, sampling, stop_V, lengths, depth: int, ctx, chunk: int, steps: int):
         # Placed at once: arrays that are bound to a device in one call and not in the next compile twice.
-        device = next(iter(jax.tree.leaves(model)[0].devices()))
-        self._state, self._sampling, self._stop_V = jax.device_put((state, sampling, stop_V), device)
+        if ctx.mesh is None:
+            places = next(iter(jax.tree.leaves(model)[0].devices()))
+        else:
+            places = _places((state, sampling, stop_V), ctx)
+        self._state, self._sampling, self._stop_V = jax.device_put((state, sampling, stop_V), places)
         self._model, self._stop_ids = model, set(np.flatnonzero(stop_V).tolist())
         self._static = {"depth": depth, "ctx": ctx}
+        leaves, structure = jax.tree.flatten(self._state)
+        kept = () if ctx.mesh is None else (structure, tuple(a.sharding for a in leaves))
+        self._prefill, self._decode = compiled(*kept)
         self._chunk, self._steps = chunk, steps
         self._prefilled = False
         self._seen, self._lengths = lengths.copy(), lengths
@@ -166,17 +183,17 @@ class Generation(Iterator[list[list[int]]]):
         if not self._prefilled:
             for start in range(0, int(self._lengths.max()) - 1, self._chunk):
                 at = np.int32(start)
-                self._state = prefill(self._model, self._state, at, chunk=self._chunk, **self._static)
+                self._state = self._prefill(self._model, self._state, at, chunk=self._chunk, **self._static)
             self._prefilled = True
         arguments = (self._state, self._sampling, self._stop_V, np.int32(self._steps))
-        self._state = decode(self._model, *arguments, **self._static)
+        self._state = self._decode(self._model, *arguments, **self._static)
         return self._collect()
 
     def _collect(self) -> list[list[int]]:
         state = self._state
         wanted = (state.known, state.tokens, state.logprob, state.done, state.drafted, state.accepted)
-        # Copies: on a CPU `device_get` returns views of buffers that the next call is given to reuse.
-        known, tokens, logprob, done, drafted, accepted = (np.array(a) for a in jax.device_get(wanted))
+        rows = len(self._lengths)
+        known, tokens, logprob, done, drafted, accepted = (a[:rows] for a in fetch(wanted, self._static["ctx"]))
         new = [tokens[row, a:b].tolist() for row, (a, b) in enumerate(zip(self._seen, known, strict=True))]
         for row, (a, b) in enumerate(zip(self._seen, known, strict=True)):
             values = logprob[row, a:b]
@@ -199,6 +216,18 @@ class Generation(Iterator[list[list[int]]]):
             drafted=self._drafted.tolist(),
             accepted=self._accepted.tolist(),
         )
+
+
+def _places(tree, ctx: Context):
+    """On a mesh, where a generation's arrays lie: those of rows with their rows, the cache where it was made."""
+    state, sampling, stop_V = tree
+
+    def rows(a):
+        return activation_sharding((BATCH, *(None,) * (a.ndim - 1)) if a.ndim else (), a.shape, ctx)
+
+    cache = jax.tree.map(lambda a: a.sharding, state.cache)
+    places = replace(jax.tree.map(rows, replace(state, cache=None)), cache=cache)
+    return places, jax.tree.map(rows, sampling), activation_sharding((None,), stop_V.shape, ctx)
 
 
 def check_prompts(prompts, vocab_size: int) -> list[list[int]]:

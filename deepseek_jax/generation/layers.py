@@ -6,17 +6,20 @@ import jax
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.transformer import Transformer
 
 
-def unstacked(model: Transformer, dtype) -> Transformer:
+def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     """The same model with every layer a stack of its own, which `Transformer` runs without a scan, and with the
     maps of absorbed attention in ``dtype``, laid out for it (a step would otherwise transpose every kv_b again).
 
     On a CPU the new leaves share the old ones' memory (where a layer does not begin on a boundary of 64
     bytes they are copies): done once, outside jit. On an accelerator the model is returned as it is: there
-    one compiled layer is better than many. So is a model that this function has made.
+    one compiled layer is better than many. So is a model that this function has made, and one on a mesh.
     """
+    if ctx.mesh is not None:
+        return model
     device = next(iter(jax.tree.leaves(model)[0].devices()))
     if device.platform != "cpu" or all(stack.attn.absorbed is not None for stack in model.stacks):
         return model

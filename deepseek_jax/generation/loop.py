@@ -10,7 +10,7 @@ see again, V vocabulary, D width.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,6 @@ class State:
     accepted: jax.Array
 
 
-@partial(jax.jit, static_argnames=("chunk", "depth", "ctx"), donate_argnames=("state",))
 def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context) -> State:
     """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
@@ -70,7 +69,6 @@ def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, d
     return replace(state, cache=out.cache, recent=_latest(state.recent, out.hidden, real_BT.sum(-1)))
 
 
-@partial(jax.jit, static_argnames=("depth", "ctx"), donate_argnames=("state",))
 def decode(
     model: Transformer,
     state: State,
@@ -92,6 +90,15 @@ def decode(
         return (i < steps) & ~jnp.all(state.done)
 
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+@lru_cache
+def compiled(structure=None, places=None):
+    """`prefill` and `decode`, jitted; ``structure``, ``places``: on a mesh the state's tree and where its leaves lie,
+    which is where they stay, so that every call runs the same program."""
+    out = None if structure is None else jax.tree.unflatten(structure, places)
+    jit = partial(jax.jit, donate_argnames=("state",), out_shardings=out)
+    return jit(prefill, static_argnames=("chunk", "depth", "ctx")), jit(decode, static_argnames=("depth", "ctx"))
 
 
 def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Context) -> State:

@@ -4,7 +4,7 @@ Suffixes: B rows (one), T tokens of a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.generation.engine import MIN_CACHE, check_count, check_prompts
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.placement import fetch, place, row_groups
 
 CHUNK = 256
 
@@ -30,7 +31,7 @@ def score(
 
     A text longer than ``window`` tokens (default: the model's length) is scored in windows that begin half a
     window apart: every token sees at least half a window before it, or the text's beginning. ``chunk``:
-    tokens that one call feeds.
+    tokens that one call feeds. ``ctx``: on a mesh each of its groups of rows but the first has an empty row.
 
     Raises ValueError for fewer than two tokens, ids outside the vocabulary, and a window that the model
     cannot hold.
@@ -47,18 +48,22 @@ def score(
     size = min(window, len(tokens))
     capacity = min(max(1 << (size - 1).bit_length(), MIN_CACHE), cfg.max_length)
 
+    rows = 1 if ctx.mesh is None else row_groups(ctx)
+    model = place(model, ctx)
     values, start = [], 0
     while len(values) < len(tokens) - 1:
         part = np.asarray(tokens[start : start + window], np.int32)
-        cache, pieces = model.init_cache(1, capacity, ctx=ctx), []
+        cache, pieces = model.init_cache(rows, capacity, ctx=ctx), []
+        leaves, structure = jax.tree.flatten(cache)
+        feed = _compiled(*(() if ctx.mesh is None else (structure, tuple(a.sharding for a in leaves))))
         for first in range(0, len(part) - 1, chunk):
-            fed = np.zeros((3, 1, chunk), np.int32)
+            fed = np.zeros((3, rows, chunk), np.int32)
             size = min(chunk, len(part) - 1 - first)
             fed[0, 0, :size] = part[first : first + size]
             fed[1, 0, :size] = part[first + 1 : first + 1 + size]
             fed[2, 0, :size] = 1
-            cache, logprob_BT = _feed(model, cache, *fed, ctx=ctx)
-            pieces.append(np.array(logprob_BT[0])[:size])
+            cache, logprob_BT = feed(model, cache, *fed, ctx=ctx)
+            pieces.append(fetch(logprob_BT, ctx)[0, :size])
         found = np.concatenate(pieces)
         if not np.isfinite(found).all():
             raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
@@ -67,7 +72,13 @@ def score(
     return values
 
 
-@partial(jax.jit, static_argnames=("ctx",), donate_argnames=("cache",))
+@lru_cache
+def _compiled(structure=None, places=None):
+    """`_feed`, jitted; on a mesh the cache, of that structure, stays in its places."""
+    out = None if structure is None else (jax.tree.unflatten(structure, places), None)
+    return jax.jit(_feed, static_argnames=("ctx",), donate_argnames=("cache",), out_shardings=out)
+
+
 def _feed(
     model: Transformer,
     cache: Cache,

@@ -1,13 +1,14 @@
 """Puts models and batches where a context's layout wants them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.core.axes import BATCH, parts, shardings, spec
+from deepseek_jax.core.axes import BATCH, LayoutError, parts, shardings, spec
 from deepseek_jax.core.context import Context
 
 Tree = TypeVar("Tree")
@@ -24,26 +25,69 @@ def place(model: Tree, ctx: Context) -> Tree:
 def place_batch(batch: Mapping[str, np.ndarray], ctx: Context) -> dict[str, jax.Array]:
     """A batch's arrays [..., B, T] with their rows on the devices that compute them.
 
-    B: the rows of this process, which are its part of the global batch, in the order of the processes.
+    B: the rows of this process, which are its `row_share` of the global batch, in their order there.
 
     Raises LayoutError where the rows do not divide over the devices.
     """
     if ctx.mesh is None:
         return dict(batch)
-    placed = {}
-    for name, array in batch.items():
-        rows = array.shape[-2] * jax.process_count()
-        split = spec((BATCH, None), (*array.shape[:-2], rows, array.shape[-1]), ctx.layout.use, ctx.mesh, "a batch")
-        sharding = NamedSharding(ctx.mesh, split)
-        shape = (*array.shape[:-2], rows, array.shape[-1])
-        placed[name] = jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
-    return placed
+    groups, count = row_share(ctx)
+    return {name: _place_rows(np.asarray(array), groups, count, ctx) for name, array in batch.items()}
+
+
+def _place_rows(array: np.ndarray, groups: tuple[int, ...], count: int, ctx: Context) -> jax.Array:
+    size, rest = divmod(array.shape[-2], len(groups))
+    if rest:
+        raise LayoutError(
+            f"a batch: this process's {array.shape[-2]} rows do not divide into the {len(groups)} of {count} groups of "
+            "rows that its devices compute."
+        )
+    shape = (*array.shape[:-2], size * count, array.shape[-1])
+    split = spec((BATCH, None), shape, ctx.layout.use, ctx.mesh, "a batch")
+    here = {group: place for place, group in enumerate(groups)}
+
+    def part(index):
+        first = here[(index[-2].start or 0) // size] * size
+        return array[..., first : first + size, :]
+
+    return jax.make_array_from_callback(shape, NamedSharding(ctx.mesh, split), part)
 
 
 def row_groups(ctx: Context) -> int:
     """The number of parts into which a batch's rows are split."""
     split = spec((BATCH,), (0,), ctx.layout.use, ctx.mesh, "a batch")
     return int(np.prod([ctx.mesh.shape[axis] for axis in parts(split)[0]], dtype=int))
+
+
+def row_share(ctx: Context) -> tuple[tuple[int, ...], int]:
+    """Which of the groups of a batch's rows this process's devices compute, ascending, and how many there are.
+
+    Processes whose devices share rows (their tokens, heads or widths apart) have the same groups.
+    """
+    if ctx.mesh is None:
+        return (0,), 1
+    count = row_groups(ctx)
+    split = spec((BATCH,), (count,), ctx.layout.use, ctx.mesh, "a batch")
+    held = NamedSharding(ctx.mesh, split).addressable_devices_indices_map((count,))
+    return tuple(sorted({index[0].start or 0 for index in held.values()})), count
+
+
+def everywhere(tree: Tree, ctx: Context) -> Tree:
+    """Under jit: a tree's arrays whole on every device, so that every process can read them."""
+    if ctx.mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(ctx.mesh, PartitionSpec()))
+
+
+def fetch(tree: Tree, ctx: Context) -> Tree:
+    """NumPy arrays of a tree's arrays, whole in every process. Copies: on a CPU others are views of buffers that a
+    later call may be given to reuse."""
+    return jax.tree.map(np.array, jax.device_get(tree if ctx.mesh is None else _everywhere(tree, ctx)))
+
+
+@partial(jax.jit, static_argnames="ctx")
+def _everywhere(tree, ctx: Context):
+    return everywhere(tree, ctx)
 
 
 def settle(tree: Tree, ctx: Context) -> Tree:

@@ -30,6 +30,7 @@ from deepseek_jax.convert.training import (
     read_record,
     write_record,
 )
+from deepseek_jax.parallel.processes import from_first, is_first
 
 DAMAGED = "damaged"
 TEMPORARY = "orbax-checkpoint-tmp"
@@ -66,7 +67,7 @@ class _Kept:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder``.
+    """The checkpoints of one run, in ``folder``, which several processes share; these make the same calls.
 
     ``keep_last``, ``keep_best``: how many of the newest, and of those with the lowest measure (held-out bits per
     byte), stay; others are removed when a newer one is whole. ``files``: copied into every checkpoint
@@ -133,9 +134,19 @@ class Checkpoints:
         """
         if self._manager is not None:
             raise ValueError("restore comes before the first save.")
+        names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
+        found = from_first(lambda: self._newest_whole(names, leaves), f"looking for a checkpoint in {self.folder}")
+        if found is None:
+            return None
+        folder, record = self.folder / str(found["step"]), found["record"]
+        values = read_leaves(folder, dict(zip(names, leaves, strict=True)))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[name] for name in names])
+        return Restored(found["step"], state, record["data_state"], record["extra"], tuple(found["damaged"]))
+
+    def _newest_whole(self, names: list[str], leaves: list) -> dict | None:
+        """The step and record of the newest checkpoint that is not damaged, and what is wrong with newer ones."""
         self._remove_unfinished()
         damaged = []
-        names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
         for step in reversed(self.steps()):
             folder = self.folder / str(step)
             try:
@@ -145,9 +156,7 @@ class Checkpoints:
                 damaged.append(f"{error} The checkpoint was moved to {self._set_aside(folder)}.")
                 continue
             check_leaves(folder, record, names, leaves)
-            values = read_leaves(folder, dict(zip(names, leaves, strict=True)))
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[name] for name in names])
-            return Restored(step, state, record["data_state"], record["extra"], tuple(damaged))
+            return {"step": step, "record": record, "damaged": damaged}
         if damaged:
             raise CheckpointError(
                 f"{self.folder} has no checkpoint that can be read: {' '.join(damaged)} "
@@ -180,13 +189,12 @@ class Checkpoints:
         return self._manager
 
     def _seal(self) -> None:
-        """Called by Orbax when all arrays are written, before the folder takes its name."""
-        if jax.process_index() == 0:
-            step, record = self._pending
-            (folder,) = self._unfinished(step)
-            for file in self.files:
-                shutil.copyfile(file, folder / file.name)
-            write_record(folder, record)
+        """Called by Orbax on the first process when all arrays are written, before the folder takes its name."""
+        step, record = self._pending
+        (folder,) = self._unfinished(step)
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+        write_record(folder, record)
 
     def _unfinished(self, step: int | None = None) -> list[Path]:
         name = "*" if step is None else str(step)
@@ -218,7 +226,8 @@ class Checkpoints:
         except OSError as error:
             self._pending = None
             self._shut()
-            self._remove_unfinished()
+            if is_first():
+                self._remove_unfinished()
             good = self.newest()
             last = "there is no earlier one" if good is None else f"the last good one is {good}"
             raise OSError(

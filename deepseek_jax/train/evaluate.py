@@ -14,6 +14,7 @@ from deepseek_jax.analysis.ngram import KneserNey
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.placement import everywhere, place_batch, row_share
 from deepseek_jax.train.balance import max_violation
 
 WINDOWS_A_BATCH = 16
@@ -34,6 +35,10 @@ class Evaluation:
 
 @partial(jax.jit, static_argnames=("ctx",))
 def _score(model: Transformer, tokens_BT, segments_BT, ctx: Context):
+    return everywhere(_measured(model, tokens_BT, segments_BT, ctx), ctx)
+
+
+def _measured(model: Transformer, tokens_BT, segments_BT, ctx: Context):
     out = model(tokens_BT, segments=segments_BT, with_mtp=bool(model.cfg.mtp_depth), ctx=ctx)
     target = tokens_BT[:, 1:, None]
     log_p_BTV = jax.nn.log_softmax(out.logits[:, :-1], axis=-1)
@@ -48,14 +53,21 @@ def _score(model: Transformer, tokens_BT, segments_BT, ctx: Context):
 
 
 def evaluate(model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT) -> Evaluation:
-    """Scores every token of the held-out stream but its first, once, in windows without carry-over."""
+    """Scores every token of the held-out stream but its first, once, in windows without carry-over.
+
+    On a mesh each device computes its part of a batch of windows, and every process gets the figures.
+    """
     windows, segments = held_out.windows_WT, held_out.segments_WT
-    missing = -len(windows) % WINDOWS_A_BATCH
+    groups, count = row_share(ctx)
+    size = -(-WINDOWS_A_BATCH // count) * count
+    missing = -len(windows) % size
     windows, segments = (np.pad(a, ((0, missing), (0, 0))) for a in (windows, segments))
+    own = (np.asarray(groups)[:, None] * (size // count) + np.arange(size // count)).reshape(-1)
     nats, load_LE, same, real = [], None, 0, 0
-    for start in range(0, len(windows), WINDOWS_A_BATCH):
-        part = slice(start, start + WINDOWS_A_BATCH)
-        n, load, s, r = _score(model, windows[part], segments[part], ctx)
+    for start in range(0, len(windows), size):
+        part = start + own if ctx.mesh is not None else slice(start, start + size)
+        batch = place_batch({"tokens": windows[part], "segments": segments[part]}, ctx)
+        n, load, s, r = _score(model, batch["tokens"], batch["segments"], ctx)
         nats.append(np.asarray(n, np.float64))
         same, real = same + int(s), real + int(r)
         if load is not None:

@@ -24,9 +24,11 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.parallel.placement import row_share
+from deepseek_jax.parallel.processes import first_then_all, from_first, is_first, wait_for_all
 from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.evaluate import evaluate
-from deepseek_jax.train.loop import Result, check_fit, fit
+from deepseek_jax.train.loop import Result, check_fit, fit, open_run
 from deepseek_jax.train.lora import adapt, load_adapter, merge, save_adapter
 from deepseek_jax.train.metrics import Reporter, Reporters
 from deepseek_jax.train.options import Options
@@ -64,7 +66,7 @@ def fine_tune(
     it is. ``patterns``: what is trained (`train.patterns.select`), all by default; everything else stays as it is
     stored, bit for bit. ``lora``: adapters are trained instead, on a model that stays as it is stored. ``planned``: is
     told the recipe as it will be run. The other arguments, and what Ctrl-C and SIGTERM do, are those of
-    `train.loop.train`.
+    `train.loop.train`. On a mesh the whole model is trained: ``patterns`` and ``lora`` are refused there.
 
     Raises ValueError, FileExistsError or FileNotFoundError for settings that do not fit each other, the checkpoint or
     the folder; nothing is written then.
@@ -73,10 +75,10 @@ def fine_tune(
     chats, began = chats or ChatConfig(), time.monotonic() if began is None else began
     lora = lora if lora is not None and lora.rank else None
     cfg, _ = read_config(source)
-    check_fit(cfg, recipe, options)
-    _check(data, epochs, patterns, lora)
+    check_fit(cfg, recipe, options, ctx)
+    _check(data, epochs, patterns, lora, ctx)
     words = load_tokenizer(source)
-    view = Reporters([] if view is None else [view])
+    view = Reporters([view] if view is not None and is_first() else [])
     if isinstance(data, DataConfig):
         data = replace(data, fim_rate=recipe.fim_rate, sample_masks=recipe.sample_masks)
     settings = {
@@ -89,22 +91,23 @@ def fine_tune(
         "data": _data_settings(data, chats),
     }
     about = {"jax": jax.__version__, "command": command, "arguments": arguments}
-    with RunFolder.opened(folder, settings, about, resume) as run:
-        run.tokenizer.mkdir(exist_ok=True)
-        copy_tokenizer(source, run.tokenizer)
+    with open_run(folder, settings, about, resume) as run:
+        from_first(lambda: _keep_tokenizer(source, run), "copying the tokenizer")
         if isinstance(data, DataConfig):
-            loaded: Data | ChatData = load_data(data, words, run.tokens, view.say)
+            loaded: Data | ChatData = first_then_all(
+                lambda: load_data(data, words, run.tokens, view.say), "tokenising the text"
+            )
         else:
             loaded = load_chats(data, words, recipe.length, chats, view.say)
             if epochs is not None:
                 recipe = of_epochs(recipe, epochs, loaded.rows_an_epoch(recipe.length, recipe.seed))
         planned(recipe)
-        batches = loaded.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
+        batches = loaded.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed, shard=row_share(ctx))
         held_out = loaded.held_out(recipe.length)
         run.describe(
             model=asdict(cfg), recipe=asdict(recipe), data=loaded.record(), held_out_tokens=len(held_out.stream_n)
         )
-        run.config.write_text(json.dumps(config_to_json(cfg), indent=2) + "\n", encoding="utf-8")
+        run.write_config(config_to_json(cfg))
         ctx = replace(ctx, dtype=jnp.dtype(recipe.dtype))
         trained = select(abstract(cfg), patterns) if patterns else None
 
@@ -113,7 +116,7 @@ def fine_tune(
                 return adapt(load_pretrained(source, dtype=None), lora, recipe.seed)
             if trained is not None:
                 return thawed(load_pretrained(source, dtype=None), trained)
-            return load_pretrained(source, dtype=jnp.float32)
+            return load_pretrained(source, dtype=jnp.float32, ctx=ctx)
 
         with closing(batches):
             return fit(
@@ -142,7 +145,16 @@ def thawed(model: Transformer, trained: Trained) -> Transformer:
     return map_variables(thaw, model)
 
 
-def _check(data, epochs, patterns, lora) -> None:
+def _keep_tokenizer(source: Path, run: RunFolder) -> None:
+    run.tokenizer.mkdir(exist_ok=True)
+    copy_tokenizer(source, run.tokenizer)
+
+
+def _check(data, epochs, patterns, lora, ctx: Context) -> None:
+    if ctx.mesh is not None and (patterns or lora is not None):
+        raise ValueError(
+            "a part of a model and adapters are trained on one device: leave the mesh out, or train all of the model."
+        )
     if patterns and lora is not None:
         raise ValueError(
             "patterns of trained parameters and LoRA exclude each other: its targets say what gets adapters."
@@ -194,7 +206,8 @@ def _exporter(
         if lora is not None and not lora.merge:
             stored = load_adapter(load_pretrained(source, dtype=None), run.export)
         else:
-            stored = load_pretrained(run.export, dtype=np.float32)
+            wait_for_all("exporting")
+            stored = load_pretrained(run.export, dtype=np.float32, ctx=ctx)
         return evaluate(stored, held_out, ctx).bits_per_byte
 
     return export
@@ -209,4 +222,5 @@ def save_like(model: Transformer, folder: Path, source: Path) -> None:
     leaves = jax.tree.leaves(load_pretrained(source, dtype=None), is_leaf=is_variable)
     fp8 = any(is_variable(v) and isinstance(v.get_value(), Quantized) for v in leaves)
     save_pretrained(model, folder, quantize="fp8" if fp8 else None)
-    copy_files(source, folder)
+    if is_first():
+        copy_files(source, folder)

@@ -1,11 +1,10 @@
 """A training run from its settings to the exported model: `train`, and `fit`, which takes any model and batches."""
 
 import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,12 +17,15 @@ from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.convert.save import save_pretrained
+from deepseek_jax.core.axes import balanced_order, shardings
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Trained, named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.pipeline import Batches, Data, load_data, training_texts
-from deepseek_jax.model.transformer import Transformer, init
+from deepseek_jax.model.transformer import Transformer, abstract, init
+from deepseek_jax.parallel.placement import row_groups, row_share
+from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first, wait_for_all
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
 from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.train.balance_loss import check_devices
@@ -93,6 +95,11 @@ def train(
     ``began``: `time.monotonic()` at which the run counts as begun. ``command``, ``arguments``: what started the run,
     for run.json.
 
+    ``ctx``: with a mesh the model is made or loaded in its shards and trained there; a run may be resumed on another
+    mesh and by another number of processes. Several processes (`parallel.processes.join`) all call this, with a mesh
+    of all their devices and a folder that they share; each reads the rows that its devices compute, the first one
+    alone reports and writes, and all of them stop where one is stopped.
+
     Ctrl-C ends the run after the step under way: it is saved, measured and exported like a whole one, and can be
     resumed; a second one stops at once. SIGTERM saves and returns.
 
@@ -100,10 +107,10 @@ def train(
     nothing is written then. TrainingStopped after too many steps that are not finite; OSError for a full disk.
     """
     options = options or Options()
-    check_fit(cfg, recipe, options)
+    check_fit(cfg, recipe, options, ctx)
     text = replace(text, fim_rate=recipe.fim_rate, sample_masks=recipe.sample_masks)
     began = time.monotonic() if began is None else began
-    view = Reporters([] if view is None else [view])
+    view = Reporters([view] if view is not None and is_first() else [])
     settings = {
         "model": asdict(cfg),
         "recipe": asdict(recipe),
@@ -112,7 +119,7 @@ def train(
         "from": None if source is None else str(source),
     }
     about = {"jax": jax.__version__, "command": command, "arguments": arguments}
-    with RunFolder.opened(folder, settings, about, resume) as run:
+    with open_run(folder, settings, about, resume) as run:
         words = make_tokenizer(run, tokenizer, text, cfg.max_length)
         if source is not None and words.vocab_size != cfg.vocab_size:
             raise ValueError(
@@ -120,18 +127,20 @@ def train(
                 "--tokenizer out to use its own."
             )
         cfg = replace(cfg, vocab_size=words.vocab_size)
-        data = load_data(text, words, run.tokens, view.say)
-        batches = data.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
+        if ctx.mesh is not None:
+            shardings(abstract(cfg), ctx)
+        data = first_then_all(lambda: load_data(text, words, run.tokens, view.say), "tokenising the text")
+        batches = data.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed, shard=row_share(ctx))
         held_out = data.held_out(recipe.length)
         run.describe(
             model=asdict(cfg), recipe=asdict(recipe), data=data.record(), held_out_tokens=len(held_out.stream_n)
         )
-        run.config.write_text(json.dumps(config_to_json(cfg), indent=2) + "\n", encoding="utf-8")
+        run.write_config(config_to_json(cfg))
 
         def make() -> Transformer:
             if source is not None:
-                return load_pretrained(source, dtype=jnp.float32)
-            return init(replace(cfg, init_std=recipe.init_std), jax.random.key(recipe.seed))
+                return load_pretrained(source, dtype=jnp.float32, ctx=ctx)
+            return init(replace(cfg, init_std=recipe.init_std), jax.random.key(recipe.seed), ctx=ctx)
 
         with closing(batches):
             return fit(
@@ -148,13 +157,40 @@ def train(
             )
 
 
-def check_fit(cfg: ModelConfig, recipe: Recipe, options: Options) -> None:
-    """Raises ValueError for a recipe that does not fit the model or the options."""
+@contextmanager
+def open_run(folder: Path, settings: Mapping, about: Mapping, resume: bool) -> Iterator[RunFolder]:
+    """`RunFolder.opened` on the first process; the others get the same folder, in which they write nothing."""
+    with ExitStack() as stack:
+        held = []
+
+        def enter() -> dict:
+            held.append(stack.enter_context(RunFolder.opened(folder, settings, about, resume)))
+            return {"about": held[0].about, "fresh": held[0].fresh}
+
+        told = from_first(enter, f"opening {folder}")
+        yield held[0] if held else RunFolder(folder, told["about"], told["fresh"], writes=False)
+
+
+def check_fit(cfg: ModelConfig, recipe: Recipe, options: Options, ctx: Context = DEFAULT) -> None:
+    """Raises ValueError for a recipe that does not fit the model, the options or the mesh."""
     if recipe.length > cfg.max_length:
         raise ValueError(f"rows of {recipe.length} tokens exceed the model's max_length of {cfg.max_length}.")
     if options.export == "ema" and not recipe.ema_decay:
         raise ValueError("there is no average to export: the recipe's ema_decay is 0.")
     check_devices(cfg.moe, recipe.weights)
+    if ctx.mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes need a mesh of all their devices, such as fsdp=-1.")
+        return
+    groups = row_groups(ctx)
+    if recipe.pass_rows % groups:
+        raise ValueError(
+            f"micro-batches of {recipe.pass_rows} rows do not divide over the {groups} devices of the mesh's data x "
+            "fsdp x expert axes: choose a batch, and micro_rows where they are given, that are multiples of it, or "
+            "smaller axes."
+        )
+    if ctx.sequence_parts > 1:
+        balanced_order(recipe.length, ctx.sequence_parts)
 
 
 def fit(
@@ -184,7 +220,7 @@ def fit(
     moving = sum(v.size for v in named(state.params).values())
     del model
     progress, damaged = Progress(data_state=batches.get_state()), ()
-    if checkpoints.steps():
+    if from_first(checkpoints.steps, "looking for checkpoints"):
         # Not both at once: on an accelerator there may be room for one state only.
         wanted, state = like(state), None
         found = checkpoints.restore(wanted)
@@ -194,8 +230,8 @@ def fit(
     resumed = not run.fresh
     if resumed:
         run.truncate_metrics(progress.step)
-    files = [JsonLines(run.metrics), TextLog(run.log, began)]
-    if options.tensorboard:
+    files = [JsonLines(run.metrics), TextLog(run.log, began)] if run.writes else []
+    if options.tensorboard and run.writes:
         files.append(TensorBoard(run.path / "tensorboard"))
     with closing(checkpoints), Reporters([*files, view]) as reporters:
         journal = Journal(reporters, began)
@@ -221,21 +257,22 @@ def fit(
             journal=journal,
             throughput=Throughput(flops, None if peak is None else peak.flops * devices),
             progress=progress,
+            ctx=ctx,
         )
         del state
-        with StopSignals() as stop:
+        with StopSignals(Agreement() if jax.process_count() > 1 else None) as stop:
             trainer.run(stop)
             return _end(run, trainer, stop, export)
 
 
 def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[State], float]) -> Result:
     """Measures and exports, unless SIGTERM leaves no time for it."""
-    progress, journal = trainer.progress, trainer.journal
+    progress, journal, asked = trainer.progress, trainer.journal, stop.settled()
     found, stored = progress.evaluation, None
-    if stop.asked is not None:
+    if asked is not None:
         kept = f"saved in {trainer.checkpoints.newest()}; train with --resume goes on from there"
-        journal.event("interrupted", f"by {stop.asked}, {kept}", progress)
-    if stop.asked != "SIGTERM" and progress.step:
+        journal.event("interrupted", f"by {asked}, {kept}", progress)
+    if asked != "SIGTERM" and progress.step:
         if found is None or found["step"] != progress.step:
             # Not among the run's own measurements: a run that is resumed has the same ones as one never stopped.
             found = plain(trainer.measure(trainer.state, progress))
@@ -246,7 +283,7 @@ def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[
     result = Result(
         steps=progress.step,
         tokens=progress.tokens,
-        interrupted=stop.asked,
+        interrupted=stop.settled(),
         minutes=journal.minutes(),
         model_bits=found.get("bits_per_byte"),
         trigram_bits=found.get("trigram_bits_per_byte"),
@@ -264,13 +301,13 @@ def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[
 
 def measurer(data: Data, held_out: HeldOut, recipe: Recipe, cfg: ModelConfig, ctx: Context) -> Measure:
     """Held-out figures of the model and of a trigram counted on the same tokens, and of the average where one is
-    kept."""
+    kept. Of several processes the first alone counts the trigram."""
 
     def measure(state: State, progress: Progress) -> dict:
         figures = asdict(evaluate(state.model, held_out, ctx))
         if state.ema is not None:
             figures["ema_bits_per_byte"] = evaluate(state.averaged, held_out, ctx).bits_per_byte
-        if progress.tokens <= TRIGRAM_TOKENS:
+        if progress.tokens <= TRIGRAM_TOKENS and is_first():
             seen = data.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
             seen.set_state(progress.data_state)
             figures["trigram_bits_per_byte"] = trigram_bits_per_byte(seen.rows_seen(), held_out, cfg.vocab_size)
@@ -285,14 +322,21 @@ def exporter(run: RunFolder, options: Options, held_out: HeldOut, ctx: Context) 
     def export(state: State) -> float:
         with run.exporting() as folder:
             save_pretrained(state.averaged if options.export == "ema" else state.model, folder, quantize="fp8")
-            copy_tokenizer(run.tokenizer, folder)
-        return evaluate(load_pretrained(run.export, dtype=np.float32), held_out, ctx).bits_per_byte
+            if run.writes:
+                copy_tokenizer(run.tokenizer, folder)
+        wait_for_all("exporting")
+        return evaluate(load_pretrained(run.export, dtype=np.float32, ctx=ctx), held_out, ctx).bits_per_byte
 
     return export
 
 
 def make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max_length: int) -> Tokenizer:
     """The run's tokenizer, in its folder: there already, or copied, or trained on the text."""
+    from_first(lambda: _make_tokenizer(run, tokenizer, text, max_length), "making the tokenizer")
+    return load_tokenizer(run.tokenizer)
+
+
+def _make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max_length: int) -> None:
     if not run.tokenizer.exists():
         part = run.tokenizer.with_name(".tokenizer.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -303,7 +347,6 @@ def make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max_
         else:
             copy_tokenizer(tokenizer, part)
         part.replace(run.tokenizer)
-    return load_tokenizer(run.tokenizer)
 
 
 def _model_files(run: RunFolder) -> list[Path]:

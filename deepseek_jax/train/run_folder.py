@@ -23,10 +23,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 class RunFolder:
-    """Paths of a run; made by `opened`."""
+    """Paths of a run; made by `opened`. ``writes``: False in all but the first of several processes, which share the
+    folder: there nothing is written."""
 
-    def __init__(self, path: Path, about: dict, fresh: bool):
-        self.path, self.about, self.fresh = path, about, fresh
+    def __init__(self, path: Path, about: dict, fresh: bool, writes: bool = True):
+        self.path, self.about, self.fresh, self.writes = path, about, fresh, writes
         self.log, self.metrics = path / "train.log", path / "metrics.jsonl"
         self.tokenizer, self.tokens, self.config = path / "tokenizer", path / "tokens", path / "config.json"
         self.checkpoints, self.export = path / "checkpoints", path / "checkpoint"
@@ -71,11 +72,17 @@ class RunFolder:
     def describe(self, **more) -> None:
         """Adds to run.json."""
         self.about |= json.loads(json.dumps(more))
-        write_whole(self.path / "run.json", json.dumps(self.about, indent=2) + "\n")
+        if self.writes:
+            write_whole(self.path / "run.json", json.dumps(self.about, indent=2) + "\n")
+
+    def write_config(self, config: Mapping) -> None:
+        """Writes config.json."""
+        if self.writes:
+            write_whole(self.config, json.dumps(config, indent=2) + "\n")
 
     def truncate_metrics(self, step: int) -> None:
         """Removes from metrics.jsonl what was recorded after ``step``, a result, and a line that is not whole."""
-        if not self.metrics.exists():
+        if not self.writes or not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
@@ -90,6 +97,9 @@ class RunFolder:
     @contextmanager
     def exporting(self) -> Iterator[Path]:
         """A path for the exported model; what is written there takes the place of an earlier export."""
+        if not self.writes:
+            yield self.export
+            return
         new, old = (self.export.with_name(f".{self.export.name}.{word}") for word in ("new", "old"))
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.core.context import Context
+from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Trained, named, partition
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.placement import place_batch, settle
 from deepseek_jax.train import optim
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.feed import Fed, Feed
@@ -68,6 +70,8 @@ def begin(
 ) -> tuple[State, Callable[[State, dict, Knobs], tuple[State, dict]]]:
     """The state before the first step, and the compiled step; the state that it is given is used up.
 
+    On a mesh the state stays where the model's shards lie, and every device has the whole metrics.
+
     ``trained``: which parameters are trained (`core.params.partition`); by default all.
     """
     optimizer = optim.make(recipe.optimizer, named(partition(model, trained)[0]))
@@ -79,7 +83,11 @@ def begin(
         clip=recipe.optimizer.clip,
         ema_decay=recipe.ema_decay,
     )
-    return start(model, optimizer, recipe.ema_decay > 0, trained), jax.jit(step, donate_argnums=0)
+    state = settle(start(model, optimizer, recipe.ema_decay > 0, trained), ctx)
+    if ctx.mesh is None:
+        return state, jax.jit(step, donate_argnums=0)
+    places = jax.tree.map(lambda a: a.sharding, state), NamedSharding(ctx.mesh, PartitionSpec())
+    return state, jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def like(tree):
@@ -94,9 +102,9 @@ def like(tree):
 class Trainer:
     """Takes the steps of a recipe from wherever ``progress`` stands.
 
-    ``batches``: an iterator over micro-batches with ``get_state``, that stands there too. ``measure``: the figures of
-    an evaluation, "bits_per_byte" among them. A step's figures are fetched while the next one runs; only a step that is
-    logged is waited for.
+    ``batches``: an iterator over micro-batches with ``get_state``, that stands there too, of this process's rows.
+    ``measure``: the figures of an evaluation, "bits_per_byte" among them. ``ctx``: where batches go.
+    A step's figures are fetched while the next one runs; only a step that is logged is waited for.
     """
 
     def __init__(
@@ -112,10 +120,11 @@ class Trainer:
         journal: Journal,
         throughput: Throughput,
         progress: Progress,
+        ctx: Context = DEFAULT,
     ):
         self.state, self.step, self.batches, self.measure = state, step, batches, measure
         self.recipe, self.options, self.checkpoints, self.journal = recipe, options, checkpoints, journal
-        self.throughput, self.progress = throughput, progress
+        self.throughput, self.progress, self.ctx = throughput, progress, ctx
         self.spikes = Spikes(progress.recent_losses)
         self.skips = Skips(recipe.max_skipped, progress.skipped_in_a_row, progress.skipped)
         self.saved = progress.step if progress.step else None
@@ -129,7 +138,7 @@ class Trainer:
         recipe, progress, save_every = self.recipe, self.progress, self.options.save_every
         with Feed(self.batches, recipe, progress.step, progress.tokens) as feed:
             compiled = False
-            while not stop.asked and (fed := next(feed, None)) is not None:
+            while stop.agreed() is None and (fed := next(feed, None)) is not None:
                 metrics = self._take(fed, compiled)
                 compiled, last = True, progress.tokens >= recipe.tokens
                 if progress.step % recipe.log_every == 0 or progress.step == 1 or last:
@@ -172,7 +181,7 @@ class Trainer:
 
     def _take(self, fed: Fed, compiled: bool) -> dict:
         progress, began = self.progress, time.monotonic()
-        self.state, metrics = self.step(self.state, fed.batch, Knobs.of(fed.setting))
+        self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
         if not compiled:
             jax.block_until_ready(metrics["loss"])
         tokens = fed.setting.rows * self.recipe.length

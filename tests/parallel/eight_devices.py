@@ -20,6 +20,8 @@ import deepseek_jax as dsj
 from deepseek_jax.convert import shards
 from deepseek_jax.core.axes import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
+from deepseek_jax.generation.engine import stream
+from deepseek_jax.generation.score import score
 from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
@@ -201,6 +203,35 @@ def compare_generated(case: str, name: str = "usual") -> dict:
     }
 
 
+def text(ctx) -> dict:
+    """Five rows, which do not divide over 8 devices, greedy and sampled, with drafts; in several calls of each
+    program."""
+    prompts = [row[: 3 + 4 * i].tolist() for i, row in enumerate(np.asarray(random_tokens(CFG, 5, 20)))]
+    how = {"temperature": [0, 1, 0, 0.7, 0], "top_k": [0, 0, 0, 20, 0], "stop_ids": (), "use_mtp": True}
+    run = stream(place(MODEL, ctx), prompts, 9, **how, seed=3, ctx=ctx, chunk=8, steps=4)
+    programs = run._prefill, run._decode
+    before = [program._cache_size() for program in programs]
+    pieces = [len(new) for new in run]
+    tokens, info = run.result()
+    found = {"tokens": tokens, "calls": len(pieces), **vars(info)}
+    return found | {"programs": [p._cache_size() - n for p, n in zip(programs, before, strict=True)]}
+
+
+@cache
+def text_on_one_device() -> dict:
+    return text(dsj.Context())
+
+
+def compare_text(case: str) -> dict:
+    return {"ours": text(dsj.Context(mesh=mesh_of(case))), "theirs": text_on_one_device()}
+
+
+def compare_scores(case: str) -> dict:
+    ids = random_tokens(CFG, 1, 40)[0].tolist()
+    ours, theirs = (score(MODEL, ids, ctx, chunk=16) for ctx in (dsj.Context(mesh=mesh_of(case)), dsj.Context()))
+    return {"largest": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), "first": theirs[0]}
+
+
 def snapshot(case: str) -> dict:
     """Where every parameter and moment rests, and what the compiled step moves."""
     ctx = dsj.Context(mesh=mesh_of(case))
@@ -285,6 +316,8 @@ JOBS = {
     "forward": compare_forward,
     "drop": partial(compare_forward, drop=True),
     "generated": compare_generated,
+    "text": compare_text,
+    "scores": compare_scores,
     "snapshot": snapshot,
     "born": born,
 }

@@ -21,12 +21,16 @@ SNAPSHOT = MIXED[0]
 HERE = Path(__file__).parent
 # Decoding over the first two axes is the forward pass's layout once more: it waits for the slow tests.
 DECODED, DECODED_SLOWLY = AXES[2:], AXES[:2]
+# Experts apart, rows filled up; and heads and vocabulary apart.
+WRITTEN = ("expert=8", "tensor=4")
 DEFAULT = [
     *(f"{what}|{axis}" for axis in AXES for what in ("sgd", "forward")),
     *(f"generated|{axis}" for axis in DECODED),
     "sgd|expert=8|concentrated",
     "forward|expert=8|concentrated",
     "drop|expert=8|concentrated",
+    *(f"text|{axis}" for axis in WRITTEN),
+    "scores|expert=8",
     f"born|{SNAPSHOT}",
     "loaded|fsdp=4,expert=2",
     f"snapshot|{SNAPSHOT}",
@@ -34,6 +38,7 @@ DEFAULT = [
 SLOW = [
     *(f"generated|{axis}" for axis in DECODED_SLOWLY),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
+    *(f"text|{case}" for case in MIXED[:2]),
     *(f"adamw|{case}" for case in MIXED[:2]),
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
 ]
@@ -115,6 +120,34 @@ def test_prefill_and_decoding_on_one_axis(default, axis):
 @pytest.mark.parametrize("axis", DECODED_SLOWLY)
 def test_prefill_and_decoding_on_an_axis_of_rows(slow, axis):
     check_generated(slow[f"generated|{axis}"])
+
+
+def check_text(found: dict) -> None:
+    ours, theirs = found["ours"], found["theirs"]
+    for name in ("tokens", "calls", "finish_reason", "drafted", "accepted"):
+        assert ours[name] == theirs[name], name
+    assert sum(ours["accepted"]) > 0
+    for mine, reference in zip(ours["logprobs"], theirs["logprobs"], strict=True):
+        assert mine == pytest.approx(reference, abs=2e-5)
+    # Several calls ran each of the two programs.
+    assert ours["calls"] > 1
+    assert ours["programs"] == [1, 1]
+
+
+@pytest.mark.parametrize("axis", WRITTEN)
+def test_text_greedy_and_sampled_with_drafts(default, axis):
+    check_text(default[f"text|{axis}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MIXED[:2])
+def test_text_on_mixed_meshes(slow, case):
+    check_text(slow[f"text|{case}"])
+
+
+def test_scores(default):
+    found = default["scores|expert=8"]
+    assert found["largest"] <= 2e-5 < abs(found["first"])
 
 
 def test_nothing_is_dropped_when_every_token_goes_to_the_same_experts(default):

@@ -1,0 +1,45 @@
+"""Options of commands that run on a mesh and in several processes. Loads no JAX."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a command; by default one."""
+
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=SIZE,...")] = None
+    """Mesh of all devices, such as fsdp=4,expert=2; axes data, fsdp, expert, tensor, context, one of them with -1 for
+    what the others leave. By default one device, or fsdp=-1 with several processes."""
+    layout: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """What lies where on the mesh: all (the default), data, fsdp, tensor, fsdp_tp, fsdp_ep, ep_tp, context or serve."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where the first of several processes listens; "auto" for the cluster that JAX detects, "none" for a process
+    alone. By default JAX_COORDINATOR_ADDRESS, else "auto" under Slurm or Open MPI with several tasks and on TPU
+    machines."""
+    processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many processes there are; by default JAX_NUM_PROCESSES, else as detected."""
+    process_index: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Which of them this is, from 0; by default JAX_PROCESS_ID, else as detected."""
+
+    def context(self):
+        """Joins the other processes and returns the `Context`; before anything else touches a device.
+
+        Raises LayoutError for a mesh or layout that does not exist, ProcessError where the others are not found.
+        """
+        from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
+        from deepseek_jax.parallel.processes import join
+
+        sizes = None if self.mesh is None else mesh_sizes(self.mesh)
+        join(self.coordinator, self.processes, self.process_index)
+        import jax
+
+        from deepseek_jax.parallel.context import Context
+
+        if sizes is None and jax.process_count() > 1:
+            sizes = {"fsdp": -1}
+        if sizes is None and self.layout is not None:
+            raise ValueError("--layout lays a model out on a mesh: give one with --mesh.")
+        return Context() if sizes is None else Context(mesh=make_mesh(**sizes), layout=self.layout)
