@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.axes import balanced_order
+from deepseek_jax.core.axes import balanced_order, gather
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, shifted
 from deepseek_jax.train.balance_loss import balance_losses
+from deepseek_jax.train.cross_entropy import chunked_nats
 from deepseek_jax.train.recipe import LossWeights
 
 ENTRIES = {"tokens", "segments", "positions", "loss_mask"}
@@ -76,21 +78,12 @@ def _nats(model: Transformer, hidden_BTD: jax.Array, logits_BTV: jax.Array | Non
     """The sum of -log p(target), from the logits, or from the hidden states a chunk of each row's tokens at a time."""
     if logits_BTV is not None:
         return cross_entropy(logits_BTV, target_BT)[0]
-    size = min(ctx.loss_chunk, target_BT.shape[1])
-    missing = -target_BT.shape[1] % size
-    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, missing), (0, 0)))
-    target_BT = jnp.pad(target_BT, ((0, 0), (0, missing)), constant_values=-1)
-
-    # The backward pass makes a chunk's logits again instead of keeping them.
-    @jax.checkpoint
-    def chunk(model, hidden_BTD, target_BT):
-        return cross_entropy(model.unembed(hidden_BTD, ctx), target_BT)[0]
-
-    def add(nats, index):
-        parts = (jax.lax.dynamic_slice_in_dim(a, index * size, size, axis=1) for a in (hidden_BTD, target_BT))
-        return nats + chunk(model, *parts), None
-
-    return jax.lax.scan(add, jnp.zeros(()), jnp.arange(target_BT.shape[1] // size))[0]
+    head = model.embed if model.head is None else model.head
+    axes = (head.base if isinstance(head, LowRank) else head).get_metadata()["axes"]
+    weight = held(head)
+    if not isinstance(weight, jax.Array):
+        weight = dense(gather(head, ctx, hidden_BTD.dtype), hidden_BTD.dtype)
+    return chunked_nats(hidden_BTD, weight, target_BT, axes, ctx)
 
 
 def loss(
