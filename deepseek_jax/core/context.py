@@ -16,7 +16,7 @@ REMAT = {
     "attention": ("attn",),
     "sublayers": ("attn", "ffn"),
 }
-EXPERTS = ("auto", "dense", "blocks", "ragged")
+EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel")
 

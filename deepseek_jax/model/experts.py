@@ -1,8 +1,8 @@
 """Routed experts: every token through its chosen SwiGLU networks, nothing dropped (DeepSeekMoE 2401.06066).
 
-One function, `routed_experts`, in three forms that agree: a dense oracle that computes every expert for every
-token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU) or
-`jax.lax.ragged_dot` (lowered natively on TPU and GPU).
+One function, `routed_experts`, in four forms that agree: a dense oracle that computes every expert for every
+token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU),
+`jax.lax.ragged_dot` (lowered natively on TPU and GPU) or a Pallas kernel for TPU.
 
 Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert
 width.
@@ -20,6 +20,7 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import dense
 from deepseek_jax.core.lowrank import LowRank, held
 from deepseek_jax.core.quant import Quantized
+from deepseek_jax.model import kernels
 
 MAX_BLOCK_ROWS = 128
 MIN_BLOCK_ROWS = 8
@@ -160,7 +161,7 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
         da, db = (jnp.stack(da, 2), jnp.stack(db, 1)) if w.split else (da[0], db[0])
         base = _weight_gradient(w.base, x_MD, dy_MZ, sizes, form)
         return replace(w, base=base, a=da.astype(w.a.dtype), b=db.astype(w.b.dtype))
-    return grouped_outer(x_MD, dy_MZ, sizes, form).reshape(w.shape).astype(w.dtype)
+    return grouped_outer(x_MD, dy_MZ, sizes, form, w.dtype).reshape(w.shape)
 
 
 # --- Grouped matmul -----------------------------------------------------------------------------------------
@@ -169,23 +170,26 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
     """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are finite, arbitrary.
 
-    ``form``: "blocks", "ragged", or "auto" for the one that suits the platform the program is lowered for.
+    ``form``: "blocks", "ragged", "kernel", or "auto" for the one that suits the platform the program is lowered for.
     """
     if form == "auto":
         return jax.lax.platform_dependent(
             cpu=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose),
             default=lambda: ragged_matmul(x_MD, w_EDZ, sizes_E, transpose),
         )
-    return (blocks_matmul if form == "blocks" else ragged_matmul)(x_MD, w_EDZ, sizes_E, transpose)
+    forms = {"blocks": blocks_matmul, "ragged": ragged_matmul, "kernel": kernel_matmul}
+    return forms[form](x_MD, w_EDZ, sizes_E, transpose)
 
 
-def grouped_outer(x_MD, y_MZ, sizes_E, form: str) -> jax.Array:
-    """[E, D, Z]: x[rows of e].T @ y[rows of e]."""
+def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Array:
+    """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32."""
     if form == "auto":
         return jax.lax.platform_dependent(
-            cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E), default=lambda: ragged_outer(x_MD, y_MZ, sizes_E)
+            cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype),
+            default=lambda: ragged_outer(x_MD, y_MZ, sizes_E, dtype),
         )
-    return (blocks_outer if form == "blocks" else ragged_outer)(x_MD, y_MZ, sizes_E)
+    forms = {"blocks": blocks_outer, "ragged": ragged_outer, "kernel": kernel_outer}
+    return forms[form](x_MD, y_MZ, sizes_E, dtype)
 
 
 def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
@@ -195,17 +199,31 @@ def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
         lhs_ragged_dimensions=(0,),
         rhs_group_dimensions=(0,),
     )
-    y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=jnp.float32)
-    # What stands in rows beyond the groups depends on the platform.
-    inside = jnp.arange(x_MD.shape[0])[:, None] < sizes_E.sum()
-    return jnp.where(inside, y, 0).astype(x_MD.dtype)
+    # Asked for in x's dtype: accelerators accumulate in float32 all the same, and a float32 result would be an array.
+    y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
+    return _inside(y, sizes_E)
 
 
-def ragged_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
+def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
     )
-    return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=jnp.float32)
+    return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=dtype)
+
+
+def kernel_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    run = lambda interpret: partial(kernels.grouped_matmul, transpose=transpose, interpret=interpret)  # noqa: E731
+    return _inside(kernels.on_platform(run)(x_MD, _fuse(dense(w_EDZ, x_MD.dtype)), sizes_E), sizes_E)
+
+
+def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
+    run = lambda interpret: partial(kernels.grouped_outer, dtype=dtype, interpret=interpret)  # noqa: E731
+    return kernels.on_platform(run)(x_MD, y_MZ, sizes_E)
+
+
+def _inside(y_MZ, sizes_E) -> jax.Array:
+    """Zero in the rows beyond the groups, where what stands depends on the platform."""
+    return jnp.where(jnp.arange(y_MZ.shape[0])[:, None] < sizes_E.sum(), y_MZ, 0)
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -251,7 +269,7 @@ def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     return jax.lax.fori_loop(0, count, body, jnp.zeros((M + size, width), x_MD.dtype))[:M]
 
 
-def blocks_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
+def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     size = block_rows(x_MD.shape[0], sizes_E.size)
     group, first, real, count = _blocks(sizes_E, x_MD.shape[0], size)
     x_pad, y_pad = (jnp.pad(a, ((0, size), (0, 0))) for a in (x_MD, y_MZ))
@@ -265,7 +283,7 @@ def blocks_outer(x_MD, y_MZ, sizes_E) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(out, sum_, group[i], 0)
 
     shape = (sizes_E.size, x_MD.shape[1], y_MZ.shape[1])
-    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32)).astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Pallas kernels for TPU behind the functions that have an XLA form: causal attention and the experts' matmul.
 
 Attention is JAX's splash attention: a block of queries meets the keys of its own and earlier blocks only, with a
-running softmax in float32, so that no scores are in memory. `model.attention.attend` decides where it applies.
+running softmax in float32, so that no scores are in memory. `model.attention.attend` decides where it applies. The
+grouped matmul is JAX's megablox: tiles of rows meet the weights of the groups that they hold rows of, and no others.
 
-Suffixes: B batch, T tokens, N query heads, G key heads, K key dim, V value dim.
+Suffixes: B batch, T tokens, N query heads, G key heads, K key dim, V value dim; M rows sorted by group, E groups, D and
+Z widths.
 """
 
 import math
@@ -11,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -25,6 +28,8 @@ LANES = 128
 # would otherwise not fit into the 16 MB of a core's vector memory that a kernel may use.
 BLOCK, WIDE_BLOCK, COMPUTE = 1024, 512, 512
 WIDE = 256
+# Rows of a tile of the grouped matmul, and bytes of its other dimensions, by the same limit.
+TILE_ROWS, TILE_BYTES = 512, 2048
 
 
 def on_platform(kernel, xla=None):
@@ -102,3 +107,27 @@ def _blocks(T: int, key_dim: int) -> splash.BlockSizes:
         block_q_dq=block,
         block_kv_dq=block,
     )
+
+
+def grouped_matmul(x_MD, w_EDZ, sizes_E, transpose: bool = False, interpret: bool = False) -> jax.Array:
+    """[M, Z] in x's dtype: rows of group e times w[e] (or its transpose), accumulated in float32.
+
+    Rows beyond the groups hold anything, NaN included.
+    """
+    x_pad, tiles = _tiled(x_MD, w_EDZ.shape[1 if transpose else 2])
+    return gmm(x_pad, w_EDZ, sizes_E, x_MD.dtype, tiles, transpose_rhs=transpose, interpret=interpret)[: x_MD.shape[0]]
+
+
+def grouped_outer(x_MD, y_MZ, sizes_E, dtype, interpret: bool = False) -> jax.Array:
+    """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32; zero for a group of no rows."""
+    x_pad, tiles = _tiled(x_MD, y_MZ.shape[1])
+    y_pad, _ = _tiled(y_MZ, 1)
+    return tgmm(x_pad.T, y_pad, sizes_E, dtype, tiles, interpret=interpret)
+
+
+def _tiled(x_MD, width: int) -> tuple[jax.Array, tuple[int, int, int]]:
+    """The rows, padded to a whole number of tiles, and a tile's rows, inner and outer dimension."""
+    rows = min(TILE_ROWS, -(-x_MD.shape[0] // LANES) * LANES)
+    largest = TILE_BYTES // x_MD.dtype.itemsize
+    x_pad = jnp.pad(x_MD, ((0, -x_MD.shape[0] % rows), (0, 0)))
+    return x_pad, (rows, min(largest, x_MD.shape[1]), min(largest, width))

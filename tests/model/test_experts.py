@@ -1,4 +1,4 @@
-"""The three forms of the expert computation agree, forward and backward, with a loop over tokens."""
+"""The four forms of the expert computation agree, forward and backward, with a loop over tokens."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.model.experts import block_rows, routed_experts, sort_by_expert
 
-FORMS = ("dense", "blocks", "ragged")
+FORMS = ("dense", "blocks", "ragged", "kernel")
 E, D, F = 6, 16, 12
 
 
