@@ -20,8 +20,8 @@ from deepseek_jax.parallel.placement import row_groups
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import ADAMW
 from deepseek_jax.train.schedule import Setting
-from deepseek_jax.train.step import Knobs, State
-from deepseek_jax.train.trainer import begin
+from deepseek_jax.train.step import Knobs, State, start
+from deepseek_jax.train.trainer import compiled, prepared
 
 PROGRAMS = ("train", "prefill", "decode")
 WEIGHTS = ("bfloat16", "int8", "fp8")
@@ -46,13 +46,13 @@ class Program:
 
 
 def lower(cfg: ModelConfig, program: Program, devices: list, sizes: dict[str, int], layout: str | None):
-    """The `jax.stages.Lowered` of a program for a mesh of ``devices``.
+    """The `jax.stages.Lowered` of a program, and its mesh of ``devices``.
 
     Raises LayoutError where mesh, layout, model and batch do not fit together, ValueError for unknown options.
     """
     mesh = make_mesh(**sizes, devices=devices)
     ctx = Context(mesh=mesh, layout=layout, **{"dtype": jnp.bfloat16} | program.options)
-    return {"train": _train, "prefill": _prefill, "decode": _decode}[program.kind](cfg, program, ctx)
+    return {"train": _train, "prefill": _prefill, "decode": _decode}[program.kind](cfg, program, ctx), mesh
 
 
 def _train(cfg: ModelConfig, program: Program, ctx: Context):
@@ -60,18 +60,12 @@ def _train(cfg: ModelConfig, program: Program, ctx: Context):
     recipe = Recipe(optimizer=ADAMW, ema_decay=0.0)
     if not (program.mtp and cfg.mtp_depth):
         recipe = replace(recipe, weights=replace(recipe.weights, mtp=0.0))
-    steps = []
-
-    def first(model):
-        state, step = begin(model, recipe, ctx)
-        steps.append(step)
-        return state
-
-    state = _like_parameters(jax.eval_shape(first, model), model, ctx)
+    optimizer, step = prepared(model, recipe, ctx)
+    state = _like_parameters(jax.eval_shape(lambda m: start(m, optimizer), model), model, ctx)
     shape = (1, program.rows * row_groups(ctx), program.length)
     split = spec((None, BATCH, None), shape, ctx.layout.use, ctx.mesh, "a batch")
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(ctx.mesh, split))}
-    return steps[0].lower(state, batch, _whole(Knobs.of(_SETTING), ctx))
+    return compiled(step, state, ctx).lower(state, batch, _whole(Knobs.of(_SETTING), ctx))
 
 
 _SETTING = Setting(lr=1e-4, bias_speed=1e-3, mtp_weight=0.3, micro_batches=1, rows=1)

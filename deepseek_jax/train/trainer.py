@@ -65,17 +65,10 @@ class Journal:
         self.reporter.say(line)
 
 
-def begin(
-    model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None
-) -> tuple[State, Callable[[State, dict, Knobs], tuple[State, dict]]]:
-    """The state before the first step, and the compiled step; the state that it is given is used up.
-
-    On a mesh the state stays where the model's shards lie, and every device has the whole metrics.
-
-    ``trained``: which parameters are trained (`core.params.partition`); by default all.
-    """
+def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None):
+    """The optimizer of a recipe for a model, and `train_step` with all but state, batch and knobs given."""
     optimizer = optim.make(recipe.optimizer, named(partition(model, trained)[0]))
-    step = partial(
+    return optimizer, partial(
         train_step,
         optimizer=optimizer,
         weights=recipe.weights,
@@ -83,11 +76,29 @@ def begin(
         clip=recipe.optimizer.clip,
         ema_decay=recipe.ema_decay,
     )
-    state = settle(start(model, optimizer, recipe.ema_decay > 0, trained), ctx)
+
+
+def compiled(step: Callable, state: State, ctx: Context) -> Callable[[State, dict, Knobs], tuple[State, dict]]:
+    """The step under jit; the state that it is given, like ``state`` an array or a shape a leaf, is used up.
+
+    On a mesh the state stays where it lies, and every device has the whole metrics.
+    """
     if ctx.mesh is None:
-        return state, jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0)
     places = jax.tree.map(lambda a: a.sharding, state), NamedSharding(ctx.mesh, PartitionSpec())
-    return state, jax.jit(step, donate_argnums=0, out_shardings=places)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def begin(
+    model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None
+) -> tuple[State, Callable[[State, dict, Knobs], tuple[State, dict]]]:
+    """The state before the first step, and the `compiled` step.
+
+    ``trained``: which parameters are trained (`core.params.partition`); by default all.
+    """
+    optimizer, step = prepared(model, recipe, ctx, trained)
+    state = settle(start(model, optimizer, recipe.ema_decay > 0, trained), ctx)
+    return state, compiled(step, state, ctx)
 
 
 def like(tree):
