@@ -1,1 +1,1 @@
-"""Programs of full-size models compiled ahead of time for TPU topologies, with no accelerator: memory, traffic, time."""
+"""Full-size models compiled ahead of time for TPU topologies, with no accelerator: memory, traffic, time."""

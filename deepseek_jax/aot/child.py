@@ -59,8 +59,9 @@ def _compile(root: Path, job: Job, note) -> None:
     jax.config.update("jax_default_matmul_precision", None)
     from deepseek_jax.aot.programs import lower
 
-    lowered = lower(job.cfg, job.program, devices, job.sizes, job.layout)
-    note(lower_seconds=time.monotonic() - began, devices=[list(d.coords) for d in devices], jax=jax.__version__)
+    lowered, mesh = lower(job.cfg, job.program, devices, job.sizes, job.layout)
+    coordinates = [list(d.coords)[: len(job.topology.shape)] for d in mesh.devices.flat]
+    note(lower_seconds=time.monotonic() - began, coordinates=coordinates, sizes=dict(mesh.shape), jax=jax.__version__)
     began = time.monotonic()
     compiled = lowered.compile(compiler_options={**job.flags, "xla_dump_to": str(root / DUMP)})
     stats = compiled.memory_analysis()

@@ -13,7 +13,7 @@ HOST = 5
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (?:color (\d+), )?page \d+, (.*):$")
 _VALUE = re.compile(r"^ value: <\d+ (\S+?)( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
-_LIVE = re.compile(r"^    (\S+): (\d+) bytes")
+_LIVE = re.compile(r"^    (\S+):(\d+)-(\d+)$")
 _SOURCE = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"')
 _DIMENSIONS = re.compile(r"\[([\d,]*)\]")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
@@ -37,8 +37,8 @@ class Memory:
 
     ``arguments``: by the argument's name down to its first two parts, such as ``state.opt_state``. ``donated``: of
     the arguments, those whose place outputs take. ``outputs``: the other outputs. ``host``: bytes of the host's memory
-    that the program uses. ``peak``: what is used at once, without gaps between buffers. ``largest``: temporaries that
-    live then, largest first.
+    that the program uses. ``live``: temporaries that live at once when most do; their places have gaps between them.
+    ``largest``: these, largest first.
     """
 
     arguments: dict[str, int]
@@ -47,7 +47,7 @@ class Memory:
     temporaries: int
     constants: int
     host: int
-    peak: int
+    live: int
     largest: tuple[Buffer, ...]
 
     @property
@@ -60,7 +60,6 @@ def read_memory(dump: Path) -> Memory:
     """The memory of the one program in a dump. Raises FileNotFoundError when the dump is not whole."""
     sources = {m[1]: m[2] for line in dumped(dump, HLO).splitlines() if (m := _SOURCE.match(line))}
     arguments, sizes, places = _assignment(dumped(dump, ASSIGNMENT))
-    live = _live(dumped(dump, LIVE))
     parameters = {shape for _, _, shape in arguments if shape.count(",") > 1}
     by_name: Counter = Counter()
     for name, size, _ in arguments:
@@ -70,18 +69,16 @@ def read_memory(dump: Path) -> Memory:
     for name, (place, _, phi) in places.items():
         if not phi:
             colocated[place].append(name)
-    largest, seen = [], set()
-    for name, nbytes in sorted(live.items(), key=lambda item: -item[1]):
-        place, shape, _ = places.get(name, (None, "", False))
-        if place is None or place in seen:
-            continue
-        seen.add(place)
+    largest = []
+    for name in _live(dumped(dump, LIVE), places):
+        place, shape, _ = places[name]
         # What a loop carries has no source of its own: that of what was first put in its place.
         names = (re.sub(r"\{.*\}$", "", n) for n in (name, *colocated[place]))
         source = next((sources[n] for n in names if n in sources), "")
         like = bool(set(_DIMENSIONS.findall(shape)) & parameters)
-        largest.append(Buffer(nbytes, name, _LAYOUT.sub("", shape), source, like))
-    return Memory(dict(by_name), **sizes, peak=sum(live.values()), largest=tuple(largest))
+        largest.append(Buffer(place[1], name, _LAYOUT.sub("", shape), source, like))
+    largest.sort(key=lambda buffer: -buffer.nbytes)
+    return Memory(dict(by_name), **sizes, live=sum(b.nbytes for b in largest), largest=tuple(largest))
 
 
 def dumped(dump: Path, name: str) -> str:
@@ -128,14 +125,37 @@ def _kind(color: int, what: str) -> str:
     return "temporaries" if what.startswith("preallocated-temp") else "constants"
 
 
-def _live(text: str) -> dict[str, int]:
-    """Name -> bytes of what lives at the peak."""
-    found, inside = {}, False
+def _live(text: str, places: dict) -> list[str]:
+    """The temporaries that live when most of them do, one for each place."""
+    spans = defaultdict(list)
     for line in text.splitlines():
-        match = _LIVE.match(line) if inside else None
-        if match:
-            found[match[1].removesuffix("{}")] = int(match[2])
-        elif inside:
-            break
-        inside = inside or line.startswith("  Live ranges at")
-    return found
+        match = _LIVE.match(line)
+        name = match and match[1].removesuffix("{}")
+        if name in places:
+            spans[places[name][0]].append((int(match[2]), int(match[3]), name))
+    events: Counter = Counter()
+    for (_, nbytes), found in spans.items():
+        for start, end in _joined(found):
+            events[start] += nbytes
+            events[end + 1] -= nbytes
+    live, most, peak = 0, 0, 0
+    for time, change in sorted(events.items()):
+        live += change
+        if live > most:
+            most, peak = live, time
+    return [
+        next(name for start, end, name in found if start <= peak <= end)
+        for found in spans.values()
+        if any(start <= peak <= end for start, end, _ in found)
+    ]
+
+
+def _joined(spans: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
+    """Overlapping spans of time as one: a loop's state and what it began as are one buffer."""
+    joined: list[tuple[int, int]] = []
+    for start, end, _ in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined

@@ -29,13 +29,14 @@ class CompileError(ValueError):
 class Built:
     """A compiled program, or with ``quick`` one that is scheduled and has its memory assigned.
 
-    ``dump``: the compiler's files. ``devices``: coordinates on the torus, in the topology's order. ``lower_seconds``,
-    ``compile_seconds``: of this machine. ``out_of_memory``: the compiler's sentence when the program does not fit.
+    ``dump``: the compiler's files. ``coordinates``: of the mesh's devices on the torus, in the mesh's order. ``sizes``:
+    of the mesh's axes. ``lower_seconds``, ``compile_seconds``: of this machine. ``out_of_memory``: the compiler's sentence when the program does not fit.
     ``memory``, ``cost``: what the compiler says of the finished program, None with ``quick``.
     """
 
     dump: Path
-    devices: tuple[tuple[int, ...], ...]
+    coordinates: tuple[tuple[int, ...], ...]
+    sizes: dict[str, int]
     lower_seconds: float
     compile_seconds: float
     out_of_memory: str | None
@@ -88,7 +89,8 @@ def _wait(process, folder: Path, quick: bool, say) -> Built:
         raise CompileError(_first_line(error))
     return Built(
         dump=folder / DUMP,
-        devices=tuple(map(tuple, result["devices"])),
+        coordinates=tuple(map(tuple, result["coordinates"])),
+        sizes=result["sizes"],
         lower_seconds=result["lower_seconds"],
         compile_seconds=result.get("compile_seconds", time.monotonic() - (lowered or began)),
         out_of_memory=error and _first_line(error),

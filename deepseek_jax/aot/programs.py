@@ -55,6 +55,11 @@ def lower(cfg: ModelConfig, program: Program, devices: list, sizes: dict[str, in
     return {"train": _train, "prefill": _prefill, "decode": _decode}[program.kind](cfg, program, ctx), mesh
 
 
+def balanced_fill(program: Program, sizes: dict[str, int]) -> float:
+    """The part of the experts' buffers that is filled when every expert gets as many tokens."""
+    return 1 / max(1.0, program.options.get("expert_buffer", Context.expert_buffer)) if sizes["expert"] > 1 else 1.0
+
+
 def _train(cfg: ModelConfig, program: Program, ctx: Context):
     model = _placed(abstract(cfg, jnp.float32), ctx)
     recipe = Recipe(optimizer=ADAMW, ema_decay=0.0)

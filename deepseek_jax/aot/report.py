@@ -6,49 +6,108 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from deepseek_jax.analysis.counts import counts
 from deepseek_jax.aot.child import Job
-from deepseek_jax.aot.memory import HLO, Memory, read_memory
+from deepseek_jax.aot.hlo import parse
+from deepseek_jax.aot.kernels import KernelFlops
+from deepseek_jax.aot.memory import HLO, Memory, dumped, read_memory
 from deepseek_jax.aot.process import built
+from deepseek_jax.aot.programs import balanced_fill
+from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, Estimate, Slice, estimate
+
+
+@dataclass(frozen=True)
+class Rates:
+    """``tokens``: a second and chip. ``useful``: convention -> (FLOPs a token, MFU: their share of the chip's peak).
+
+    "causal": 6 for each activated parameter, and attention over half of the row; with MTP: its modules too. "full
+    attention": over the whole row, as MaxText counts, without MTP. Prefill has a third of it.
+    """
+
+    tokens: float
+    useful: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """``job``: what was compiled. ``out_of_memory``: the compiler's sentence where it does not fit."""
+    """``job``: what was compiled. ``sizes``: of the mesh's axes. ``out_of_memory``: the compiler's sentence where it
+    does not fit. ``cost``: the compiler's own figures of the finished program, which count loops once; None with a
+    quick run."""
 
     job: Job
+    sizes: dict[str, int]
     memory: Memory
+    estimate: Estimate
+    rates: Rates
     seconds: dict[str, float]
     out_of_memory: str | None
+    cost: dict[str, float] | None
 
-    def as_dict(self, largest: int) -> dict:
-        """Plain values for JSON, with that many of the largest buffers."""
-        job, memory = self.job, asdict(self.memory)
+    def as_dict(self, most: int) -> dict:
+        """Plain values for JSON, with that many of the largest buffers and longest operations."""
+        job, found = self.job, self.estimate
         program = asdict(job.program)
         program["options"] = {name: str(value) for name, value in program["options"].items()}
+        time = asdict(found)
+        time["operations"] = [dict(zip(("seconds", "name", "source"), o, strict=True)) for o in found.operations[:most]]
+        time["transfers"] = [asdict(t) | {"runs": n} for t, n in found.transfers]
+        memory = asdict(self.memory)
         return {
             "model": job.cfg.name,
             "topology": job.topology.name,
-            "mesh": job.sizes,
+            "mesh": self.sizes,
             "layout": job.layout,
             "program": program,
             "flags": job.flags,
             "seconds": self.seconds,
             "out_of_memory": self.out_of_memory,
-            "memory": memory | {"total": self.memory.total, "largest": memory["largest"][:largest]},
+            "memory": memory | {"total": self.memory.total, "largest": memory["largest"][:most]},
+            "time": time | {"binds": found.binds, "matrix_rate": MATRIX_RATE, "hbm_rate": HBM_RATE},
+            "tokens_per_second_chip": self.rates.tokens,
+            "flops_per_token_and_mfu": self.rates.useful,
+            "compiler": self.cost,
         }
 
 
 def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None, keep: Path | None = None) -> Report:
     """Compiles and reads off all figures; ``keep``: where the compiler's scheduled program is copied to.
 
-    Raises TopologyError, CompileError, LayoutError, OSError.
+    Raises TopologyError, CompileError, OSError.
     """
     with built(job, quick, say) as found:
         if keep is not None:
             shutil.copy(next(found.dump.glob(f"*.{HLO}")), keep)
+        say("reading the schedule")
+        module = parse(dumped(found.dump, HLO))
+        fill = balanced_fill(job.program, found.sizes)
+        on = Slice(job.topology, np.array(found.coordinates), found.sizes)
+        time = estimate(module, KernelFlops(fill), on)
         return Report(
             job=job,
+            sizes=found.sizes,
             memory=read_memory(found.dump),
+            estimate=time,
+            rates=rates(job, time.seconds),
             seconds={"lower": found.lower_seconds, "compile": found.compile_seconds},
             out_of_memory=found.out_of_memory,
+            cost=found.cost,
         )
+
+
+def rates(job: Job, seconds: float) -> Rates:
+    """Tokens and MFU of a program that takes so long."""
+    program = job.program
+    tokens = program.rows * (1 if program.kind == "decode" else program.length) / seconds
+    if program.kind == "decode":
+        useful = {"absorbed attention": counts(job.cfg, program.context).decode_flops_per_token}
+    else:
+        figures = counts(job.cfg, program.length)
+        causal = figures.flops_per_token if program.kind == "train" else figures.forward_flops_per_token
+        parameters = (6 if program.kind == "train" else 2) * figures.activated_no_embedding
+        useful = {"causal": causal, "full attention (MaxText's)": 2 * causal - parameters}
+        if program.kind == "train" and program.mtp and job.cfg.mtp_depth:
+            useful["causal, with MTP"] = causal + figures.flops_per_token_mtp
+    peak = job.topology.chip.flops
+    return Rates(tokens, {name: (flops, flops * tokens / peak) for name, flops in useful.items()})

@@ -19,7 +19,7 @@ class Chip:
 
     ``accelerator``: the prefix of Google Cloud's names. ``hbm``: bytes that a program may use. ``flops``: dense
     bfloat16 a second. ``hbm_rate``: bytes a second. ``link``: bytes a second of one ICI link in one direction.
-    ``dims``: of the torus. ``ring``: an axis of a slice whose size is a multiple of this closes to a ring, any other
+    ``host_rate``: bytes a second from or to the host. ``dims``: of the torus. ``ring``: an axis of a slice whose size is a multiple of this closes to a ring, any other
     is a line. ``flags``: compiler options that are set unless others are given.
     """
 
@@ -28,6 +28,7 @@ class Chip:
     flops: float
     hbm_rate: float
     link: float
+    host_rate: float
     dims: int
     ring: int
     flags: tuple[tuple[str, str], ...] = ()
@@ -45,9 +46,9 @@ _ASYNCHRONOUS = (
 # "TPU v5p", "TPU v6e", "TPU v5e". It gives a chip's ICI bandwidth as the sum over its links and both directions
 # (4800 Gbit/s over 6 links, 3584 and 1600 over 4): a link in one direction has a twelfth, an eighth of it.
 CHIPS = {
-    "v5p": Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 100e9, 3, 4, _ASYNCHRONOUS),
-    "v6e": Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 112e9, 2, 16, _ASYNCHRONOUS),
-    "v5e": Chip("v5litepod", int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 16),
+    "v5p": Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 90e9, 16e9, 3, 4, _ASYNCHRONOUS),
+    "v6e": Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 90e9, 32e9, 2, 16, _ASYNCHRONOUS),
+    "v5e": Chip("v5litepod", int(15.75 * GIB), 197e12, 819e9, 45e9, 16e9, 2, 16),
 }
 
 

@@ -1,7 +1,7 @@
 """``deepseek-jax compile``: a full-size model compiled for a TPU slice, with no TPU: memory, traffic, time."""
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -6,8 +6,11 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.aot.report import Report
+from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE
 
 GB = 1e9
+# Smaller collectives cost no more than the way to the neighbours.
+SMALL = 1e6
 
 
 def print_report(report: Report, largest: int, console: Console) -> None:
@@ -25,6 +28,13 @@ def print_report(report: Report, largest: int, console: Console) -> None:
     console.print(_memory(report))
     if largest:
         console.print(_largest(report, largest))
+    console.print(_time(report))
+    console.print(_traffic(report))
+    if largest:
+        console.print(_operations(report, largest))
+    console.print(_rates(report))
+    for line in _remarks(report):
+        console.print(Text(line))
 
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
@@ -43,7 +53,7 @@ def _memory(report: Report) -> Table:
             table.add_row(name, f"{size / GB:.3f}", f"{size / available:.1%}")
     table.add_section()
     table.add_row("total", f"{memory.total / GB:.3f}", f"{memory.total / available:.1%}", style="bold")
-    table.add_row("live at the peak", f"{memory.peak / GB:.3f}", f"{memory.peak / available:.1%}")
+    table.add_row("temporaries live at once", f"{memory.live / GB:.3f}", f"{memory.live / available:.1%}")
     table.add_row("available", f"{available / GB:.3f}", "")
     if memory.host:
         table.add_row("on the host", f"{memory.host / GB:.3f}", "")
@@ -51,7 +61,7 @@ def _memory(report: Report) -> Table:
 
 
 def _largest(report: Report, most: int) -> Table:
-    title = "Largest temporaries at the peak (p: of a parameter's shape)"
+    title = "Largest temporaries when memory is fullest (p: of a parameter's shape)"
     table = _table(title, ("GB", "right"), ("", "left"), ("shape", "left"), ("from", "left"))
     for buffer in report.memory.largest[:most]:
         source = buffer.source or buffer.name
@@ -59,6 +69,68 @@ def _largest(report: Report, most: int) -> Table:
             f"{buffer.nbytes / GB:.3f}", "p" if buffer.like_parameter else "", Text(buffer.shape), Text(short(source))
         )
     return table
+
+
+def _time(report: Report) -> Table:
+    found = report.estimate
+    table = _table("Time of a step, estimated from the schedule", ("what", "left"), ("seconds", "right"), ("", "right"))
+    rows = [(f"matrix products at {MATRIX_RATE:.0%} of the peak", found.matrix)]
+    rows += [(f"more for HBM at {HBM_RATE:.0%} of its bandwidth", found.hbm)]
+    rows += [(f"exposed {name}", seconds) for name, seconds in sorted(found.exposed.items(), key=lambda e: -e[1])]
+    rows += [("exposed copies to and from the host", found.host)]
+    for name, seconds in rows:
+        if seconds:
+            table.add_row(name, f"{seconds:.3f}", f"{seconds / found.seconds:.1%}")
+    table.add_section()
+    table.add_row("step", f"{found.seconds:.3f}", "", style="bold")
+    table.add_row("links busy", f"{found.links:.3f}", f"{found.links / found.seconds:.1%}")
+    if report.cost and "optimal_seconds" in report.cost:
+        table.add_row(
+            "the compiler's optimal_seconds, loops once, no links", f"{report.cost['optimal_seconds']:.3f}", ""
+        )
+    return table
+
+
+def _traffic(report: Report) -> Table:
+    found = report.estimate
+    table = _table("What a chip does in a step, loops multiplied out", ("what", "left"), ("amount", "right"))
+    table.add_row("matrix FLOPs done", f"{found.flops / 1e12:,.1f} T")
+    table.add_row("HBM", f"{found.hbm_bytes / GB:,.1f} GB")
+    for name, size in sorted(found.sent.items(), key=lambda e: -e[1]):
+        table.add_row(name, f"{size / GB:,.3f} GB")
+    if found.host_bytes:
+        table.add_row("to and from the host", f"{found.host_bytes / GB:,.1f} GB")
+    return table
+
+
+def _operations(report: Report, most: int) -> Table:
+    table = _table("What takes longest", ("seconds", "right"), ("name", "left"), ("from", "left"))
+    for seconds, name, source in report.estimate.operations[:most]:
+        table.add_row(f"{seconds:.3f}", Text(name[:44]), Text(short(source)))
+    return table
+
+
+def _rates(report: Report) -> Table:
+    table = _table("Rate", ("what", "left"), ("", "right"), ("MFU", "right"))
+    table.add_row("tokens a second and chip", f"{report.rates.tokens:,.1f}", "")
+    for name, (flops, share) in report.rates.useful.items():
+        table.add_row(f"useful GFLOPs a token, {name}", f"{flops / 1e9:.1f}", f"{share:.1%}")
+    return table
+
+
+def _remarks(report: Report) -> list[str]:
+    found = report.estimate
+    lines = [f"What binds: {found.binds}."]
+    for kind in ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all"):
+        alone = [(t, n) for t, n in found.synchronous if t.kind == kind and t.nbytes >= SMALL]
+        if alone or kind == "all-gather":
+            names = ", ".join(f"{t.name} ({t.nbytes / 1e6:.0f} MB x {n})" for t, n in alone[:8])
+            lines.append(f"Synchronous {kind}s of at least {SMALL / 1e6:.0f} MB: {len(alone)}. {names}")
+    if found.loops:
+        lines.append(f"Loops of unknown length, not counted: {', '.join(map(short, found.loops))}.")
+    if found.unknown:
+        lines.append(f"Kernels of unknown cost, counted by their bytes: {', '.join(found.unknown)}.")
+    return lines
 
 
 def short(source: str) -> str:
