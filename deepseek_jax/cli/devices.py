@@ -12,7 +12,7 @@ class Devices:
 
     mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=SIZE,...")] = None
     """Mesh of all devices, such as fsdp=4,expert=2; axes data, fsdp, expert, tensor, context, one of them with -1 for
-    what the others leave. By default one device, or fsdp=-1 with several processes."""
+    what the others leave; "none" for one device. By default none, or fsdp=-1 with several processes."""
     layout: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """What lies where on the mesh: all (the default), data, fsdp, tensor, fsdp_tp, fsdp_ep, ep_tp, context or serve."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
@@ -32,14 +32,14 @@ class Devices:
         from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
         from deepseek_jax.parallel.processes import join
 
-        sizes = None if self.mesh is None else mesh_sizes(self.mesh)
+        sizes = None if self.mesh in (None, "none") else mesh_sizes(self.mesh)
         join(self.coordinator, self.processes, self.process_index)
         import jax
 
         from deepseek_jax.parallel.context import Context
 
-        if sizes is None and jax.process_count() > 1:
+        if self.mesh is None and jax.process_count() > 1:
             sizes = {"fsdp": -1}
-        if sizes is None and self.layout is not None:
+        if self.mesh is None and sizes is None and self.layout is not None:
             raise ValueError("--layout lays a model out on a mesh: give one with --mesh.")
         return Context() if sizes is None else Context(mesh=make_mesh(**sizes), layout=self.layout)
