@@ -170,11 +170,16 @@ def _each_round(step, tokens_CN: list[jax.Array]):
 
     Returns the results [C, N, ...] and the sums, each added up over the rounds, and the assignments beyond the first.
     """
-    chunks = list(zip(*tokens_CN, strict=True))
-    first = [step(0, *chunk) for chunk in chunks]
-    results = jax.tree.map(lambda *a: jnp.stack(a), *(result for result, _, _ in first))
-    sums = jax.tree.map(lambda *a: sum(a[1:], a[0]), *(more for _, more, _ in first))
-    rounds = [r for _, _, r in first]
+    results, sums, rounds = [], [], []
+    for number, chunk in enumerate(zip(*tokens_CN, strict=True)):
+        if number > 1:
+            # Two chunks at a time are in memory: one on its way and one being computed.
+            chunk, results[-2], sums[-2] = jax.lax.optimization_barrier((chunk, results[-2], sums[-2]))
+        result, more, r = step(0, *chunk)
+        results.append(result)
+        sums.append(jax.tree.map(jnp.add, sums[-1], more) if sums else more)
+        rounds.append(r)
+    results, sums = jax.tree.map(lambda *a: jnp.stack(a), *results), sums[-1]
     if rounds[0] is None:
         return results, sums, None
     beyond = sum(r.beyond for r in rounds)

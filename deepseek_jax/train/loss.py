@@ -138,7 +138,12 @@ def objective(
         out = replace(out, captured={name: a[:, :, place] for name, a in out.captured.items()})
     logits_of = (None,) * (1 + depth) if out.logits is None else (out.logits, *out.mtp_logits)
     heads = zip((out.hidden, *out.mtp_hidden), logits_of, strict=True)
-    nats = [_nats(model, *head, target_BTP[..., ahead], ctx) for ahead, head in enumerate(heads)]
+    nats = []
+    for ahead, (hidden_BTD, logits_BTV) in enumerate(heads):
+        if nats:
+            # One head after the other, before any MTP module's backward pass: each holds a gradient of its own size.
+            hidden_BTD, nats[-1] = jax.lax.optimization_barrier((hidden_BTD, nats[-1]))
+        nats.append(_nats(model, hidden_BTD, logits_BTV, target_BTP[..., ahead], ctx))
     losses = {"main": nats[0] / counts.targets[0], "tokens": (target_BTP[..., 0] >= 0).sum()}
     total = losses["main"]
     if depth:
