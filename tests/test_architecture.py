@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "analysis": {"configs", "core", "model"},
     "generation": {"configs", "core", "model", "text", "parallel"},
     "train": {"configs", "core", "model", "text", "data", "convert", "analysis", "parallel"},
-    "aot": {"configs", "core", "model", "parallel", "analysis", "train"},
+    "aot": {"configs", "core", "model", "parallel", "convert", "analysis", "train"},
 }
 REFERENCE = {"torch", "transformers", "safetensors"}
 REFERENCE_HOME = "convert/verify.py"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deepseek_jax.aot.hlo import HBM, HOST, Array, Computation, Instruction, Module
+from deepseek_jax.aot.hlo import COLLECTIVES, HBM, HOST, Array, Computation, Instruction, Module
 
 # Passes of bfloat16 products that a float32 product of that precision takes.
 PASSES = {"highest": 6, "high": 3}
@@ -22,8 +22,15 @@ FREE = {
 # Copies between memories, and results of them; they are counted where they start.
 WAITS = {"copy-done", "async-done", "async-update", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 SLICES = {"dynamic-slice", "slice", "gather"}
+# Done in place, with the number of the operand that is new.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# What a fusion hands through, and collectives within one: their bytes are those of the links.
+PASSED = {"tuple", *COLLECTIVES}
 # Calls into the compiler that move nothing.
-MARKERS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "Sharding"}
+MARKERS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "Sharding", "ConcatBitcast",
+    "AsyncCollectiveStart", "AsyncCollectiveDone",
+}  # fmt: skip
 
 Kernel = Callable[[Instruction, list[Array]], float | None]
 
@@ -116,9 +123,8 @@ class Costs:
             return 0
         if instruction.opcode in SLICES:
             return _stored_like(operand, instruction) if index == 0 else 0
-        if instruction.opcode in ("dynamic-update-slice", "scatter"):
-            update = where.by_name[instruction.operands[-1 if instruction.opcode == "scatter" else 1]]
-            return _stored_like(update, update) if index == 1 else 0
+        if instruction.opcode in UPDATES:
+            return _stored_like(operand, operand) if index == UPDATES[instruction.opcode] else 0
         inner = [c for c in self.module.called(instruction) if index in c.parameters]
         if instruction.opcode not in ("fusion", "async-start") or not inner:
             return sum(map(_in_hbm, operand.arrays))
@@ -135,7 +141,7 @@ class Costs:
                 total += self._used(where, user.name)
             elif user.opcode in SLICES and indices == [0]:
                 total += _stored_like(whole, user)
-            elif user.opcode == "dynamic-update-slice" and indices == [0]:
+            elif (user.opcode in UPDATES and indices == [0]) or user.opcode in PASSED:
                 continue
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called["calls"][0]]
@@ -146,9 +152,8 @@ class Costs:
 
     def _written(self, instruction: Instruction, where: Computation) -> int:
         """Bytes of HBM that an instruction writes: of updates in place only what is new."""
-        if instruction.opcode in ("dynamic-update-slice", "scatter"):
-            update = where.by_name[instruction.operands[-1 if instruction.opcode == "scatter" else 1]]
-            return _stored_like(instruction, update)
+        if instruction.opcode in UPDATES:
+            return _stored_like(instruction, where.by_name[instruction.operands[UPDATES[instruction.opcode]]])
         if instruction.opcode == "async-start":
             inner = next(iter(self.module.called(instruction)))
             return self._written(inner.root, inner)
@@ -163,8 +168,10 @@ class Costs:
     def _new(self, where: Computation, root: Instruction) -> int:
         while root.opcode == "bitcast":
             root = where.by_name[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":
-            return _stored_like(root, where.by_name[root.operands[1]])
+        if root.opcode in PASSED or root.opcode == "parameter":
+            return 0
+        if root.opcode in UPDATES:
+            return _stored_like(root, where.by_name[root.operands[UPDATES[root.opcode]]])
         if root.opcode == "fusion":
             inner = self.module.computations[root.called["calls"][0]]
             if inner.root.opcode != "tuple":

@@ -15,6 +15,8 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (?:color (\d+), )?page \
 _VALUE = re.compile(r"^ value: <\d+ (\S+?)( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 _LIVE = re.compile(r"^    (\S+):(\d+)-(\d+)$")
 _SOURCE = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"')
+_PARAMETER = re.compile(r"^  %?(\S+) = .*? parameter\((\d+)\)", re.MULTILINE)
+_ARGUMENT = re.compile(r"parameter (\d+), shape \|([^|]*)\|")
 _DIMENSIONS = re.compile(r"\[([\d,]*)\]")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
 
@@ -58,12 +60,14 @@ class Memory:
 
 def read_memory(dump: Path) -> Memory:
     """The memory of the one program in a dump. Raises FileNotFoundError when the dump is not whole."""
-    sources = {m[1]: m[2] for line in dumped(dump, HLO).splitlines() if (m := _SOURCE.match(line))}
+    text = dumped(dump, HLO)
+    sources = {m[1]: m[2] for line in text.splitlines() if (m := _SOURCE.match(line))}
+    names = {m[2]: m[1] for m in _PARAMETER.finditer(text, text.index("\nENTRY "))}
     arguments, sizes, places = _assignment(dumped(dump, ASSIGNMENT))
     parameters = {shape for _, _, shape in arguments if shape.count(",") > 1}
     by_name: Counter = Counter()
-    for name, size, _ in arguments:
-        by_name[_group(sources.get(name, name))] += size
+    for number, size, _ in arguments:
+        by_name[_group(sources.get(names[number], names[number]))] += size
 
     colocated = defaultdict(list)
     for name, (place, _, phi) in places.items():
@@ -90,26 +94,25 @@ def dumped(dump: Path, name: str) -> str:
 
 
 def _group(source: str) -> str:
-    return ".".join(re.split(r"[.\[]", source)[:2])
+    return ".".join(re.findall(r"\w+", source)[:2])
 
 
 def _assignment(text: str):
-    """Arguments (name, bytes, dimensions); sizes by kind; of temporaries: name -> ((offset, size), shape, phi)."""
+    """Arguments (number, bytes, dimensions); sizes by kind; of temporaries: name -> ((offset, size), shape, phi)."""
     sizes = dict.fromkeys(("donated", "outputs", "temporaries", "constants", "host"), 0)
-    arguments, places, size, kind = [], {}, 0, ""
+    arguments, places, kind = [], {}, ""
     for line in text.splitlines():
         if match := _ALLOCATION.match(line):
             size, kind = int(match[1]), _kind(int(match[2] or 0), match[3])
             if kind in sizes:
                 sizes[kind] += size
-            sizes["donated"] += size * (kind == "argument" and "maybe-live-out" in match[3])
-        elif match := _VALUE.match(line):
+            elif kind == "argument":
+                number, shape = _ARGUMENT.match(match[3]).groups()
+                arguments.append((number, size, "".join(_DIMENSIONS.findall(shape)[:1])))
+                sizes["donated"] += size * ("maybe-live-out" in match[3])
+        elif kind == "temporaries" and (match := _VALUE.match(line)):
             name, phi, nbytes, offset, shape = match.groups()
-            if kind == "argument":
-                arguments.append((name, size, "".join(_DIMENSIONS.findall(shape)[:1])))
-                kind = "argument's further values"
-            elif kind == "temporaries":
-                places[name.removesuffix("{}")] = ((int(offset), int(nbytes)), shape, bool(phi))
+            places[name.removesuffix("{}")] = ((int(offset), int(nbytes)), shape, bool(phi))
     return arguments, sizes, places
 
 

@@ -30,8 +30,9 @@ class Built:
     """A compiled program, or with ``quick`` one that is scheduled and has its memory assigned.
 
     ``dump``: the compiler's files. ``coordinates``: of the mesh's devices on the torus, in the mesh's order. ``sizes``:
-    of the mesh's axes. ``lower_seconds``, ``compile_seconds``: of this machine. ``out_of_memory``: the compiler's sentence when the program does not fit.
-    ``memory``, ``cost``: what the compiler says of the finished program, None with ``quick``.
+    of the mesh's axes. ``lower_seconds``, ``compile_seconds``: of this machine. ``out_of_memory``: the compiler's
+    sentence when the program does not fit. ``memory``, ``cost``: what the compiler says of the finished program, None
+    with ``quick``.
     """
 
     dump: Path

@@ -4,6 +4,7 @@ Suffixes: A micro-batches, B rows, T tokens.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.names import layout as published
 from deepseek_jax.core.axes import BATCH, shardings, spec
-from deepseek_jax.core.params import named, renamed
+from deepseek_jax.core.params import map_variables, named, renamed
+from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.mesh import make_mesh
@@ -73,15 +77,58 @@ def _train(cfg: ModelConfig, program: Program, ctx: Context):
     return compiled(step, state, ctx).lower(state, batch, _whole(Knobs.of(_SETTING), ctx))
 
 
+# Its numbers are arguments of the compiled step.
 _SETTING = Setting(lr=1e-4, bias_speed=1e-3, mtp_weight=0.3, micro_batches=1, rows=1)
 
 
 def _prefill(cfg: ModelConfig, program: Program, ctx: Context):
-    raise NotImplementedError
+    return _run(cfg, program, ctx, program.length, program.length)
 
 
 def _decode(cfg: ModelConfig, program: Program, ctx: Context):
-    raise NotImplementedError
+    return _run(cfg, program, ctx, 1, program.context)
+
+
+def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: int):
+    """The next token of every row after ``length`` more tokens, and the cache of ``slots`` tokens, which is donated."""
+    rows = program.rows * row_groups(ctx)
+    model = abstract(cfg, jnp.bfloat16)
+    if program.weights != "bfloat16":
+        model = _quantized(model, cfg, program.weights)
+    model = _placed(model, ctx)
+    cache = jax.eval_shape(lambda: init_cache(cfg, rows, slots, 0, ctx.dtype))
+    cache = jax.tree.map(partial(_rows_split, rows=rows, ctx=ctx), cache)
+    tokens = _rows_split(jax.ShapeDtypeStruct((rows, length), jnp.int32), rows, ctx)
+
+    def step(model, tokens, cache):
+        out = model(tokens, cache=cache, logits="last", ctx=ctx)
+        return out.logits[:, -1].argmax(-1).astype(jnp.int32), out.cache
+
+    step.__name__ = program.kind
+    return jax.jit(step, donate_argnums=2).lower(model, tokens, cache)
+
+
+def _rows_split(a, rows: int, ctx: Context):
+    """A shape with the rows, its first axis of that size, on the devices that compute them."""
+    axes = [None] * a.ndim
+    axes[a.shape.index(rows, 1 if a.ndim > 2 else 0)] = BATCH
+    split = spec(tuple(axes), a.shape, ctx.layout.use, ctx.mesh, "an activation")
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(ctx.mesh, split))
+
+
+def _quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
+    """Every matrix that releases store in blocks of FP8, in FP8 or int8 with a scale a block."""
+    tensors, leaves = published(cfg)
+    chosen = {tensor.path for tensor in tensors if tensor.fp8}
+
+    def quantize(path, variable):
+        if path not in chosen:
+            return variable
+        leaf = leaves[path]
+        values = jax.ShapeDtypeStruct(leaf.matrix, FP8 if kind == "fp8" else jnp.int8)
+        return variable.replace(Quantized(values, jax.ShapeDtypeStruct(leaf.scale, jnp.float32), leaf.block, leaf.dims))
+
+    return map_variables(quantize, model)
 
 
 def _placed(tree, ctx: Context):

@@ -128,6 +128,7 @@ class _Player:
         self.loops: dict[str, str] = {}
         self.known: dict[tuple[str, str], float] = {}
         self.plans: dict[str, list] = {}
+        self.spread: set[str] = set()
 
     def play(self) -> Estimate:
         self._run(self.module.entry)
@@ -168,22 +169,44 @@ class _Player:
         if op == "while":
             return self._loop(instruction, where)
         if op in ("call", "conditional"):
-            called = [c for c in self.module.called(instruction)]
+            called = list(self.module.called(instruction))
             return lambda: self._run(max(called, key=lambda c: len(c.instructions)))
         if op.endswith(DONE) or op == "async-update":
             return (lambda: self._move(instruction)) if op == "async-update" else lambda: self._wait(instruction)
         self.sources[name] = source or name
-        transfer = self._transfer(instruction, where)
-        if transfer is not None:
-            self.transfers[name] = transfer
-            cost = self.costs.of(instruction, where) if op == "fusion" else Cost()
-            return lambda: self._collective(transfer, cost, op.endswith(START))
+        inner = self._inner(instruction, where)
+        if inner is not None:
+            return self._collective_plan(instruction, where, *inner)
         cost = self.costs.of(instruction, where)
         if op.endswith(START):
             return lambda: self._start(name, cost)
         if not cost.passes and not cost.hbm:
             return None
         return lambda: self._compute(name, cost)
+
+    def _collective_plan(self, instruction: Instruction, where: Computation, place: Computation, inner: Instruction):
+        """A collective by itself, started, or fused with products that run beside it.
+
+        Some compilers spread one over several fusions: a first, which starts it, others with a part of it each, and a
+        last, which waits.
+        """
+        fused = instruction.opcode == "fusion"
+        cost = self.costs.of(instruction, where) if fused else Cost()
+        targets = {i.attribute("custom_call_target") for _, i in self.module.within(instruction)} if fused else set()
+        job = f"{where.name} channel {inner.attribute('channel_id')}"
+        if '"AsyncCollectiveDone"' in targets:
+            return lambda: self._until(job)
+        if fused and job in self.spread:
+            return lambda: self._compute(instruction.name, cost)
+        starts = instruction.opcode.endswith(START) or '"AsyncCollectiveStart"' in targets
+        if fused and starts:
+            self.spread.add(job)
+            self.sources[job] = instruction.source or inner.source
+        else:
+            job = instruction.name
+        transfer = self._transfer(instruction, place, inner, starts or fused)
+        self.transfers[job] = transfer
+        return lambda: self._collective(job, transfer, cost, starts)
 
     def _loop(self, instruction: Instruction, where: Computation):
         trips = self.module.trips(instruction, where)
@@ -239,20 +262,20 @@ class _Player:
         else:
             clock.jobs[name] = ("hbm", clock.queued, "")
 
-    def _collective(self, transfer: Transfer, cost: Cost, started: bool) -> None:
+    def _collective(self, job: str, transfer: Transfer, cost: Cost, started: bool) -> None:
         clock = self.clock
         what = f"{transfer.kind} over {transfer.axes}"
         self._add("sent", what, transfer.nbytes)
         self._add("links", "", transfer.seconds)
-        self._add("runs", transfer.name, 1)
+        self._add("runs", job, 1)
         self._add("hbm_bytes", "", 2 * transfer.nbytes)
         clock.queued += 2 * transfer.nbytes
         clock.links = max(clock.now, clock.links) + transfer.seconds
-        clock.jobs[transfer.name] = ("links", clock.links, what)
+        clock.jobs[job] = ("links", clock.links, what)
         if cost.passes or cost.hbm:
             self._compute(transfer.name, cost)
         if not started:
-            self._until(transfer.name)
+            self._until(job)
 
     def _wait(self, instruction: Instruction) -> None:
         for name in instruction.operands:
@@ -289,19 +312,17 @@ class _Player:
 
     # --- Collectives ---------------------------------------------------------------------------------------------
 
-    def _transfer(self, instruction: Instruction, where: Computation) -> Transfer | None:
-        """The collective that an instruction is, starts or contains; None for another."""
-        kind = instruction.opcode.removesuffix(START)
-        if kind in COLLECTIVES:
-            place, inner = where, instruction
-        elif instruction.opcode in ("async-start", "fusion", "custom-call"):
-            found = [(c, i) for c, i in self.module.within(instruction) if i.opcode.removesuffix(START) in COLLECTIVES]
-            if not found:
-                return None
-            place, inner = found[0]
-            kind = inner.opcode.removesuffix(START)
-        else:
+    def _inner(self, instruction: Instruction, where: Computation) -> tuple[Computation, Instruction] | None:
+        """The collective that an instruction is, starts or contains, and where that stands; None for another."""
+        if instruction.opcode.removesuffix(START) in COLLECTIVES:
+            return where, instruction
+        if instruction.opcode not in ("async-start", "fusion", "custom-call"):
             return None
+        within = self.module.within(instruction)
+        return next(((c, i) for c, i in within if i.opcode.removesuffix(START) in COLLECTIVES), None)
+
+    def _transfer(self, instruction: Instruction, place: Computation, inner: Instruction, started: bool) -> Transfer:
+        kind = inner.opcode.removesuffix(START)
         taken = [a for i in place.operands(inner) for a in i.arrays]
         if kind == "all-gather":
             # Started, the result is a tuple of operands and results.
@@ -314,8 +335,6 @@ class _Player:
             nbytes = sum(a.nbytes for a in taken)
         groups, axes = self._groups(inner, kind)
         seconds = self._seconds(kind, groups, nbytes)
-        # Products fused with the collective that brings their operands run beside it.
-        started = instruction.opcode.endswith(START) or instruction.opcode == "fusion"
         source = instruction.source or inner.source
         return Transfer(instruction.name, kind, axes, source, nbytes, seconds, started)
 

@@ -19,8 +19,9 @@ class Chip:
 
     ``accelerator``: the prefix of Google Cloud's names. ``hbm``: bytes that a program may use. ``flops``: dense
     bfloat16 a second. ``hbm_rate``: bytes a second. ``link``: bytes a second of one ICI link in one direction.
-    ``host_rate``: bytes a second from or to the host. ``dims``: of the torus. ``ring``: an axis of a slice whose size is a multiple of this closes to a ring, any other
-    is a line. ``flags``: compiler options that are set unless others are given.
+    ``host_rate``: bytes a second from or to the host. ``dims``: of the torus. ``ring``: an axis of a slice whose size
+    is a multiple of this closes to a ring, any other is a line. ``flags``: compiler options that are set unless others
+    are given.
     """
 
     accelerator: str
@@ -42,9 +43,10 @@ _ASYNCHRONOUS = (
     ("xla_enable_async_all_gather", "ENABLED"),
 )
 
-# Memory: what libtpu 0.0.52 says is available when a program does not fit. The rest: Google Cloud's documentation,
-# "TPU v5p", "TPU v6e", "TPU v5e". It gives a chip's ICI bandwidth as the sum over its links and both directions
-# (4800 Gbit/s over 6 links, 3584 and 1600 over 4): a link in one direction has a twelfth, an eighth of it.
+# Memory: what libtpu 0.0.52 says is available when a program does not fit. FLOPs and HBM: Google Cloud's documentation
+# of TPU v5p, v6e and v5e. It gives ICI as the sum over a chip's links (4800 Gbit/s over 6, 3584 and 1600 over 4), which
+# would be 100, 112 and 50 GB/s a link and direction; what Google's "How to Scale Your Model" reckons with, 90, 90 and
+# 45, is less and taken here. The host's rates are from there too.
 CHIPS = {
     "v5p": Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 90e9, 16e9, 3, 4, _ASYNCHRONOUS),
     "v6e": Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 90e9, 32e9, 2, 16, _ASYNCHRONOUS),
