@@ -200,7 +200,8 @@ def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
         rhs_group_dimensions=(0,),
     )
     # Asked for in x's dtype: accelerators accumulate in float32 all the same, and a float32 result would be an array.
-    y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
+    with kernels.one_pass(x_MD.dtype):
+        y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
     return _inside(y, sizes_E)
 
 
@@ -208,7 +209,8 @@ def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
     )
-    return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=dtype)
+    with kernels.one_pass(x_MD.dtype):
+        return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=dtype)
 
 
 def kernel_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:

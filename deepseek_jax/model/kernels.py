@@ -9,6 +9,7 @@ Z widths.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -43,6 +44,14 @@ def on_platform(kernel, xla=None):
     return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), default=xla)
 
 
+def one_pass(dtype):
+    """The context to multiply arrays of ``dtype`` in, whatever `jax.default_matmul_precision` says.
+
+    TPU kernels have one precision only for operands narrower than float32, whose products are exact in one pass.
+    """
+    return nullcontext() if dtype == jnp.float32 else jax.default_matmul_precision("default")
+
+
 def causal_attention(
     q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, ctx: Context, interpret: bool = False
 ) -> jax.Array:
@@ -54,7 +63,7 @@ def causal_attention(
 
     On a mesh each device takes its own rows and heads; rows are whole.
     """
-    attend = partial(_attend, scale=scale, interpret=interpret)
+    attend = lambda q, k, v, segment: _attend(q, k, v, segment, scale, interpret)  # noqa: E731
     if ctx.mesh is None:
         return attend(q_BTNK, k_BTGK, v_BTGV, segment_BT)
     heads = (BATCH, None, "heads", None)
@@ -67,7 +76,26 @@ def causal_attention(
     return jax.shard_map(attend, mesh=ctx.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -> jax.Array:
+    with one_pass(q_BTNK.dtype):
+        return _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale, interpret)
+
+
+def _forward(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool):
+    with one_pass(q_BTNK.dtype):
+        return jax.vjp(lambda q, k, v: _splash(q, k, v, segment_BT, scale, interpret), q_BTNK, k_BTGK, v_BTGV)
+
+
+def _backward(scale: float, interpret: bool, vjp, do_BTNV):
+    with one_pass(do_BTNV.dtype):
+        return *vjp(do_BTNV), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -> jax.Array:
     T, N, G = *q_BTNK.shape[1:3], k_BTGK.shape[2]
     kernel = splash.make_splash_mqa if G == 1 else splash.make_splash_mha
     attend = kernel(
@@ -84,7 +112,7 @@ def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -
         o_NTV = attend(q, k, v, None if segment_T is None else splash.SegmentIds(segment_T, segment_T))
         return o_NTV.swapaxes(0, 1)
 
-    q_BTNK = (q_BTNK * scale).astype(q_BTNK.dtype)
+    q_BTNK = (q_BTNK.astype(jnp.float32) * scale).astype(q_BTNK.dtype)
     o_BTNV = jax.vmap(row, in_axes=(0, 0, 0, None if segment_BT is None else 0))(q_BTNK, k_BTGK, v_BTGV, segment_BT)
     # Padding is a segment of its own to the kernel, whose softmax needs a key for every query.
     return o_BTNV if segment_BT is None else jnp.where(segment_BT[..., None, None] != 0, o_BTNV, 0)
@@ -115,14 +143,17 @@ def grouped_matmul(x_MD, w_EDZ, sizes_E, transpose: bool = False, interpret: boo
     Rows beyond the groups hold anything, NaN included.
     """
     x_pad, tiles = _tiled(x_MD, w_EDZ.shape[1 if transpose else 2])
-    return gmm(x_pad, w_EDZ, sizes_E, x_MD.dtype, tiles, transpose_rhs=transpose, interpret=interpret)[: x_MD.shape[0]]
+    with one_pass(x_MD.dtype):
+        y_pad = gmm(x_pad, w_EDZ, sizes_E, x_MD.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
+    return y_pad[: x_MD.shape[0]]
 
 
 def grouped_outer(x_MD, y_MZ, sizes_E, dtype, interpret: bool = False) -> jax.Array:
     """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32; zero for a group of no rows."""
     x_pad, tiles = _tiled(x_MD, y_MZ.shape[1])
     y_pad, _ = _tiled(y_MZ, 1)
-    return tgmm(x_pad.T, y_pad, sizes_E, dtype, tiles, interpret=interpret)
+    with one_pass(x_MD.dtype):
+        return tgmm(x_pad.T, y_pad, sizes_E, dtype, tiles, interpret=interpret)
 
 
 def _tiled(x_MD, width: int) -> tuple[jax.Array, tuple[int, int, int]]:
