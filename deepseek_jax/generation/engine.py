@@ -11,7 +11,7 @@ from deepseek_jax.core.axes import BATCH, activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.generation.layers import unstacked
 from deepseek_jax.generation.loop import State, compiled
-from deepseek_jax.generation.sampling import make_sampling
+from deepseek_jax.generation.sampling import Sampling, make_sampling
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import fetch, place, row_groups
 
@@ -160,10 +160,10 @@ class Generation(Iterator[list[list[int]]]):
     def __init__(self, model, state: State, sampling, stop_V, lengths, depth: int, ctx, chunk: int, steps: int):
         # Placed at once: arrays that are bound to a device in one call and not in the next compile twice.
         if ctx.mesh is None:
-            places = next(iter(jax.tree.leaves(model)[0].devices()))
+            device = next(iter(jax.tree.leaves(model)[0].devices()))
+            self._state, self._sampling, self._stop_V = jax.device_put((state, sampling, stop_V), device)
         else:
-            places = _places((state, sampling, stop_V), ctx)
-        self._state, self._sampling, self._stop_V = jax.device_put((state, sampling, stop_V), places)
+            self._state, self._sampling, self._stop_V = _placed(state, sampling, stop_V, ctx)
         self._model, self._stop_ids = model, set(np.flatnonzero(stop_V).tolist())
         self._static = {"depth": depth, "ctx": ctx}
         leaves, structure = jax.tree.flatten(self._state)
@@ -218,16 +218,17 @@ class Generation(Iterator[list[list[int]]]):
         )
 
 
-def _places(tree, ctx: Context):
-    """On a mesh, where a generation's arrays lie: those of rows with their rows, the cache where it was made."""
-    state, sampling, stop_V = tree
+def _placed(state: State, sampling: Sampling, stop_V: np.ndarray, ctx: Context):
+    """On a mesh: what belongs to rows goes with its rows, the rest everywhere; the cache lies where it was made."""
 
-    def rows(a):
+    def place(a):
         return activation_sharding((BATCH, *(None,) * (a.ndim - 1)) if a.ndim else (), a.shape, ctx)
 
-    cache = jax.tree.map(lambda a: a.sharding, state.cache)
-    places = replace(jax.tree.map(rows, replace(state, cache=None)), cache=cache)
-    return places, jax.tree.map(rows, sampling), activation_sharding((None,), stop_V.shape, ctx)
+    rest = replace(state, cache=None), sampling
+    # Not `device_put`: it takes no random keys to devices of other processes.
+    placed, sampling = jax.jit(lambda a: a, out_shardings=jax.tree.map(place, rest))(rest)
+    everywhere = activation_sharding((None,), stop_V.shape, ctx)
+    return replace(placed, cache=state.cache), sampling, jax.device_put(stop_V, everywhere)
 
 
 def check_prompts(prompts, vocab_size: int) -> list[list[int]]:

@@ -85,6 +85,11 @@ def test_help_shows_the_recipes_numbers(capsys):
         (["out", "--length", "0"], "length must be at least 3 tokens, not 0"),
         (["/dev/null/out"], "/dev/null/out"),
         (["out", "--json", "missing/result.json"], "missing"),
+        (["out", "--mesh", "fsdp=3"], "fsdp=3 x expert=1 x tensor=1 x context=1 does not make up 1 devices"),
+        (["out", "--mesh", "rows=2"], "'rows=2' is not AXIS=SIZE"),
+        (["out", "--mesh", "fsdp=-1", "--layout", "fast"], "there is no layout 'fast'"),
+        (["out", "--layout", "fsdp"], "--layout lays a model out on a mesh"),
+        (["out", "--coordinator", "auto"], "the processes do not find each other"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, complaint):

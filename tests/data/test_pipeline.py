@@ -345,6 +345,13 @@ def test_fim_needs_its_tokens(home, load, tokenizer, tmp_path):
     assert load_data(replace(config, fim_rate=0), load_tokenizer(tmp_path), tmp_path / "tokens").fim.rate == 0
 
 
+def test_a_host_may_have_several_groups_of_rows(load):
+    expected = take(load().batches(length=24, rows=6, seed=1), 5)
+    batches = load().batches(length=24, rows=6, seed=1, shard=((0, 2), 3))
+    assert equal(take(batches, 5), [{"tokens": batch["tokens"][[0, 1, 4, 5]]} for batch in expected])
+    assert batches.rows_taken == 30
+
+
 def test_bad_settings_are_refused(load):
     data = load()
     with pytest.raises(ValueError, match="too few for one batch of 1000 x 30"):
@@ -353,7 +360,7 @@ def test_bad_settings_are_refused(load):
         data.batches(length=6000, rows=1, seed=0)
     with pytest.raises(ValueError, match="2 tokens or more, not 1"):
         data.batches(length=1, rows=2, seed=0)
-    for rows, shard in ((5, (0, 2)), (4, (2, 2)), (0, (0, 1))):
+    for rows, shard in ((5, (0, 2)), (4, (2, 2)), (0, (0, 1)), (4, ((), 2)), (4, ((0, 2), 2))):
         with pytest.raises(ValueError, match="cannot be dealt to host"):
             data.batches(length=8, rows=rows, seed=0, shard=shard)
     for bad in (

@@ -6,6 +6,7 @@ Usage: eight_devices.py RESULTS JOB...; a job is one of `JOBS`, a mesh and, wher
 
 import json
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 from unittest import mock
@@ -305,12 +306,24 @@ def loaded(case: str) -> dict:
     }
 
 
+def saved(case: str) -> dict:
+    """The files of a model in its shards and of the same on one device, FP8 blocks and all."""
+    ctx, model = dsj.Context(mesh=mesh_of(case)), random_model(CFG)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("ours", "theirs")]
+        for path, m in zip(paths, (place(model, ctx), model), strict=True):
+            dsj.save_pretrained(m, path, quantize="fp8")
+        ours, theirs = ({f.name: f.read_bytes() for f in path.iterdir()} for path in paths)
+    return {"files": sorted(ours), "equal": ours == theirs}
+
+
 def _pairs(ours: list, theirs: list) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True)]
 
 
 JOBS = {
     "loaded": loaded,
+    "saved": saved,
     "sgd": partial(compare_steps, "sgd"),
     "adamw": partial(compare_steps, "adamw"),
     "forward": compare_forward,

@@ -33,6 +33,7 @@ DEFAULT = [
     "scores|expert=8",
     f"born|{SNAPSHOT}",
     "loaded|fsdp=4,expert=2",
+    f"saved|{SNAPSHOT}",
     f"snapshot|{SNAPSHOT}",
 ]
 SLOW = [
@@ -203,6 +204,12 @@ def test_published_weights_are_read_straight_into_their_shards(default):
     # Every byte once, and by half of the devices only what these hold.
     assert found["all"] == found["size"]
     assert found["half"] == found["half_size"] < 0.55 * found["size"]
+
+
+def test_a_model_in_shards_is_written_as_on_one_device(default):
+    found = default[f"saved|{SNAPSHOT}"]
+    assert found["files"] == ["config.json", "model.safetensors"]
+    assert found["equal"]
 
 
 def test_layers_are_gathered_one_at_a_time(default):

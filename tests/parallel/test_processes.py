@@ -60,18 +60,29 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def started(folder: Path, *words: str) -> list[subprocess.Popen]:
-    """The two processes; each notes what it reads beside the run's folder."""
+def slurm(port: int, index: int) -> dict[str, str]:
+    """What ``srun --ntasks 2`` tells a task."""
+    said = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(index), "LOCALID": str(index)}
+    return {"JAX_COORDINATOR_PORT": str(port), **{f"SLURM_{name}": value for name, value in said.items()}}
+
+
+def variables(port: int, index: int) -> dict[str, str]:
+    address = f"localhost:{port}"
+    return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+
+
+def started(folder: Path, cluster, *words: str) -> list[subprocess.Popen]:
+    """The two processes of one command; each notes what it reads beside the run's folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        cluster = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+        port = free.getsockname()[1]
     processes = []
     for index in range(2):
         notes = folder.with_name(f"rows-{index}")
-        command = [sys.executable, str(HERE / "reading_train.py"), str(notes), str(folder), *words, *cluster]
+        command = [sys.executable, str(HERE / "reading_train.py"), str(notes), str(folder), *words]
         with folder.with_name(f"log-{index}").open("w") as log:
-            command += ["--process-index", str(index)]
-            processes.append(subprocess.Popen(command, env=environment(4), stdout=log, stderr=log))
+            env = environment(4) | cluster(port, index)
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     return processes
 
 
@@ -141,7 +152,7 @@ def assert_same_training(folder: Path, reference: Path) -> None:
 def test_processes_stop_together_and_one_goes_on_alone(arguments, whole, tmp_path):
     """SIGTERM to the one that does not write; each reads the rows of its own devices and no others."""
     folder = tmp_path / "run"
-    processes = started(folder, *arguments, "--mesh", "fsdp=2,expert=2,tensor=2")
+    processes = started(folder, slurm, *arguments, "--mesh", "fsdp=2,expert=2,tensor=2")
     until(folder, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     ended(folder, processes, 143)
@@ -164,7 +175,7 @@ def test_processes_stop_together_and_one_goes_on_alone(arguments, whole, tmp_pat
 def test_processes_that_are_killed_are_followed_by_one_on_another_mesh(arguments, whole, tmp_path):
     """SIGKILL to both, whose devices share all rows; then one process with eight devices, which share none."""
     folder = tmp_path / "run"
-    processes = started(folder, *arguments, "--mesh", "tensor=4,context=2", "--layout", "all")
+    processes = started(folder, variables, *arguments, "--mesh", "tensor=4,context=2", "--layout", "all")
     until(folder, 4, processes)
     for process in processes:
         process.kill()
