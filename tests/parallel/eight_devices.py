@@ -23,6 +23,7 @@ from deepseek_jax.core.axes import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score
+from deepseek_jax.model.attention import Span, attend
 from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
@@ -233,6 +234,29 @@ def compare_scores(case: str) -> dict:
     return {"largest": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), "first": theirs[0]}
 
 
+def attention_kernel(case: str) -> dict:
+    """The attention kernel on a mesh, interpreted, against the other form on one device: the output and gradients."""
+    rng, segment = np.random.default_rng(0), np.ones((ROWS, 128), np.int32)
+    segment[1, 50:], segment[2, 100:] = 2, 0
+    position, rope = jnp.broadcast_to(jnp.arange(128), segment.shape), jnp.zeros((*segment.shape, 4))
+    span = Span(position, segment, position, segment, rope, rope, None, causal=True, uniform=False)
+
+    def run(q, k, v, do, ctx):
+        o, back = jax.vjp(lambda *a: attend(*a, span, 0.3, ctx), q, k, v)
+        return o, *back(do)
+
+    found = {}
+    for name, heads in (("expanded", 4), ("absorbed", 1)):
+        shapes = ((4, 24), (heads, 24), (heads, 16), (4, 16))
+        arrays = [jnp.asarray(rng.normal(0, 1, (*segment.shape, *s)), jnp.float32) for s in shapes]
+        ctx = dsj.Context(mesh=mesh_of(case), attention="kernel")
+        ours = jax.jit(partial(run, ctx=ctx))(*arrays)
+        theirs = jax.jit(partial(run, ctx=dsj.Context(attention="xla")))(*arrays)
+        found[name] = [error(a, b) for a, b in zip(ours, theirs, strict=True)]
+        found[f"{name} heads"] = ours[0].sharding.shard_shape(ours[0].shape)
+    return found
+
+
 def snapshot(case: str) -> dict:
     """Where every parameter and moment rests, and what the compiled step moves."""
     ctx = dsj.Context(mesh=mesh_of(case))
@@ -328,6 +352,8 @@ JOBS = {
     "adamw": partial(compare_steps, "adamw"),
     "forward": compare_forward,
     "drop": partial(compare_forward, drop=True),
+    "kernel": partial(compare_forward, experts="kernel"),
+    "attention": attention_kernel,
     "generated": compare_generated,
     "text": compare_text,
     "scores": compare_scores,

@@ -31,6 +31,7 @@ DEFAULT = [
     "drop|expert=8|concentrated",
     *(f"text|{axis}" for axis in WRITTEN),
     "scores|expert=8",
+    f"attention|{MIXED[4]}",
     f"born|{SNAPSHOT}",
     "loaded|fsdp=4,expert=2",
     f"saved|{SNAPSHOT}",
@@ -42,6 +43,7 @@ SLOW = [
     *(f"text|{case}" for case in MIXED[:2]),
     *(f"adamw|{case}" for case in MIXED[:2]),
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
+    f"kernel|{MIXED[1]}",
 ]
 # Relative Frobenius errors, float32.
 GRADIENT, SGD, ADAMW = 2e-5, 1e-4, 1e-3
@@ -186,6 +188,18 @@ def test_adamw_on_mixed_meshes(slow, case):
 @pytest.mark.parametrize("case", [MIXED[0], MIXED[3]])
 def test_concentrated_routing_on_mixed_meshes(slow, case):
     check_steps(slow[f"sgd|{case}|concentrated"], SGD)
+
+
+def test_attention_kernel_takes_each_device_s_rows_and_heads(default):
+    found = default[f"attention|{MIXED[4]}"]
+    assert max(found["expanded"] + found["absorbed"]) <= GRADIENT
+    # 8 rows over data=2, fsdp=2 and 4 heads over tensor=2.
+    assert found["expanded heads"] == found["absorbed heads"] == [2, 128, 2, 16]
+
+
+@pytest.mark.slow
+def test_grouped_matmul_kernel_on_a_mesh(slow):
+    check_forward(slow[f"kernel|{MIXED[1]}"])
 
 
 def test_a_model_is_born_in_its_shards(default):
