@@ -66,7 +66,8 @@ def _compile(root: Path, job: Job, note) -> None:
     compiled = lowered.compile(compiler_options={**job.flags, "xla_dump_to": str(root / DUMP)})
     stats = compiled.memory_analysis()
     memory = {name: getattr(stats, name) for name in dir(stats) if name.endswith("_in_bytes")}
-    cost = {k: v for k, v in (compiled.cost_analysis() or {}).items() if " " not in k or k == "bytes accessed"}
+    figures = compiled.cost_analysis() or {}
+    cost = {name: figures[name] for name in ("optimal_seconds", "flops", "bytes accessed") if name in figures}
     note(compile_seconds=time.monotonic() - began, memory=memory, cost=cost)
 
 

@@ -24,6 +24,7 @@ WAITS = {"copy-done", "async-done", "async-update", "all-gather-done", "all-redu
 SLICES = {"dynamic-slice", "slice", "gather"}
 # Done in place, with the number of the operand that is new.
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+FORMS = {"bitcast", "convert", "copy", "reshape", "transpose"}
 # What a fusion hands through, and collectives within one: their bytes are those of the links.
 PASSED = {"tuple", *COLLECTIVES}
 # Calls into the compiler that move nothing.
@@ -135,10 +136,14 @@ class Costs:
     def _used(self, where: Computation, name: str) -> int:
         """Bytes of a fusion's parameter that its computation uses."""
         whole, total = where.by_name[name], 0
+        if whole.root and whole.opcode != "parameter":
+            return sum(a.stored for a in whole.arrays)
         for user in where.users.get(name, []):
             indices = [i for i, operand in enumerate(user.operands) if operand == name]
-            if user.opcode == "bitcast":
-                total += self._used(where, user.name)
+            if self._unchanged(user):
+                # What is cut out of a converted array is converted alone.
+                share = self._used(where, user.name) / max(1, sum(a.stored for a in user.arrays))
+                total += round(share * sum(a.stored for a in whole.arrays))
             elif user.opcode in SLICES and indices == [0]:
                 total += _stored_like(whole, user)
             elif (user.opcode in UPDATES and indices == [0]) or user.opcode in PASSED:
@@ -148,7 +153,16 @@ class Costs:
                 total += sum(self._used(inner, inner.parameters[i].name) for i in indices)
             else:
                 return sum(a.stored for a in whole.arrays)
-        return total
+        return min(total, sum(a.stored for a in whole.arrays))
+
+    def _unchanged(self, instruction: Instruction) -> bool:
+        """Whether an instruction of a fusion gives its one operand in another form."""
+        if instruction.opcode == "fusion":
+            inner = self.module.computations[instruction.called["calls"][0]]
+            return len(inner.parameters) == 1 and all(
+                i.opcode in FORMS or i.opcode == "parameter" for i in inner.instructions
+            )
+        return instruction.opcode in FORMS
 
     def _written(self, instruction: Instruction, where: Computation) -> int:
         """Bytes of HBM that an instruction writes: of updates in place only what is new."""

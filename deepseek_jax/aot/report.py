@@ -33,8 +33,8 @@ class Rates:
 @dataclass(frozen=True)
 class Report:
     """``job``: what was compiled. ``sizes``: of the mesh's axes. ``out_of_memory``: the compiler's sentence where it
-    does not fit. ``cost``: the compiler's own figures of the finished program, which count loops once; None with a
-    quick run."""
+    does not fit. ``compiler``: its own figures of the finished program, which count loops once; None with a quick run.
+    """
 
     job: Job
     sizes: dict[str, int]
@@ -43,7 +43,7 @@ class Report:
     rates: Rates
     seconds: dict[str, float]
     out_of_memory: str | None
-    cost: dict[str, float] | None
+    compiler: dict[str, float] | None
 
     def as_dict(self, most: int) -> dict:
         """Plain values for JSON, with that many of the largest buffers and longest operations."""
@@ -67,7 +67,7 @@ class Report:
             "time": time | {"binds": found.binds, "matrix_rate": MATRIX_RATE, "hbm_rate": HBM_RATE},
             "tokens_per_second_chip": self.rates.tokens,
             "flops_per_token_and_mfu": self.rates.useful,
-            "compiler": self.cost,
+            "compiler": self.compiler,
         }
 
 
@@ -92,7 +92,7 @@ def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None,
             rates=rates(job, time.seconds),
             seconds={"lower": found.lower_seconds, "compile": found.compile_seconds},
             out_of_memory=found.out_of_memory,
-            cost=found.cost,
+            compiler=found.memory and {**found.memory, **(found.cost or {})},
         )
 
 

@@ -83,6 +83,15 @@ def topology(text: str) -> Topology:
     return Topology(text, kind, sizes)
 
 
+def check_mesh(sizes: dict[str, int], wanted: Topology) -> None:
+    """Raises TopologyError where a mesh's sizes, one of which may be -1, do not make up the chips."""
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    left = list(sizes.values()).count(-1)
+    if left > 1 or wanted.n_chips % fixed or (not left and fixed != wanted.n_chips):
+        described = " x ".join(f"{name}={size}" for name, size in sizes.items()) or "one device"
+        raise TopologyError(f"a mesh of {described} does not make up the {wanted.n_chips} chips of {wanted.name}.")
+
+
 def check_compiler() -> None:
     """Raises TopologyError where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:

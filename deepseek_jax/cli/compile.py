@@ -81,7 +81,7 @@ class Compile:
         """What is compiled, with everything checked that needs no compiler."""
         from deepseek_jax.aot.child import Job
         from deepseek_jax.aot.programs import Program
-        from deepseek_jax.aot.topology import check_compiler, topology
+        from deepseek_jax.aot.topology import check_compiler, check_mesh, topology
         from deepseek_jax.cli.summary import find_config
         from deepseek_jax.parallel.mesh import mesh_sizes
 
@@ -89,6 +89,7 @@ class Compile:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be positive.")
         wanted, cfg, sizes = topology(self.topology), find_config(self.model), mesh_sizes(self.mesh)
+        check_mesh(sizes, wanted)
         check_compiler()
         options = {"remat": self.remat, "loss_chunk": self.loss_chunk, "expert_buffer": self.expert_buffer}
         options |= {name: _value(text) for name, text in _pairs("--set", self.set).items()}
