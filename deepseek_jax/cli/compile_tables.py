@@ -84,10 +84,8 @@ def _time(report: Report) -> Table:
     table.add_section()
     table.add_row("step", f"{found.seconds:.3f}", "", style="bold")
     table.add_row("links busy", f"{found.links:.3f}", f"{found.links / found.seconds:.1%}")
-    if report.cost and "optimal_seconds" in report.cost:
-        table.add_row(
-            "the compiler's optimal_seconds, loops once, no links", f"{report.cost['optimal_seconds']:.3f}", ""
-        )
+    if optimal := (report.compiler or {}).get("optimal_seconds"):
+        table.add_row("the compiler's optimal_seconds: loops once, no links", f"{optimal:.3f}", "")
     return table
 
 

@@ -61,7 +61,18 @@ def folders() -> set[Path]:
 @pytest.mark.slow
 def test_a_training_step_for_a_slice(tmp_path, capsys):
     before = folders()
-    arguments = ["compile", "tiny-v3", "--topology", "v5p:2x2x1", "--mesh", "fsdp=2,expert=2", "--length", "512"]
+    arguments = [
+        "compile",
+        "tiny-v3",
+        "--topology",
+        "v5p:2x2x1",
+        "--mesh",
+        "fsdp=2,expert=2",
+        "--length",
+        "512",
+        "--largest",
+        "3",
+    ]
     for name, more in (("quick", ["--quick"]), ("full", [])):
         assert main([*arguments, *more, "--json", str(tmp_path / f"{name}.json")]) == 0
     assert "What binds" in capsys.readouterr().out
