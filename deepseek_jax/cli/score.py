@@ -1,12 +1,13 @@
 """``deepseek-jax score``: log-probabilities of a given text."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.cli.generate import DTYPE, load_model, open_tokenizer
 
@@ -31,6 +32,8 @@ class Score:
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the figures and every token's log-probability (nats) to this file."""
+    devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
+    """Where it runs."""
 
     def run(self) -> int:
         check_destination(self.json)
@@ -41,9 +44,14 @@ class Score:
             raise ValueError(f"{self.file}: {len(ids)} tokens are too few to score; give at least two.")
         n_bytes = None if self.ids else _scored_bytes(tokenizer, text, ids)
 
-        from deepseek_jax.generation.score import score
+        ctx = self.devices.context()
 
-        logprobs = score(load_model(self.ckpt, self.dtype), ids)
+        from deepseek_jax.generation.score import score
+        from deepseek_jax.parallel.processes import is_first
+
+        logprobs = score(load_model(self.ckpt, self.dtype, ctx), ids, ctx)
+        if not is_first():
+            return 0
         if self.tokens:
             for i, value in zip(ids[1:], logprobs, strict=True):
                 shown = "" if tokenizer is None else f"  {tokenizer.decode([i])!r}"

@@ -65,8 +65,7 @@ def evaluate(model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT) -> E
     own = (np.asarray(groups)[:, None] * (size // count) + np.arange(size // count)).reshape(-1)
     nats, load_LE, same, real = [], None, 0, 0
     for start in range(0, len(windows), size):
-        part = start + own if ctx.mesh is not None else slice(start, start + size)
-        batch = place_batch({"tokens": windows[part], "segments": segments[part]}, ctx)
+        batch = place_batch({"tokens": windows[start + own], "segments": segments[start + own]}, ctx)
         n, load, s, r = _score(model, batch["tokens"], batch["segments"], ctx)
         nats.append(np.asarray(n, np.float64))
         same, real = same + int(s), real + int(r)
