@@ -71,6 +71,14 @@ class Context:
                 raise ValueError(f"Context({name}={value!r}): choose one of {', '.join(choices)}.")
 
     @property
+    def platform(self) -> str | None:
+        """That of the mesh's devices, which may be described only; None without a mesh or for an abstract one.
+
+        Where it is known, a program has no branch for other platforms, across which nothing would overlap.
+        """
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+
+    @property
     def sequence_parts(self) -> int:
         """The number of parts in which a row's tokens lie on different devices."""
         axes = () if self.mesh is None else dict(self.layout.use).get(SEQUENCE, ())

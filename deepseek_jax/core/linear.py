@@ -100,7 +100,7 @@ def _sharded_forward(x, w, equation, axes, ctx, precision):
     split = _Split(equation, x, w, axes, ctx)
 
     def local(x, w):
-        w = gathered(w.astype(x.dtype), split.rest, split.use)
+        w = gathered(w, split.rest, split.use, x.dtype)
         y = jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
         return jax.lax.psum(y, split.without(split.of_y))
 
@@ -113,7 +113,7 @@ def _sharded_backward(equation, axes, ctx, precision, operands, dy):
     split = _Split(equation, x, w, axes, ctx)
 
     def local(x, w, dy):
-        whole = gathered(w.astype(x.dtype), split.rest, split.use)
+        whole = gathered(w, split.rest, split.use, x.dtype)
         dx, dw = _cotangents(equation, x, whole, dy.astype(x.dtype), precision)
         dx = jax.lax.psum(dx, split.without(split.of_x))
         return dx, to_rest(dw, split.use, split.rest, split.without(split.of_w)).astype(w.dtype)

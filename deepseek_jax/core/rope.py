@@ -63,15 +63,25 @@ def rope_tables(positions_BT: jax.Array, dim: int, rope: Rope) -> tuple[jax.Arra
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
-    """Rotates x [..., 2F] by tables that broadcast against [..., F].
+    """Rotates x [..., 2F] by tables that broadcast against [..., F]; the result is laid out as x is.
 
-    Interleaved input pairs (0, 1), (2, 3), ...; the output is laid out [all first | all second] either way.
-    Queries and keys share that layout, so their products are those of the published one.
+    Interleaved input pairs (0, 1), (2, 3), ...; otherwise i is paired with F + i.
     """
     x32 = x.astype(jnp.float32)
-    if interleaved:
-        pairs = x32.reshape(*x.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-    else:
+    if not interleaved:
         a, b = jnp.split(x32, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    # Each number's partner by a product with a signed permutation, which is exact: pairs as an axis of two, or shifts
+    # by one, cost an accelerator several passes over the array.
+    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
+    swap = jnp.asarray(_swap(x.shape[-1]), x.dtype)
+    partner = jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return (x32 * cos + partner * sin).astype(x.dtype)
+
+
+def _swap(size: int) -> np.ndarray:
+    """[size, size]: x @ swap is (-x1, x0, -x3, x2, ...)."""
+    swap = np.zeros((size, size), np.float32)
+    even = np.arange(0, size, 2)
+    swap[even + 1, even], swap[even, even + 1] = -1, 1
+    return swap

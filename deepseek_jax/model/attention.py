@@ -122,7 +122,7 @@ def attend(
             xla = None
             if ctx.attention == "auto":
                 xla = lambda q, k, v, _: attend_whole(q, k, v, span, scale)  # noqa: E731
-            return on_platform(kernel, xla)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
+            return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
         if ctx.attention == "kernel":
             raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
     if not ctx.balanced:

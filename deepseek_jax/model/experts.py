@@ -51,6 +51,7 @@ def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Arra
     """The oracle: all experts for all tokens, then the weighted sum of the chosen ones."""
     E = gate_up_ED2F.shape[0]
     weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
+    gate_up_ED2F = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], 2, -1)
     gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
     return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(gate_NEF) * up_NEF, down_EFD, weight_NE)
 
@@ -74,26 +75,31 @@ def sorted_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str)
 
 
 def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
-    N, K = index_NK.shape
+    K = index_NK.shape[1]
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
     y_MD, h_MZ = rows_forward(x_ND[order // K], weight_M1, gate_up_ED2F, down_EFD, sizes, form)
-    y_ND = y_MD[inverse].reshape(N, K, -1).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
-    return y_ND, (x_ND, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
+    y_ND = _of_tokens(y_MD, inverse, index_NK).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
+    return y_ND, (x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 
 def _backward(form, residuals, dy_ND):
-    x_ND, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
-    N, K = weight_NK.shape
+    x_ND, index_NK, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
+    K = index_NK.shape[1]
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
     dx_MD, dweight_M1, d_gate_up, d_down = rows_backward(
         x_ND[order // K], weight_M1, dy_ND[order // K], gate_up, down, sizes, form, h_MZ
     )
-    dweight_NK = dweight_M1[inverse].reshape(N, K).astype(weight_NK.dtype)
-    return dx_MD[inverse].reshape(N, K, -1).sum(1), None, dweight_NK, d_gate_up, d_down
+    dweight_NK = _of_tokens(dweight_M1, inverse, index_NK)[..., 0].astype(weight_NK.dtype)
+    return _of_tokens(dx_MD, inverse, index_NK).sum(1), None, dweight_NK, d_gate_up, d_down
 
 
 sorted_experts.defvjp(_forward, _backward)
+
+
+def _of_tokens(a_MX, inverse, index_NK) -> jax.Array:
+    """[N, K, X]: sorted rows back at their tokens, zero for nobody's: behind the groups stands anything."""
+    return jnp.where(index_NK[..., None] >= 0, a_MX[inverse].reshape(*index_NK.shape, -1), 0)
 
 
 def rows_forward(x_MD, weight_M1, gate_up, down, sizes, form: str) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +109,8 @@ def rows_forward(x_MD, weight_M1, gate_up, down, sizes, form: str) -> tuple[jax.
     neither that product nor, on a mesh, its way back.
     """
     h_MZ = _apply(x_MD, gate_up, sizes, form)
-    return _apply(swiglu(h_MZ) * weight_M1.astype(x_MD.dtype), down, sizes, form), h_MZ
+    a_MF = _inside(swiglu(h_MZ) * weight_M1.astype(x_MD.dtype), sizes)
+    return _apply(a_MF, down, sizes, form), h_MZ
 
 
 def rows_backward(x_MD, weight_M1, dy_MD, gate_up, down, sizes, form: str, h_MZ=None):
@@ -113,10 +120,17 @@ def rows_backward(x_MD, weight_M1, dy_MD, gate_up, down, sizes, form: str, h_MZ=
     a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
     da_MF = _apply_transposed(dy_MD, down, sizes, form)
     (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
+    dh_MZ = _inside(dh_MZ, sizes)
     dx_MD = _apply_transposed(dh_MZ, gate_up, sizes, form)
     dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
     d_gate_up = _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form)
-    return dx_MD, dweight_M1, d_gate_up, _weight_gradient(down, a_MF * weight_M1, dy_MD, sizes, form)
+    d_down = _weight_gradient(down, _inside(a_MF * weight_M1, sizes), dy_MD, sizes, form)
+    return dx_MD, dweight_M1, d_gate_up, d_down
+
+
+def _inside(a_MX, sizes) -> jax.Array:
+    """Zero behind the groups, where a grouped matmul leaves anything: fused into what computes the rows."""
+    return jnp.where(jnp.arange(a_MX.shape[0])[:, None] < sizes.sum(), a_MX, 0)
 
 
 def _fuse(w):
@@ -168,7 +182,7 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 
 
 def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
-    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are finite, arbitrary.
+    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are arbitrary, even not finite.
 
     ``form``: "blocks", "ragged", "kernel", or "auto" for the one that suits the platform the program is lowered for.
     """
@@ -201,8 +215,7 @@ def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     )
     # Asked for in x's dtype: accelerators accumulate in float32 all the same, and a float32 result would be an array.
     with kernels.one_pass(x_MD.dtype):
-        y = jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
-    return _inside(y, sizes_E)
+        return jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
 
 
 def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
@@ -215,17 +228,12 @@ def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
 
 def kernel_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     run = lambda interpret: partial(kernels.grouped_matmul, transpose=transpose, interpret=interpret)  # noqa: E731
-    return _inside(kernels.on_platform(run)(x_MD, _fuse(dense(w_EDZ, x_MD.dtype)), sizes_E), sizes_E)
+    return kernels.on_platform(run)(x_MD, _fuse(dense(w_EDZ, x_MD.dtype)), sizes_E)
 
 
 def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     run = lambda interpret: partial(kernels.grouped_outer, dtype=dtype, interpret=interpret)  # noqa: E731
     return kernels.on_platform(run)(x_MD, y_MZ, sizes_E)
-
-
-def _inside(y_MZ, sizes_E) -> jax.Array:
-    """Zero in the rows beyond the groups, where what stands depends on the platform."""
-    return jnp.where(jnp.arange(y_MZ.shape[0])[:, None] < sizes_E.sum(), y_MZ, 0)
 
 
 def block_rows(rows: int, groups: int) -> int:

@@ -33,12 +33,15 @@ WIDE = 256
 TILE_ROWS, TILE_BYTES = 512, 2048
 
 
-def on_platform(kernel, xla=None):
+def on_platform(kernel, xla=None, platform: str | None = None):
     """What `kernel(interpret)` gives, for the platform the program is lowered for.
 
     On TPU it is compiled; elsewhere ``xla`` takes its place, or without ``xla`` the kernel runs interpreted on the
-    CPU: for checking it, slowly. Without ``xla`` other platforms cannot lower the program.
+    CPU: for checking it, slowly. Without ``xla`` other platforms cannot lower the program. ``platform``: the only one
+    that the program is for, if it is known (`Context.platform`).
     """
+    if platform is not None:
+        return kernel(platform != "tpu") if xla is None or platform == "tpu" else xla
     if xla is None:
         return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), cpu=kernel(True))
     return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), default=xla)

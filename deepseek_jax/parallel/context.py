@@ -16,4 +16,6 @@ class Context(context.Context):
             object.__setattr__(self, "layout", find_layout(self.layout, self.mesh))
             if self.dispatch is None:
                 object.__setattr__(self, "dispatch", dispatch)
+            if self.experts == "auto" and self.platform is not None:
+                object.__setattr__(self, "experts", "blocks" if self.platform == "cpu" else "ragged")
         super().__post_init__()

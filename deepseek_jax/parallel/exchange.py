@@ -31,11 +31,14 @@ class Plan:
         return Plan(self.from_start, self.from_size, self.from_there, self.start, self.size, self.there)
 
 
-def exchange(x_X: jax.Array, plan: Plan, rows: int, axis: str) -> jax.Array:
+def exchange(x_X: jax.Array, plan: Plan, rows: int, axis: str, platform: str | None) -> jax.Array:
     """[rows, ...]: what arrives here of all devices' x [X, ...]; rows to which nothing is sent are 0.
 
-    `jax.lax.ragged_all_to_all` where the platform has it; the CPU backend does not, and gathers instead.
+    `jax.lax.ragged_all_to_all` where the platform has it; the CPU backend does not, and gathers instead. ``platform``:
+    `Context.platform`.
     """
+    if platform is not None:
+        return (by_gather if platform == "cpu" else ragged)(x_X, plan, rows, axis)
     return jax.lax.platform_dependent(
         cpu=lambda: by_gather(x_X, plan, rows, axis), default=lambda: ragged(x_X, plan, rows, axis)
     )

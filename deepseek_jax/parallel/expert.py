@@ -136,12 +136,26 @@ def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, exper
     chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK, dy_BTD)]
     tokens, dw, _ = _each_round(step, chunks)
     dx_CND, dweight_CNK = jax.lax.psum(tokens, _tensor(ctx))
-    dw = (to_rest(d, u, r, over).astype(w.dtype) for d, u, r, w in zip(dw, use, rest, (gate_up, down), strict=True))
+    dw = (_at_rest(d, w, r, u, over) for d, w, r, u in zip(dw, (gate_up, down), rest, use, strict=True))
     return dx_CND.reshape(x_BTD.shape), dweight_CNK.reshape(weight_BTK.shape), *dw
 
 
 def _in_use(weights, dtype, rest, use) -> list[jax.Array]:
-    return [gathered(w.astype(dtype), r, u) for w, r, u in zip(weights, rest, use, strict=True)]
+    """Both weights in use, gate and up fused, [E, D, 2F] and [E, F, D]. Fused before it is gathered: an axis of two
+    next to the last has a layout on TPU that every product would convert."""
+    return [
+        gathered(w.reshape(*w.shape[:2], -1), *_fused(r, u), dtype) for w, r, u in zip(weights, rest, use, strict=True)
+    ]
+
+
+def _at_rest(dw_EDZ, like, rest, use, over) -> jax.Array:
+    """A gradient of `_in_use`'s, as its weight lies at rest."""
+    return to_rest(dw_EDZ, *reversed(_fused(rest, use)), over).reshape(like.shape).astype(like.dtype)
+
+
+def _fused(rest: PartitionSpec, use: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
+    """Of an expert's width, each device has its part of the gate and of the up projection, side by side."""
+    return tuple(PartitionSpec(*split[:2], split[-1]) for split in (rest, use))
 
 
 def _parts(ctx: Context) -> int:
@@ -209,13 +223,14 @@ class Trip:
         rows = min(math.ceil(ctx.expert_buffer * index_NK.size), worst)
         self.rounds = Rounds(sizes_E, rows, rows == worst or ctx.drop)
         self.plan, self.sizes_L = self.rounds.window(number)
+        self.platform = ctx.platform
 
     def _send(self, a_MX: jax.Array) -> jax.Array:
-        return exchange(a_MX, self.plan, self.rounds.rows, AXIS)
+        return exchange(a_MX, self.plan, self.rounds.rows, AXIS, self.platform)
 
     def _return(self, a_RX: jax.Array) -> jax.Array:
         """[N, K, ...]: rows of this round at their tokens, zeros where an assignment was not in it."""
-        a_MX = exchange(a_RX, self.plan.reversed(), self.order_M.size, AXIS)
+        a_MX = exchange(a_RX, self.plan.reversed(), self.order_M.size, AXIS, self.platform)
         return a_MX[self.inverse_M].reshape(-1, self.K, *a_RX.shape[1:])
 
     def there(self, x_ND: jax.Array) -> jax.Array:

@@ -60,8 +60,8 @@ def _run(hidden_BTD, head, target_BT, axes, ctx: Context, gradients: bool):
 
 
 def _on_device(hidden_BTD, head, target_BT, *, tied, chunk, gradients, vocabulary, over, rest, use):
-    w = head.astype(hidden_BTD.dtype)
-    w = w if rest is None else gathered(w, rest, use)
+    dtype = hidden_BTD.dtype
+    w = head.astype(dtype) if rest is None else gathered(head, rest, use, dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     of_w, size = ("VD", w.shape[0]) if tied else ("DV", w.shape[1])
     first = jax.lax.axis_index(vocabulary) * size if vocabulary else 0

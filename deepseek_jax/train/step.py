@@ -145,9 +145,15 @@ def train_step(
     good = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
     values = named(state.params)
-    changes, opt_state = optimizer.update({n: g * factor for n, g in gradients.items()}, state.opt_state, values)
+    clipped = {n: g * factor for n, g in gradients.items()}
+    changes, _ = optimizer.update(clipped, state.opt_state, values)
     # Added in float32 and rounded once, where parameters are kept in less.
-    values = {n: (v.astype(jnp.float32) + knobs.lr * changes[n]).astype(v.dtype) for n, v in values.items()}
+    moved = {n: (v.astype(jnp.float32) + knobs.lr * changes[n]).astype(v.dtype) for n, v in values.items()}
+    # The optimizer's state only after the parameters, so that each array is overwritten in its place. Computed
+    # together, both from the old state, they would need a copy of it.
+    held, moved = jax.lax.optimization_barrier((state.opt_state, moved))
+    _, opt_state = optimizer.update(clipped, held, values)
+    values = moved
 
     load, mtp_load = sums.get("load"), sums.pop("mtp_load", None)
     rest = state.rest
@@ -158,7 +164,7 @@ def train_step(
         ema = {n: ema_decay * e + (1 - ema_decay) * values[n].astype(jnp.float32) for n, e in ema.items()}
 
     new = (renamed(state.params, values), rest, opt_state, ema)
-    old = (state.params, state.rest, state.opt_state, state.ema)
+    old = (state.params, state.rest, held, state.ema)
     kept = jax.tree.map(lambda n, o: o if n is o else jnp.where(good, n, o), new, old)
     state = State(*kept, step=state.step + 1, skipped=jnp.where(good, 0, state.skipped + 1))
 
