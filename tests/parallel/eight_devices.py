@@ -18,13 +18,13 @@ import optax
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
 from deepseek_jax.core.axes import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score
 from deepseek_jax.model.attention import Span, attend
-from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
 from deepseek_jax.train.schedule import Setting
@@ -264,7 +264,7 @@ def snapshot(case: str) -> dict:
     rows = place_batch({name: a[None] for name, a in batch().items()}, ctx)
     compiled = step.lower(state, rows, knobs("adamw"), ctx, "adamw").compile()
     moves: dict[str, list[int]] = {}
-    found = collectives(compiled.as_text())
+    found = collectives(parse(compiled.as_text()))
     for c in found:
         entry = moves.setdefault(f"{c.kind} in {c.loops} loops", [0, 0])
         entry[0] += 1
@@ -278,7 +278,7 @@ def snapshot(case: str) -> dict:
         "parameters": places(named(state.params)),
         "moments": places(state.opt_state[0].mu),
         "moves": moves,
-        "gathered": [list(shape) for c in found if c.kind == "all-gather" for _, shape in c.arrays],
+        "gathered": [list(a.dims) for c in found if c.kind == "all-gather" for a in c.arrays],
         "loops": [c.loops for c in found if c.kind == "all-gather" for _ in c.arrays],
     }
 
