@@ -16,6 +16,7 @@ from deepseek_jax.convert.names import layout as published
 from deepseek_jax.core.axes import BATCH, shardings, spec
 from deepseek_jax.core.params import map_variables, named, renamed
 from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.model.attention import KEY_TILE, MIN_BLOCK, UNROLLED_BLOCKS
 from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.context import Context
@@ -62,6 +63,19 @@ def lower(cfg: ModelConfig, program: Program, devices: list, sizes: dict[str, in
 def balanced_fill(program: Program, sizes: dict[str, int]) -> float:
     """The part of the experts' buffers that is filled when every expert gets as many tokens."""
     return 1 / max(1.0, program.options.get("expert_buffer", Context.expert_buffer)) if sizes["expert"] > 1 else 1.0
+
+
+def expected_trips(program: Program, source: str, number: int) -> int:
+    """How often the ``number``-th loop of a layer runs whose length the data decides.
+
+    The experts' further rounds do not run when routing is balanced. In prefill each block of queries reads the cache in
+    tiles as far as it sees: all of its own tokens, and all before them.
+    """
+    if program.kind != "prefill" or "shard_map" in source:
+        return 0
+    block = max(MIN_BLOCK, -(-program.length // UNROLLED_BLOCKS))
+    last = min((number % -(-program.length // block) + 1) * block, program.length)
+    return -(-last // KEY_TILE)
 
 
 def _train(cfg: ModelConfig, program: Program, ctx: Context):

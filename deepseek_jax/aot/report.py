@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deepseek_jax.aot.hlo import parse
 from deepseek_jax.aot.kernels import KernelFlops
 from deepseek_jax.aot.memory import HLO, Memory, dumped, read_memory
 from deepseek_jax.aot.process import built
-from deepseek_jax.aot.programs import balanced_fill
+from deepseek_jax.aot.programs import balanced_fill, expected_trips
 from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, Estimate, Slice, estimate
 
 
@@ -83,7 +84,7 @@ def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None,
         module = parse(dumped(found.dump, HLO))
         fill = balanced_fill(job.program, found.sizes)
         on = Slice(job.topology, np.array(found.coordinates), found.sizes)
-        time = estimate(module, KernelFlops(fill), on)
+        time = estimate(module, KernelFlops(fill), on, partial(expected_trips, job.program))
         return Report(
             job=job,
             sizes=found.sizes,

@@ -8,12 +8,13 @@ A chip's core runs the scheduled operations one after another. Each takes the lo
   so is all of a collective that is not started in advance;
 - copies to and from the host use its bus, one after another.
 
-Loops run as often as the program says. Those of unknown length are taken not to run: the experts' further rounds,
-which balanced routing does not need. Kernels whose rows depend on the routing count the rows of balanced routing.
+Loops run as often as the program says, or where the data decides it as the caller says. Kernels whose rows depend on
+the routing count the rows of balanced routing.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,7 +81,8 @@ class Estimate:
     ``exposed``: collective kind and axes -> more, in which it waits for that. ``host``: in which it waits for the bus.
     ``flops``: matrix FLOPs done. ``hbm_bytes``, ``host_bytes``. ``sent``: collective -> bytes. ``links``: seconds in
     which the links are busy. ``transfers``: collectives, with how often each runs. ``operations``: (seconds, name,
-    source) of what takes longest. ``loops``: of unknown length. ``unknown``: kernels of which no FLOPs are known.
+    source) of what takes longest. ``loops``: those that were taken not to run. ``unknown``: kernels of which no FLOPs
+    are known.
     """
 
     seconds: float
@@ -111,14 +113,21 @@ class Estimate:
         return max(parts, key=parts.get)
 
 
-def estimate(module: Module, kernel: Kernel, on: Slice) -> Estimate:
-    """Plays a scheduled program through on a slice; ``kernel``: FLOPs of custom calls, as `costs.Costs` takes it."""
-    return _Player(module, kernel, on).play()
+# (source, number among such loops of a computation) -> how often a loop runs whose length the data decides.
+Trips = Callable[[str, int], int]
+
+
+def estimate(module: Module, kernel: Kernel, on: Slice, trips: Trips = lambda source, number: 0) -> Estimate:
+    """Plays a scheduled program through on a slice.
+
+    ``kernel``: FLOPs of custom calls, as `costs.Costs` takes it. ``trips``: of loops whose length the data decides.
+    """
+    return _Player(module, kernel, on, trips).play()
 
 
 class _Player:
-    def __init__(self, module: Module, kernel: Kernel, on: Slice):
-        self.module, self.on, self.torus = module, on, on.torus
+    def __init__(self, module: Module, kernel: Kernel, on: Slice, trips: Trips):
+        self.module, self.on, self.torus, self.trips = module, on, on.torus, trips
         self.costs = Costs(module, kernel)
         self.chip = on.topology.chip
         self.rate = self.chip.hbm_rate * HBM_RATE
@@ -129,6 +138,7 @@ class _Player:
         self.known: dict[tuple[str, str], float] = {}
         self.plans: dict[str, list] = {}
         self.spread: set[str] = set()
+        self.undecided: Counter = Counter()
 
     def play(self) -> Estimate:
         self._run(self.module.entry)
@@ -188,12 +198,12 @@ class _Player:
         """A collective by itself, started, or fused with products that run beside it.
 
         Some compilers spread one over several fusions: a first, which starts it, others with a part of it each, and a
-        last, which waits.
+        last, which waits; some of them may stand in a loop between the two.
         """
         fused = instruction.opcode == "fusion"
         cost = self.costs.of(instruction, where) if fused else Cost()
         targets = {i.attribute("custom_call_target") for _, i in self.module.within(instruction)} if fused else set()
-        job = f"{where.name} channel {inner.attribute('channel_id')}"
+        job = f"channel {inner.attribute('channel_id')}"
         if '"AsyncCollectiveDone"' in targets:
             return lambda: self._until(job)
         if fused and job in self.spread:
@@ -212,8 +222,12 @@ class _Player:
         trips = self.module.trips(instruction, where)
         body = self.module.computations[instruction.called["body"][0]]
         if trips is None:
-            self.loops[instruction.name] = instruction.source or instruction.name
-            return None
+            source = instruction.source or instruction.name
+            trips = self.trips(source, self.undecided[where.name])
+            self.undecided[where.name] += 1
+            if not trips:
+                self.loops[instruction.name] = source
+                return None
 
         def run():
             for _ in range(min(trips, PLAYED)):

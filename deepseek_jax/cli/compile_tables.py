@@ -125,7 +125,7 @@ def _remarks(report: Report) -> list[str]:
             names = ", ".join(f"{t.name} ({t.nbytes / 1e6:.0f} MB x {n})" for t, n in alone[:8])
             lines.append(f"Synchronous {kind}s of at least {SMALL / 1e6:.0f} MB: {len(alone)}. {names}")
     if found.loops:
-        lines.append(f"Loops of unknown length, not counted: {', '.join(map(short, found.loops))}.")
+        lines.append(f"Loops that balanced routing does not need, not counted: {', '.join(map(short, found.loops))}.")
     if found.unknown:
         lines.append(f"Kernels of unknown cost, counted by their bytes: {', '.join(found.unknown)}.")
     return lines

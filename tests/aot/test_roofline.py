@@ -20,10 +20,10 @@ def one_kind_of_chip(monkeypatch):
     monkeypatch.setattr("deepseek_jax.aot.topology.CHIPS", {"x": CHIP})
 
 
-def play(body: str, *computations: str):
+def play(body: str, *computations: str, trips=lambda source, number: 0):
     text = "\n".join(computations) + "\nENTRY %main (a: bf16[1000,1000]) -> bf16[1000,1000] {\n" + body + "\n}\n"
     on = Slice(Topology("x:4", "x", (4,)), np.arange(4)[:, None], {"fsdp": 4, "expert": 1})
-    return estimate(parse(text), KernelFlops(1.0), on)
+    return estimate(parse(text), KernelFlops(1.0), on, trips)
 
 
 A = "  %a = bf16[1000,1000]{1,0:S(1)} parameter(0)"
@@ -211,12 +211,16 @@ def test_loops_take_as_often_their_time(trips):
     assert [(t.name, runs) for t, runs in found.transfers] == [("g", trips)]
 
 
-def test_loops_of_unknown_length_are_named_and_not_counted():
+def test_loops_whose_length_the_data_decides_are_named_or_run_as_told():
     state = "(s32[], bf16[1000,1000]{1,0:S(1)})"
     lines = [A, "  %n = s32[] parameter(1)", f"  %state = {state} tuple(%n, %a)"]
     lines += [f'  %while = {state} while(%state), condition=%condition, body=%body, metadata={{op_name="rounds"}}']
     found = play("\n".join(lines), counted(9))
     assert (found.seconds, found.loops) == (0.0, ("rounds",))
+    told = play(
+        "\n".join(lines), counted(9), trips=lambda source, number: 2 if (source, number) == ("rounds", 0) else 0
+    )
+    assert (told.flops, told.loops) == (2 * 2e9, ())
 
 
 def test_grouped_products_count_the_rows_that_routing_fills():

@@ -1,0 +1,119 @@
+"""DeepSeek-V3 at full size, compiled for TPU slices on a machine without TPUs: does it fit, and how fast would it be?
+
+Every configuration is one call of ``deepseek-jax compile``: the real training step (V3's recipe: AdamW with float32
+weights and moments, bfloat16 compute, MTP, nothing dropped), or a decoding step from quantised leaves. README.md says
+how memory and time are found.
+
+    python experiments/compile_671b/run.py                  # all of CONFIGURATIONS, a minute or two each
+    python experiments/compile_671b/run.py train-r4 ...     # these alone; the others' results stay
+    python experiments/compile_671b/run.py --full train-r4  # code generated too, 5 to 10 minutes each
+    python experiments/compile_671b/run.py --table          # results.json as a table
+
+Results are written to results.json after each configuration. Needs the extra ``deepseek-jax[compile]``.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from deepseek_jax.aot.report import report
+from deepseek_jax.cli.compile import Compile
+from deepseek_jax.cli.files import write_json
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+V3, POD, EP8 = "deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8"
+SERVE = {"topology": "v5e:8x8", "mesh": "expert=64", "program": "decode", "context": 4096}
+CONFIGURATIONS = {
+    "train-r1": Compile(V3, POD, EP8, rows=1),
+    "train-r2": Compile(V3, POD, EP8, rows=2),
+    "train-r4": Compile(V3, POD, EP8, rows=4),
+    "train-r8": Compile(V3, POD, EP8, rows=8),
+    "train-r16": Compile(V3, POD, EP8, rows=16),
+    "train-r4-fsdp512": Compile(V3, POD, "fsdp=512", rows=4),
+    "train-r4-1024": Compile(V3, "v5p:8x8x16", "data=2,fsdp=64,expert=8", rows=4),
+    "train-r1-v6e": Compile(V3, "v6e:16x16", "fsdp=16,expert=16", rows=1),
+    "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
+    "prefill-int8": Compile(V3, rows=1, weights="int8", **(SERVE | {"program": "prefill"})),
+    "decode-fp8-v6e": Compile(V3, rows=16, weights="fp8", **(SERVE | {"topology": "v6e:8x8"})),
+    "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
+}
+LARGEST = 12
+
+
+def run(name: str, full: bool) -> dict:
+    """One configuration's figures, or why it cannot be compiled."""
+    began = time.monotonic()
+    say = lambda text: print(f"{name}: {text}", flush=True)  # noqa: E731
+    try:
+        found = report(CONFIGURATIONS[name].job(), quick=not full, say=say).as_dict(LARGEST)
+    except ValueError as error:
+        return {"error": str(error)}
+    # Nearly all of the text, and of no use once the sums are made.
+    found["time"].pop("transfers")
+    return found | {"seconds": found["seconds"] | {"all": round(time.monotonic() - began, 1)}}
+
+
+def where() -> dict:
+    """The machine and what it compiled with."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
+    return versions | {"python": platform.python_version(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+
+
+def table(results: dict) -> str:
+    """Markdown: a line a configuration."""
+    columns = [
+        "configuration",
+        "GB",
+        "temporaries",
+        "host GB",
+        "step, s",
+        "tokens/s/chip",
+        "causal MFU",
+        "exposed",
+        "binds",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, r in results.items():
+        if "error" in r:
+            lines.append(f"| {name} | {r['error']} |||||||| ")
+            continue
+        memory, spent = r["memory"], r["time"]
+        sizes = (f"{memory[what] / 1e9:.1f}" for what in ("total", "temporaries", "host"))
+        mfu = r["flops_per_token_and_mfu"].get("causal", (0, None))[1]
+        exposed = sum(spent["exposed"].values()) / spent["seconds"]
+        fits = " (does not fit)" if r["out_of_memory"] else ""
+        cells = [name + fits, *sizes, f"{spent['seconds']:.3g}", f"{r['tokens_per_second_chip']:.0f}"]
+        cells += ["" if mfu is None else f"{mfu:.1%}", f"{exposed:.0%}", spent["binds"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="CONFIGURATION", help=", ".join(CONFIGURATIONS))
+    parser.add_argument("--full", action="store_true", help="generate code too")
+    parser.add_argument("--table", action="store_true", help="print results.json as a table and end")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text())["configurations"] if RESULTS.exists() else {}
+    if arguments.table:
+        print(table(results))
+        return 0
+    unknown = sorted(set(arguments.names) - set(CONFIGURATIONS))
+    if unknown:
+        parser.error(f"there is no configuration {', '.join(unknown)}; choose among {', '.join(CONFIGURATIONS)}")
+    for name in arguments.names or CONFIGURATIONS:
+        results[name] = run(name, arguments.full) | {"compiled_with": where()}
+        ordered = {n: results[n] for n in CONFIGURATIONS if n in results}
+        write_json(RESULTS, {"configurations": ordered})
+        print(table({name: results[name]}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
