@@ -212,6 +212,15 @@ def _own_part(w: jax.Array, axis: str, dimension: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(w, jax.lax.axis_index(axis) * size, size, dimension)
 
 
+def together(tree: Tree, ctx: "Context") -> Tree:
+    """``tree``, whose gradients are all computed before any is used.
+
+    On a mesh, where memory is what limits. Else a compiler that looks for what may overlap keeps a large layer's
+    activations for the gradients of its weights while it goes on with the backward pass of others.
+    """
+    return tree if ctx.mesh is None else jax.lax.optimization_barrier(tree)
+
+
 def gather(tree: Tree, ctx: "Context", dtype) -> Tree:
     """Parameters as in use, by constraints alone; matrices in ``dtype``.
 

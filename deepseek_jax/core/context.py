@@ -15,7 +15,10 @@ REMAT = {
     "full": (),
     "attention": ("attn",),
     "sublayers": ("attn", "ffn"),
+    "offload": (),
 }
+# What "offload", which else is "full", keeps in the host's memory: the layers' inputs.
+OFFLOADED = ("stream",)
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel")

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain
+from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, together
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import Init
@@ -39,6 +39,7 @@ class Block(nnx.Module):
         replay_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
         """The stream, the cache's latents, router statistics (None for a dense layer), activations."""
+        x_BTD = checkpoint_name(x_BTD, "stream")
         attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
         attn = checkpoint_name(constrain(attn, (BATCH, SEQUENCE, None), ctx), "attn")
         x_BTD = x_BTD + attn
@@ -47,7 +48,8 @@ class Block(nnx.Module):
             ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), span.segment, ctx, replay_BTK)
             scores = {"router_scores": score_BTE}
         else:
-            ffn = self.ffn(self.ffn_norm(x_BTD), ctx)
+            network, y_BTD = together((self.ffn, self.ffn_norm(x_BTD)), ctx)
+            ffn = network(y_BTD, ctx)
         ffn = checkpoint_name(constrain(ffn, (BATCH, SEQUENCE, None), ctx), "ffn")
         x_BTD = x_BTD + ffn
         norm_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, shardings
-from deepseek_jax.core.context import DEFAULT, REMAT, Context
+from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, shardings, together
+from deepseek_jax.core.context import DEFAULT, OFFLOADED, REMAT, Context
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
@@ -161,10 +161,12 @@ class Transformer(nnx.Module):
             memory, own = cache.mtp_latent, replace(own, key_segment=segment)
         embedding = lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype, ctx)
 
+        module, hidden_BTD, embedding = together((self.mtp[depth], hidden_BTD, embedding), ctx)
+
         def run(module, hidden_BTD, embedding, own, memory):
             return module(hidden_BTD, embedding, own, ctx, memory, depth)
 
-        hidden_BTD, memory, aux = _remat(run, ctx)(self.mtp[depth], hidden_BTD, embedding, own, memory)
+        hidden_BTD, memory, aux = _remat(run, ctx)(module, hidden_BTD, embedding, own, memory)
         if cache is not None:
             cache = replace(cache, mtp_latent=memory)
         return hidden_BTD, own, cache, aux
@@ -311,6 +313,14 @@ def _remat(f, ctx: Context):
     kept = REMAT[ctx.remat]
     if kept is None:
         return f
+    if ctx.remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(OFFLOADED),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(f, policy=policy)
     return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 

@@ -96,4 +96,5 @@ def _on_device(hidden_BTD, head, target_BT, *, tied, chunk, gradients, vocabular
     dhidden_BTD = jnp.moveaxis(dh_nBTD, 0, 1).reshape(hidden_BTD.shape)[:, :T]
     dw = dw.astype(w.dtype)
     dw = dw if rest is None else to_rest(dw, use, rest, over)
-    return jax.lax.psum(nats, over), dhidden_BTD, dw.astype(head.dtype)
+    # Together, or the compiler would hold the whole of this gradient until everything else is done.
+    return jax.lax.optimization_barrier((jax.lax.psum(nats, over), dhidden_BTD, dw.astype(head.dtype)))
