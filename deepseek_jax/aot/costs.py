@@ -74,13 +74,28 @@ class Costs:
         if op == "copy":
             return self._copied(where.operands(instruction)[0].arrays[0], instruction.arrays[0])
         read = sum(self._read(instruction, index, where) for index in range(len(instruction.operands)))
-        return Cost(flops, passes, read, self._written(instruction, where))
+        return Cost(flops, passes, read, self._written(instruction, where), self._host(instruction, where))
 
     @staticmethod
     def _copied(source: Array, target: Array) -> Cost:
         if HOST in (source.space, target.space):
             return Cost(read=_in_hbm(source), written=_in_hbm(target), host=source.stored)
         return Cost(read=_in_hbm(source), written=_in_hbm(target))
+
+    def _host(self, instruction: Instruction, where: Computation) -> int:
+        """Bytes that cross the bus: of arrays in the host's memory what is cut out or written anew."""
+        if instruction.opcode == "async-start":
+            inner = next(iter(self.module.called(instruction)))
+            return self._host(inner.root, inner)
+        operands = where.operands(instruction)
+        there = [any(a.space == HOST for a in i.arrays) for i in (*operands[:1], instruction)]
+        if instruction.opcode in UPDATES and there[-1]:
+            moved = operands[UPDATES[instruction.opcode]]
+        elif instruction.opcode in SLICES and there[0] and not there[-1]:
+            moved = instruction
+        else:
+            return 0
+        return sum(a.stored for a in moved.arrays)
 
     # --- FLOPs --------------------------------------------------------------------------------------------------
 

@@ -190,6 +190,8 @@ class _Player:
         cost = self.costs.of(instruction, where)
         if op.endswith(START):
             return lambda: self._start(name, cost)
+        if cost.host:
+            return lambda: (self._start(name, cost), self._until(name))
         if not cost.passes and not cost.hbm:
             return None
         return lambda: self._compute(name, cost)

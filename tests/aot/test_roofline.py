@@ -175,6 +175,38 @@ def test_copies_to_the_host_have_a_bus_of_their_own():
     assert play("\n".join([A, begin, product("x"), wait])).seconds == pytest.approx(PRODUCT)
 
 
+SLICED = """
+%put (held: bf16[9,1000,1000], new: bf16[1,1000,1000], at: s32[]) -> bf16[9,1000,1000] {
+  %held = bf16[9,1000,1000]{2,1,0:S(5)} parameter(0)
+  %new = bf16[1,1000,1000]{2,1,0:S(1)} parameter(1)
+  %at = s32[]{:S(1)} parameter(2)
+  ROOT %put.0 = bf16[9,1000,1000]{2,1,0:S(5)} dynamic-update-slice(%held, %new, %at, %at, %at)
+}
+
+%get (all: bf16[9,1000,1000], at: s32[]) -> bf16[1,1000,1000] {
+  %all = bf16[9,1000,1000]{2,1,0:S(5)} parameter(0)
+  %at.1 = s32[]{:S(1)} parameter(1)
+  ROOT %get.0 = bf16[1,1000,1000]{2,1,0:S(1)} dynamic-slice(%all, %at.1, %at.1, %at.1)
+}
+"""
+
+
+def test_slices_go_to_the_host_and_come_back():
+    stack, one, number = "bf16[9,1000,1000]{2,1,0:S(5)}", "bf16[1,1000,1000]{2,1,0:S(1)}", "s32[]{:S(1)}"
+    lines = [
+        A,
+        f"  %stack = {stack} parameter(1)\n  %i = {number} parameter(2)\n  %one = {one} bitcast(%a)",
+        f"  %s = (({stack}, {one}, {number}), {stack}) async-start(%stack, %one, %i), calls=%put",
+        product("x"),
+        f"  %d = {stack} async-done(%s)",
+        f"  %s.1 = (({stack}, {number}), {one}) async-start(%d, %i), calls=%get",
+        f"  %d.1 = {one} async-done(%s.1)",
+    ]
+    found = play("\n".join(lines), SLICED)
+    assert found.host_bytes == 2 * 2e6
+    assert (found.host, found.seconds) == (pytest.approx(1.0), pytest.approx(PRODUCT + 1.0))
+
+
 def counted(limit: int) -> str:
     return f"""
 %body (p: (s32[], bf16[1000,1000])) -> (s32[], bf16[1000,1000]) {{
