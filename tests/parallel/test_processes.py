@@ -79,7 +79,7 @@ def started(folder: Path, cluster, *words: str) -> list[subprocess.Popen]:
     processes = []
     for index in range(2):
         notes = folder.with_name(f"rows-{index}")
-        command = [sys.executable, str(HERE / "reading_train.py"), str(notes), str(folder), *words]
+        command = [sys.executable, str(HERE / "reading_command.py"), str(notes), *words]
         with folder.with_name(f"log-{index}").open("w") as log:
             env = environment(4) | cluster(port, index)
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
@@ -152,7 +152,7 @@ def assert_same_training(folder: Path, reference: Path) -> None:
 def test_processes_stop_together_and_one_goes_on_alone(arguments, whole, tmp_path):
     """SIGTERM to the one that does not write; each reads the rows of its own devices and no others."""
     folder = tmp_path / "run"
-    processes = started(folder, slurm, *arguments, "--mesh", "fsdp=2,expert=2,tensor=2")
+    processes = started(folder, slurm, "train", str(folder), *arguments, "--mesh", "fsdp=2,expert=2,tensor=2")
     until(folder, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     ended(folder, processes, 143)
@@ -175,7 +175,8 @@ def test_processes_stop_together_and_one_goes_on_alone(arguments, whole, tmp_pat
 def test_processes_that_are_killed_are_followed_by_one_on_another_mesh(arguments, whole, tmp_path):
     """SIGKILL to both, whose devices share all rows; then one process with eight devices, which share none."""
     folder = tmp_path / "run"
-    processes = started(folder, variables, *arguments, "--mesh", "tensor=4,context=2", "--layout", "all")
+    mesh = ["--mesh", "tensor=4,context=2", "--layout", "all"]
+    processes = started(folder, variables, "train", str(folder), *arguments, *mesh)
     until(folder, 4, processes)
     for process in processes:
         process.kill()
@@ -189,3 +190,21 @@ def test_processes_that_are_killed_are_followed_by_one_on_another_mesh(arguments
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed" in [r["event"] for r in records(folder, "event")]
     assert_same_training(folder, whole)
+
+
+@pytest.mark.slow
+def test_processes_write_the_text_of_one_device(whole, tmp_path):
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
+    words = ["generate", str(whole / "checkpoint"), "--prompt", "alpha beta", "gamma", "return", "--dtype", "float32"]
+    words += ["--max-new-tokens", "12", "--use-mtp", "--temperature", "0.7", "--json"]
+    assert main([*words, str(theirs)]) == 0
+    mesh = ["--mesh", "expert=4,tensor=2", "--layout", "serve"]
+    ended(tmp_path / "logs", started(tmp_path / "logs", variables, *words, str(ours), *mesh), 0)
+    found, expected = (json.loads(path.read_text())["rows"] for path in (ours, theirs))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine["ids"] == other["ids"]
+        assert mine["accepted"] == other["accepted"]
+        assert mine["logprobs"] == pytest.approx(other["logprobs"], abs=FIGURE)
+    # The first process alone speaks.
+    assert "tokens in" in (tmp_path / "log-0").read_text()
+    assert "tokens in" not in (tmp_path / "log-1").read_text()

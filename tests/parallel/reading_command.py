@@ -1,6 +1,6 @@
-"""`deepseek-jax train` in a process that notes which rows of the text it reads, a number a line.
+"""A command of `deepseek-jax` in a process that notes which rows of a text it reads, a number a line.
 
-Usage: reading_train.py NOTES ARGUMENT...
+Usage: reading_command.py NOTES COMMAND ARGUMENT...
 """
 
 import os
@@ -22,4 +22,4 @@ def note_rows(path: str) -> None:
 
 if __name__ == "__main__":
     note_rows(sys.argv[1])
-    sys.exit(main(["train", *sys.argv[2:]]))
+    sys.exit(main(sys.argv[2:]))
