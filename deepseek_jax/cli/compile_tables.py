@@ -80,12 +80,12 @@ def _time(report: Report) -> Table:
     rows += [("exposed copies to and from the host", found.host)]
     for name, seconds in rows:
         if seconds:
-            table.add_row(name, f"{seconds:.3f}", f"{seconds / found.seconds:.1%}")
+            table.add_row(name, f"{seconds:.4g}", f"{seconds / found.seconds:.1%}")
     table.add_section()
-    table.add_row("step", f"{found.seconds:.3f}", "", style="bold")
-    table.add_row("links busy", f"{found.links:.3f}", f"{found.links / found.seconds:.1%}")
+    table.add_row("step", f"{found.seconds:.4g}", "", style="bold")
+    table.add_row("links busy", f"{found.links:.4g}", f"{found.links / found.seconds:.1%}")
     if optimal := (report.compiler or {}).get("optimal_seconds"):
-        table.add_row("the compiler's optimal_seconds: loops once, no links", f"{optimal:.3f}", "")
+        table.add_row("the compiler's optimal_seconds: loops once, no links", f"{optimal:.4g}", "")
     return table
 
 
@@ -104,7 +104,7 @@ def _traffic(report: Report) -> Table:
 def _operations(report: Report, most: int) -> Table:
     table = _table("What takes longest", ("seconds", "right"), ("name", "left"), ("from", "left"))
     for seconds, name, source in report.estimate.operations[:most]:
-        table.add_row(f"{seconds:.3f}", Text(name[:44]), Text(short(source)))
+        table.add_row(f"{seconds:.4g}", Text(name[:44]), Text(short(source)))
     return table
 
 
@@ -112,7 +112,7 @@ def _rates(report: Report) -> Table:
     table = _table("Rate", ("what", "left"), ("", "right"), ("MFU", "right"))
     table.add_row("tokens a second and chip", f"{report.rates.tokens:,.1f}", "")
     for name, (flops, share) in report.rates.useful.items():
-        table.add_row(f"useful GFLOPs a token, {name}", f"{flops / 1e9:.1f}", f"{share:.1%}")
+        table.add_row(f"useful GFLOPs a token, {name}", f"{flops / 1e9:.4g}", f"{share:.1%}")
     return table
 
 
