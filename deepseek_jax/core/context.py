@@ -9,16 +9,17 @@ from jax.sharding import Mesh
 
 from deepseek_jax.core.axes import BATCH, SEQUENCE, Layout
 
-# Activations that `remat` may name: these are kept for the backward pass, all else is computed again.
+# Activations that `remat` may name: what the backward pass finds on the device, and what in the host's memory. All else
+# is computed again. "stream": a layer's input; "core": the softmax's output with its sums, of all heads; "attn" and
+# "ffn": the sublayers' outputs.
 REMAT = {
     "none": None,
-    "full": (),
-    "attention": ("attn",),
-    "sublayers": ("attn", "ffn"),
-    "offload": (),
+    "full": ((), ()),
+    "attention": (("attn",), ()),
+    "core": (("core", "attn"), ()),
+    "sublayers": (("attn", "ffn"), ()),
+    "offload": ((), ("stream",)),
 }
-# What "offload", which else is "full", keeps in the host's memory: the layers' inputs.
-OFFLOADED = ("stream",)
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel")

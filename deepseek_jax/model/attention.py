@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain
 from deepseek_jax.core.context import DEFAULT, Context
@@ -224,4 +225,4 @@ def attend_whole(q_BTNK, k_BSGK, v_BSGV, span: Span, scale: float) -> jax.Array:
         if (rest := stop - start - pieces * MAX_PIECE) > 0:
             outputs.append(piece(stop - rest, rest, keys))
     o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
-    return rearrange(o, "B G J T V -> B T (G J) V")
+    return checkpoint_name(rearrange(o, "B G J T V -> B T (G J) V"), "core")

@@ -78,7 +78,8 @@ def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
     K = index_NK.shape[1]
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
-    y_MD, h_MZ = rows_forward(x_ND[order // K], weight_M1, gate_up_ED2F, down_EFD, sizes, form)
+    h_MZ = rows_up(x_ND[order // K], gate_up_ED2F, sizes, form)
+    y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form)
     y_ND = _of_tokens(y_MD, inverse, index_NK).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
     return y_ND, (x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
@@ -87,9 +88,8 @@ def _backward(form, residuals, dy_ND):
     x_ND, index_NK, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
     K = index_NK.shape[1]
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
-    dx_MD, dweight_M1, d_gate_up, d_down = rows_backward(
-        x_ND[order // K], weight_M1, dy_ND[order // K], gate_up, down, sizes, form, h_MZ
-    )
+    dh_MZ, dweight_M1, d_down = rows_down_backward(h_MZ, weight_M1, dy_ND[order // K], down, sizes, form)
+    dx_MD, d_gate_up = rows_up_backward(x_ND[order // K], dh_MZ, gate_up, sizes, form)
     dweight_NK = _of_tokens(dweight_M1, inverse, index_NK)[..., 0].astype(weight_NK.dtype)
     return _of_tokens(dx_MD, inverse, index_NK).sum(1), None, dweight_NK, d_gate_up, d_down
 
@@ -102,30 +102,38 @@ def _of_tokens(a_MX, inverse, index_NK) -> jax.Array:
     return jnp.where(index_NK[..., None] >= 0, a_MX[inverse].reshape(*index_NK.shape, -1), 0)
 
 
-def rows_forward(x_MD, weight_M1, gate_up, down, sizes, form: str) -> tuple[jax.Array, jax.Array]:
-    """Rows sorted by expert through their experts, times their routing weights: [M, D], and the products h [M, 2F].
-
-    The weight stands before the second product, where it scales the narrower array. The backward pass then needs
-    neither that product nor, on a mesh, its way back.
-    """
-    h_MZ = _apply(x_MD, gate_up, sizes, form)
-    a_MF = _inside(swiglu(h_MZ) * weight_M1.astype(x_MD.dtype), sizes)
-    return _apply(a_MF, down, sizes, form), h_MZ
+# Rows sorted by expert through their experts, in the steps between which a mesh's devices exchange rows. The routing
+# weight stands before the second product, where it scales the narrower array: the backward pass then needs neither that
+# product nor, on a mesh, its way back.
 
 
-def rows_backward(x_MD, weight_M1, dy_MD, gate_up, down, sizes, form: str, h_MZ=None):
-    """The gradients of `rows_forward` by x, weight, gate_up and down; h is computed again unless it is given."""
-    h_MZ = _apply(x_MD, gate_up, sizes, form) if h_MZ is None else h_MZ
-    weight_M1 = weight_M1.astype(x_MD.dtype)
+def rows_up(x_MD, gate_up, sizes, form: str) -> jax.Array:
+    """[M, 2F]: the first product."""
+    return _apply(x_MD, gate_up, sizes, form)
+
+
+def rows_down(h_MZ, weight_M1, down, sizes, form: str) -> jax.Array:
+    """[M, D]: the second product, of weighted activations."""
+    return _apply(_inside(swiglu(h_MZ) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
+
+
+def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str):
+    """The gradients of `rows_down` by h, weight (float32) and down."""
+    weight_M1 = weight_M1.astype(h_MZ.dtype)
     a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
     da_MF = _apply_transposed(dy_MD, down, sizes, form)
     (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
-    dh_MZ = _inside(dh_MZ, sizes)
-    dx_MD = _apply_transposed(dh_MZ, gate_up, sizes, form)
     dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
-    d_gate_up = _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form)
-    d_down = _weight_gradient(down, _inside(a_MF * weight_M1, sizes), dy_MD, sizes, form)
-    return dx_MD, dweight_M1, d_gate_up, d_down
+    return (
+        _inside(dh_MZ, sizes),
+        dweight_M1,
+        _weight_gradient(down, _inside(a_MF * weight_M1, sizes), dy_MD, sizes, form),
+    )
+
+
+def rows_up_backward(x_MD, dh_MZ, gate_up, sizes, form: str):
+    """The gradients of `rows_up` by x and gate_up."""
+    return _apply_transposed(dh_MZ, gate_up, sizes, form), _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form)
 
 
 def _inside(a_MX, sizes) -> jax.Array:
@@ -298,10 +306,11 @@ def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
 
 @dataclass(frozen=True)
 class Experts:
-    """The computation on one device, for a dispatcher that brings tokens to their experts: `routed_experts`,
-    `sort_by_expert`, `rows_forward`, `rows_backward`."""
+    """The computation on one device, for a dispatcher that brings tokens to their experts."""
 
     routed: Callable = routed_experts
     sort: Callable = sort_by_expert
-    forward: Callable = rows_forward
-    backward: Callable = rows_backward
+    up: Callable = rows_up
+    down: Callable = rows_down
+    down_backward: Callable = rows_down_backward
+    up_backward: Callable = rows_up_backward

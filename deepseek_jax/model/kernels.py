@@ -104,6 +104,8 @@ def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -
     attend = kernel(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
         block_sizes=_blocks(T, q_BTNK.shape[-1]),
+        # With its sums, which the backward pass needs and `remat` may keep.
+        residual_checkpoint_name="core",
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

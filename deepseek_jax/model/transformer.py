@@ -13,7 +13,7 @@ from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, shardings, together
-from deepseek_jax.core.context import DEFAULT, OFFLOADED, REMAT, Context
+from deepseek_jax.core.context import DEFAULT, REMAT, Context
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
@@ -310,18 +310,18 @@ class Transformer(nnx.Module):
 
 def _remat(f, ctx: Context):
     """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
-    kept = REMAT[ctx.remat]
-    if kept is None:
+    if REMAT[ctx.remat] is None:
         return f
-    if ctx.remat == "offload":
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(OFFLOADED),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        return jax.checkpoint(f, policy=policy)
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    saved, offloaded = REMAT[ctx.remat]
+    if not offloaded:
+        return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(saved),
+        names_which_can_be_offloaded=list(offloaded),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(f, policy=policy)
 
 
 def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:

@@ -16,7 +16,9 @@ device, P devices of the expert axis, R rows of the buffer, C chunks, D width, F
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -106,37 +108,80 @@ def _axes(split: PartitionSpec) -> tuple[str, ...]:
 
 
 def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: Context, over, rest, use):
-    weights = _in_use((gate_up, down), x_BTD.dtype, rest, use)
+    gate_up, down = _in_use((gate_up, down), x_BTD.dtype, rest, use)
+    chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK)]
+    if _parts(ctx) == 1:
+        y_CND = jnp.stack([experts.routed(*chunk, gate_up, down, ctx) for chunk in zip(*chunks, strict=True)])
+        return jax.lax.psum(y_CND, _tensor(ctx)).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)
 
-    def step(number, x_ND, index_NK, weight_NK):
-        if _parts(ctx) == 1:
-            return experts.routed(x_ND, index_NK, weight_NK, *weights, ctx), (), None
-        trip = Trip(index_NK, number, weights[0].shape[0], experts, ctx)
-        y_RD, _ = experts.forward(trip.there(x_ND), trip.weights(weight_NK), *weights, trip.sizes_L, ctx.experts)
-        return trip.back(y_RD), (), trip.rounds
+    def send(trip, held, x_ND, weight_NK):
+        held |= {"x": trip.there(x_ND), "weight": trip.weights(weight_NK)}
 
-    y_CND, _, beyond = _each_round(step, [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK)])
+    def product_up(trip, held):
+        held["h"] = experts.up(held.pop("x"), gate_up, trip.sizes_L, ctx.experts)
+
+    def product_down(trip, held):
+        held["y"] = experts.down(held.pop("h"), held.pop("weight"), down, trip.sizes_L, ctx.experts)
+
+    def back(trip, held):
+        held["result"] = trip.back(held.pop("y"))
+
+    x_CND, index_CNK, weight_CNK = chunks
+    stages = [Stage(product_up, send), Stage(product_down, behind=back)]
+    make = partial(Trip, experts_here=gate_up.shape[0], experts=experts, ctx=ctx)
+    y_CND, _, beyond = _each_round(stages, make, index_CNK, [x_CND, weight_CNK])
     dropped = jax.lax.psum(beyond, over) if ctx.drop else jnp.zeros((), jnp.int32)
     return jax.lax.psum(y_CND, _tensor(ctx)).reshape(x_BTD.shape), dropped
 
 
 def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, experts, ctx: Context, over, rest, use):
-    weights = _in_use((gate_up, down), x_BTD.dtype, rest, use)
+    w_up, w_down = _in_use((gate_up, down), x_BTD.dtype, rest, use)
+    x_CND, index_CNK, weight_CNK, dy_CND = (_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK, dy_BTD))
 
-    def step(number, x_ND, index_NK, weight_NK, dy_ND):
-        if _parts(ctx) == 1:
-            _, vjp = jax.vjp(lambda x, w, *both: experts.routed(x, index_NK, w, *both, ctx), x_ND, weight_NK, *weights)
-            dx_ND, dweight_NK, *dw = vjp(dy_ND)
-            return (dx_ND, dweight_NK), dw, None
-        trip = Trip(index_NK, number, weights[0].shape[0], experts, ctx)
-        x_RD, dy_RD, weight_R1 = trip.there(x_ND), trip.there(dy_ND), trip.weights(weight_NK)
-        dx_RD, dweight_R1, *dw = experts.backward(x_RD, weight_R1, dy_RD, *weights, trip.sizes_L, ctx.experts)
-        return (trip.back(dx_RD), trip.weights_back(dweight_R1)), dw, trip.rounds
+    def send_x(trip, held, x_ND, weight_NK, dy_ND):
+        held |= {"x": trip.there(x_ND), "weight": trip.weights(weight_NK)}
 
-    chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK, dy_BTD)]
-    tokens, dw, _ = _each_round(step, chunks)
+    def send_dy(trip, held, x_ND, weight_NK, dy_ND):
+        held["dy"] = trip.there(dy_ND)
+
+    def product_up(trip, held):
+        held["h"] = experts.up(held["x"], w_up, trip.sizes_L, ctx.experts)
+
+    def product_down(trip, held):
+        rows = (held.pop(name) for name in ("h", "weight", "dy"))
+        held["dh"], held["dweight"], d_down = experts.down_backward(*rows, w_down, trip.sizes_L, ctx.experts)
+        held["sums"] = {"down": d_down}
+
+    def last_products(trip, held):
+        rows = (held.pop(name) for name in ("x", "dh"))
+        held["dx"], held["sums"]["up"] = experts.up_backward(*rows, w_up, trip.sizes_L, ctx.experts)
+
+    def back(trip, held):
+        held["result"] = trip.back(held.pop("dx")), trip.weights_back(held.pop("dweight"))
+
+    if _parts(ctx) == 1:
+
+        def gradients(x_ND, index_NK, weight_NK, dy_ND):
+            _, vjp = jax.vjp(
+                lambda x, w, *both: experts.routed(x, index_NK, w, *both, ctx), x_ND, weight_NK, w_up, w_down
+            )
+            return vjp(dy_ND)
+
+        every = [gradients(*chunk) for chunk in zip(x_CND, index_CNK, weight_CNK, dy_CND, strict=True)]
+        tokens = jax.tree.map(lambda *a: jnp.stack(a), *(each[:2] for each in every))
+        d_up, d_down = jax.tree.map(lambda *a: reduce(jnp.add, a), *(each[2:] for each in every))
+    else:
+        stages = [
+            Stage(product_up, ahead=send_x),
+            Stage(product_down, ahead=send_dy),
+            Stage(last_products, behind=back),
+        ]
+        make = partial(Trip, experts_here=w_up.shape[0], experts=experts, ctx=ctx)
+        tokens, sums, _ = _each_round(stages, make, index_CNK, [x_CND, weight_CNK, dy_CND])
+        d_up, d_down = sums["up"], sums["down"]
     dx_CND, dweight_CNK = jax.lax.psum(tokens, _tensor(ctx))
-    dw = (_at_rest(d, w, r, u, over) for d, w, r, u in zip(dw, (gate_up, down), rest, use, strict=True))
+    pairs = zip((d_up, d_down), (gate_up, down), rest, use, strict=True)
+    dw = (_at_rest(d, w, r, u, over) for d, w, r, u in pairs)
     return dx_CND.reshape(x_BTD.shape), dweight_CNK.reshape(weight_BTK.shape), *dw
 
 
@@ -179,35 +224,69 @@ def _chunked(a_BTX: jax.Array, ctx: Context) -> jax.Array:
 # --- The rounds -----------------------------------------------------------------------------------------------
 
 
-def _each_round(step, tokens_CN: list[jax.Array]):
-    """All rounds of all chunks: ``step(number, *tokens of a chunk) -> (results [N, ...], sums, rounds)``.
+@dataclass(frozen=True)
+class Stage:
+    """A step of a chunk's computation, and what travels meanwhile: of the next chunk (``ahead``, which is given its
+    tokens), or of the one before (``behind``). Each changes what is held of its chunk, a dict."""
 
-    Returns the results [C, N, ...] and the sums, each added up over the rounds, and the assignments beyond the first.
+    compute: Callable
+    ahead: Callable | None = None
+    behind: Callable | None = None
+
+
+def _each_round(stages: list[Stage], make, index_CNK: jax.Array, tokens_CN: list[jax.Array]):
+    """All rounds of all chunks; ``make(index_NK, number)`` makes a `Trip`.
+
+    Returns every chunk's "result" [C, N, ...] and the total of its "sums", both added up over the rounds, and the
+    assignments beyond the first round.
     """
-    results, sums, rounds = [], [], []
-    for number, chunk in enumerate(zip(*tokens_CN, strict=True)):
-        if number > 1:
-            # Two chunks at a time are in memory: one on its way and one being computed.
-            chunk, results[-2], sums[-2] = jax.lax.optimization_barrier((chunk, results[-2], sums[-2]))
-        result, more, r = step(0, *chunk)
-        results.append(result)
-        sums.append(jax.tree.map(jnp.add, sums[-1], more) if sums else more)
-        rounds.append(r)
-    results, sums = jax.tree.map(lambda *a: jnp.stack(a), *results), sums[-1]
-    if rounds[0] is None:
-        return results, sums, None
-    beyond = sum(r.beyond for r in rounds)
+    chunks = len(index_CNK)
+    trips = [make(index_CNK[c], 0) for c in range(chunks)]
+    held: list[dict] = [{} for _ in trips]
+
+    def run(action, chunk):
+        if action is not None and 0 <= chunk < chunks:
+            action(trips[chunk], held[chunk], *([a[chunk] for a in tokens_CN] if action in ahead else ()))
+
+    ahead = [stage.ahead for stage in stages]
+    for stage in stages:
+        run(stage.ahead, 0)
+    for chunk in range(chunks):
+        for stage in stages:
+            # Left alone, the compiler's scheduler sends all chunks first and brings all back at the end. Between two
+            # barriers it has one computation and one exchange, and runs them side by side.
+            held, tokens_CN = jax.lax.optimization_barrier((held, tokens_CN))
+            run(stage.compute, chunk)
+            run(stage.ahead, chunk + 1)
+            run(stage.behind, chunk - 1)
+        if chunk and "sums" in held[chunk]:
+            held[chunk]["sums"] = jax.tree.map(jnp.add, held[chunk - 1].pop("sums"), held[chunk]["sums"])
+    for stage in stages:
+        run(stage.behind, chunks - 1)
+    results = jax.tree.map(lambda *a: jnp.stack(a), *(h["result"] for h in held))
+    sums = held[-1].get("sums", {})
+    rounds = [trip.rounds for trip in trips]
+    beyond = reduce(jnp.add, (r.beyond for r in rounds))
     if rounds[0].single:
         return results, sums, beyond
     extra_C = jnp.stack([r.extra for r in rounds])
     ends_C = jnp.cumsum(extra_C)
 
-    def left_over(i, held):
+    def left_over(i, totals):
         chunk = (ends_C <= i).sum()
-        number = 1 + i - (ends_C[chunk] - extra_C[chunk])
-        result, more, _ = step(number, *(jax.lax.dynamic_index_in_dim(a, chunk, keepdims=False) for a in tokens_CN))
-        results, sums = held
-        return jax.tree.map(lambda a, b: a.at[chunk].add(b), results, result), jax.tree.map(jnp.add, sums, more)
+        index_NK, *tokens = (jax.lax.dynamic_index_in_dim(a, chunk, keepdims=False) for a in (index_CNK, *tokens_CN))
+        trip, own = make(index_NK, 1 + i - (ends_C[chunk] - extra_C[chunk])), {}
+        for stage in stages:
+            if stage.ahead is not None:
+                stage.ahead(trip, own, *tokens)
+        for stage in stages:
+            stage.compute(trip, own)
+        for stage in stages:
+            if stage.behind is not None:
+                stage.behind(trip, own)
+        results, sums = totals
+        results = jax.tree.map(lambda a, b: a.at[chunk].add(b), results, own["result"])
+        return results, jax.tree.map(jnp.add, sums, own.get("sums", {}))
 
     return *jax.lax.fori_loop(0, ends_C[-1], left_over, (results, sums)), beyond
 
@@ -215,7 +294,7 @@ def _each_round(step, tokens_CN: list[jax.Array]):
 class Trip:
     """A round of one chunk: its rows to their experts' devices, and what is computed there back to the tokens."""
 
-    def __init__(self, index_NK: jax.Array, number, experts_here: int, experts, ctx: Context):
+    def __init__(self, index_NK: jax.Array, number, *, experts_here: int, experts, ctx: Context):
         (N, self.K), devices = index_NK.shape, _parts(ctx)
         self.order_M, self.inverse_M, sizes_E = experts.sort(index_NK, experts_here * devices)
         # A token chooses different experts, so that no device ever gets more than this from another.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.core.axes import MESH_AXES, LayoutError
@@ -21,7 +22,8 @@ def make_mesh(
     """A mesh with all five axes; one of the sizes may be -1 for what the others leave of the devices.
 
     The order of the axes is that of the traffic they carry: neighbouring devices share a ``context``, then a
-    ``tensor`` group. ``devices``: default all.
+    ``tensor`` group. On a TPU torus an ``expert`` axis of 8 that has no axis within is a cube of 2 x 2 x 2 chips:
+    all-to-all takes it half the time of a ring of 8. ``devices``: default all.
 
     Raises LayoutError when the sizes do not make up the number of devices.
     """
@@ -34,7 +36,23 @@ def make_mesh(
         described = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise LayoutError(f"a mesh of {described} does not make up {len(devices)} devices.")
     # Auto: the compiler follows the constraints. `jax.make_mesh` would make axes Explicit by default.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices)
+    types = (AxisType.Auto,) * len(sizes)
+    if sizes[2:] == [8, 1, 1] and (cubes := _cubes(devices)) is not None:
+        return Mesh(cubes.reshape(sizes), MESH_AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices)
+
+
+def _cubes(devices: Sequence[jax.Device]) -> np.ndarray | None:
+    """The devices of a TPU slice in cubes of 2 x 2 x 2, one after the other; None where they do not make up any."""
+    at = {tuple(getattr(d, "coords", None) or ()): d for d in devices}
+    shape = tuple(max(c) + 1 for c in zip(*at, strict=True))
+    if len(shape) != 3 or any(n % 2 for n in shape) or math.prod(shape) != len(devices) or len(at) != len(devices):
+        return None
+    grid = np.empty(shape, object)
+    for place, device in at.items():
+        grid[place] = device
+    x, y, z = (n // 2 for n in shape)
+    return grid.reshape(x, 2, y, 2, z, 2).transpose(0, 2, 4, 1, 3, 5).reshape(-1)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
