@@ -1,6 +1,7 @@
 """Meshes, layouts and contexts: what fits, what is refused and how; no program runs here."""
 
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import deepseek_jax as dsj
 from deepseek_jax.core.axes import MESH_AXES, Layout, LayoutError, balanced_order, shardings, spec
 from deepseek_jax.core.params import named, partition
 from deepseek_jax.model.transformer import abstract
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import _cubes, make_mesh
 from deepseek_jax.parallel.rules import LAYOUTS, find_layout
 
 
@@ -35,12 +36,29 @@ def test_a_mesh_has_all_axes():
         make_mesh(fsdp=3, devices=jax.devices()[:1])
 
 
+def test_an_expert_axis_of_eight_chips_is_a_cube():
+    @dataclass(frozen=True)
+    class Chip:
+        coords: tuple[int, int, int]
+
+    chips = [Chip(place) for place in itertools.product(range(4), range(2), range(4))]
+    cubes = _cubes(chips).reshape(4, 8)
+    for cube in cubes:
+        places = np.array([chip.coords for chip in cube])
+        assert len(np.unique(places, axis=0)) == 8
+        assert (np.ptp(places, axis=0) == 1).all()
+    assert len({chip.coords for chip in cubes.flat}) == 32
+    assert _cubes([Chip(place) for place in itertools.product(range(3), range(2), range(4))]) is None
+    assert _cubes(chips[:8]) is None
+    assert _cubes(jax.devices()[:1]) is None
+
+
 def test_v3_on_512_devices():
     """DeepSeek-V3 on EP 8 x FSDP 64: experts apart, all else split 512 ways along one axis."""
     found = places(dsj.zoo("deepseek-v3"), "fsdp_ep", fsdp=64, expert=8)
     assert found["stacks.1.ffn.gate_up"] == PartitionSpec(None, ("expert",), ("fsdp",), None, None)
     assert found["stacks.1.attn.q_b"] == PartitionSpec(None, ("fsdp", "expert"), None, None)
-    assert found["embed"] == PartitionSpec(None, ("fsdp", "expert"))
+    assert found["embed"] == PartitionSpec(None, ("expert", "fsdp"))
     assert found["stacks.1.attn_norm.weight"] == PartitionSpec(None, None)
 
 
