@@ -112,5 +112,7 @@ def _first_line(error: str) -> str:
 
 
 def _last_line(log: Path) -> str:
+    if not log.exists():
+        return "it wrote nothing."
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing."

@@ -1,17 +1,16 @@
 """``deepseek-jax compile``: a full-size model compiled for a TPU slice, with no TPU: memory, traffic, time."""
 
-import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from deepseek_jax.cli.devices import Pairs, fields, pairs
 from deepseek_jax.cli.files import check_destination, write_json
 
 # Columns where the output is no terminal, so that nothing is cut off in a file.
 WIDE = 160
-Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE"), tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
@@ -92,24 +91,6 @@ class Compile:
         check_mesh(sizes, wanted)
         check_compiler()
         options = {"remat": self.remat, "loss_chunk": self.loss_chunk, "expert_buffer": self.expert_buffer}
-        options |= {name: _value(text) for name, text in _pairs("--set", self.set).items()}
+        options |= fields(self.set)
         program = Program(self.program, self.rows, self.length, self.context, self.weights, self.mtp, options)
-        return Job(cfg, wanted, sizes, self.layout, program, dict(wanted.chip.flags) | _pairs("--xla", self.xla))
-
-
-def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ValueError(f"{option} {text!r}: give NAME=VALUE.")
-        pairs[name] = value
-    return pairs
-
-
-def _value(text: str):
-    """A number, True, False or None where the text is one, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        return Job(cfg, wanted, sizes, self.layout, program, dict(wanted.chip.flags) | pairs("--xla", self.xla))

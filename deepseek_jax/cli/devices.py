@@ -1,9 +1,14 @@
 """Options of commands that run on a mesh and in several processes. Loads no JAX."""
 
+import ast
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+
+Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE"), tyro.conf.UseAppendAction]
+# Fields of `Context` that a command's own options decide.
+NOT_SET = ("mesh", "layout", "dispatch", "balanced", "dtype")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,9 @@ class Devices:
     """How many processes there are; by default JAX_NUM_PROCESSES, else as detected."""
     process_index: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
     """Which of them this is, from 0; by default JAX_PROCESS_ID, else as detected."""
+    set: Pairs = ()
+    """How it runs: a field of deepseek_jax.Context, such as remat=full, loss_chunk=512 or expert_chunks=4; may be
+    repeated."""
 
     def context(self):
         """Joins the other processes and returns the `Context`; before anything else touches a device.
@@ -42,4 +50,36 @@ class Devices:
             sizes = {"fsdp": -1}
         if self.mesh is None and sizes is None and self.layout is not None:
             raise ValueError("--layout lays a model out on a mesh: give one with --mesh.")
-        return Context() if sizes is None else Context(mesh=make_mesh(**sizes), layout=self.layout)
+        how = fields(self.set)
+        return Context(**how) if sizes is None else Context(mesh=make_mesh(**sizes), layout=self.layout, **how)
+
+
+def fields(texts: tuple[str, ...]) -> dict:
+    """The fields of `Context` that ``--set`` names; raises ValueError for others."""
+    from deepseek_jax.core.context import Context
+
+    offered = sorted(set(Context.__dataclass_fields__) - set(NOT_SET))
+    found = {name: _value(text) for name, text in pairs("--set", texts).items()}
+    for name in found:
+        if name not in offered:
+            raise ValueError(f"--set {name}: choose among {', '.join(offered)}.")
+    return found
+
+
+def pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE texts as a dict; raises ValueError for other texts."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{option} {text!r}: give NAME=VALUE.")
+        pairs[name] = value
+    return pairs
+
+
+def _value(text: str):
+    """A number, True, False or None where the text is one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

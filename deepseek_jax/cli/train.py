@@ -107,7 +107,7 @@ class Train:
             return default
         was = parse(begun, default=cls._scaled(begun))
         # The processes are this command's own.
-        devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout)
+        devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
         was = replace(was, out=None, devices=devices)
         if _given(arguments, "--recipe") not in (None, was.recipe_name):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.core.axes import MESH_AXES, LayoutError
@@ -39,7 +40,12 @@ def make_mesh(
     types = (AxisType.Auto,) * len(sizes)
     if sizes[2:] == [8, 1, 1] and (cubes := _cubes(devices)) is not None:
         return Mesh(cubes.reshape(sizes), MESH_AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices)
+    except NotImplementedError:
+        # No product of the slice's own axes has these sizes: one of them has to be cut.
+        cut = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(cut, MESH_AXES, axis_types=types)
 
 
 def _cubes(devices: Sequence[jax.Device]) -> np.ndarray | None:

@@ -27,23 +27,31 @@ from deepseek_jax.cli.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-V3, POD, EP8 = "deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8"
+V3, POD, EP8, EP64 = "deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8", "fsdp=8,expert=64"
 SERVE = {"topology": "v5e:8x8", "mesh": "expert=64", "program": "decode", "context": 4096}
+
+
+def chunks(number: int) -> dict:
+    return {"set": (f"expert_chunks={number}",)}
+
+
 CONFIGURATIONS = {
-    "train-r1": Compile(V3, POD, EP8, rows=1),
-    "train-r2": Compile(V3, POD, EP8, rows=2),
-    "train-r4": Compile(V3, POD, EP8, rows=4),
-    "train-r8": Compile(V3, POD, EP8, rows=8),
-    "train-r4-without-mtp": Compile(V3, POD, EP8, rows=4, mtp=False),
-    "train-r8-offload": Compile(V3, POD, EP8, rows=8, remat="offload", set=("expert_chunks=4",)),
-    "train-r16-offload": Compile(V3, POD, EP8, rows=16, remat="offload", set=("expert_chunks=8",)),
-    "train-r4-fsdp512": Compile(V3, POD, "fsdp=512", rows=4),
-    "train-r4-1024": Compile(V3, "v5p:8x8x16", "data=2,fsdp=64,expert=8", rows=4),
-    "train-r1-v6e": Compile(V3, "v6e:16x16", "fsdp=16,expert=16", rows=1),
+    "train-r1": Compile(V3, POD, EP64, rows=1, **chunks(2)),
+    "train-r4": Compile(V3, POD, EP64, rows=4, **chunks(4)),
+    "train-r4-ep8": Compile(V3, POD, EP8, rows=4, **chunks(4)),
+    "train-r4-core": Compile(V3, POD, EP64, rows=4, remat="core", **chunks(4)),
+    "train-r4-fsdp512": Compile(V3, POD, "fsdp=512", rows=4, **chunks(4)),
+    "train-r4-without-mtp": Compile(V3, POD, EP64, rows=4, mtp=False, **chunks(4)),
+    "train-r8": Compile(V3, POD, EP64, rows=8, **chunks(8)),
+    "train-r8-ep8": Compile(V3, POD, EP8, rows=8, **chunks(4)),
+    "train-r8-offload": Compile(V3, POD, EP64, rows=8, remat="offload", **chunks(8)),
+    "train-r16-ep8-offload": Compile(V3, POD, EP8, rows=16, remat="offload", **chunks(8)),
+    "train-r16": Compile(V3, POD, EP64, rows=16, **chunks(16)),
+    "train-r4-1024": Compile(V3, "v5p:8x8x16", "data=2,fsdp=8,expert=64", rows=4, **chunks(4)),
     "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
-    "prefill-int8": Compile(V3, rows=1, weights="int8", **(SERVE | {"program": "prefill"})),
-    "decode-fp8-v6e": Compile(V3, rows=16, weights="fp8", **(SERVE | {"topology": "v6e:8x8"})),
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
+    "decode-fp8-v6e": Compile(V3, rows=16, weights="fp8", **(SERVE | {"topology": "v6e:8x8"})),
+    "prefill-int8": Compile(V3, rows=1, weights="int8", **(SERVE | {"program": "prefill"})),
 }
 LARGEST = 12
 
