@@ -29,6 +29,7 @@ LANES = 128
 # would otherwise not fit into the 16 MB of a core's vector memory that a kernel may use.
 BLOCK, WIDE_BLOCK, COMPUTE = 1024, 512, 512
 WIDE = 256
+PARTIAL_GRADIENTS = 4
 # Rows of a tile of the grouped matmul, and bytes of its other dimensions, by the same limit.
 TILE_ROWS, TILE_BYTES = 512, 2048
 
@@ -66,7 +67,9 @@ def causal_attention(
 
     On a mesh each device takes its own rows and heads; rows are whole.
     """
-    attend = lambda q, k, v, segment: _attend(q, k, v, segment, scale, interpret)  # noqa: E731
+    # Where activations are even sent to the host, memory is short.
+    how = (scale, ctx.remat != "offload", interpret)
+    attend = lambda q, k, v, segment: _attend(q, k, v, segment, *how)  # noqa: E731
     if ctx.mesh is None:
         return attend(q_BTNK, k_BTGK, v_BTGV, segment_BT)
     heads = (BATCH, None, "heads", None)
@@ -79,18 +82,18 @@ def causal_attention(
     return jax.shard_map(attend, mesh=ctx.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, fused: bool, interpret: bool) -> jax.Array:
     with one_pass(q_BTNK.dtype):
-        return _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale, interpret)
+        return _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale, fused, interpret)
 
 
-def _forward(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool):
+def _forward(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, fused: bool, interpret: bool):
     with one_pass(q_BTNK.dtype):
-        return jax.vjp(lambda q, k, v: _splash(q, k, v, segment_BT, scale, interpret), q_BTNK, k_BTGK, v_BTGV)
+        return jax.vjp(lambda q, k, v: _splash(q, k, v, segment_BT, scale, fused, interpret), q_BTNK, k_BTGK, v_BTGV)
 
 
-def _backward(scale: float, interpret: bool, vjp, do_BTNV):
+def _backward(scale: float, fused: bool, interpret: bool, vjp, do_BTNV):
     with one_pass(do_BTNV.dtype):
         return *vjp(do_BTNV), None
 
@@ -98,12 +101,12 @@ def _backward(scale: float, interpret: bool, vjp, do_BTNV):
 _attend.defvjp(_forward, _backward)
 
 
-def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -> jax.Array:
+def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, fused: bool, interpret: bool) -> jax.Array:
     T, N, G = *q_BTNK.shape[1:3], k_BTGK.shape[2]
     kernel = splash.make_splash_mqa if G == 1 else splash.make_splash_mha
     attend = kernel(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
-        block_sizes=_blocks(T, q_BTNK.shape[-1]),
+        block_sizes=_blocks(T, q_BTNK.shape[-1], fused),
         # With its sums, which the backward pass needs and `remat` may keep.
         residual_checkpoint_name="core",
         head_shards=1,
@@ -123,13 +126,15 @@ def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, interpret: bool) -
     return o_BTNV if segment_BT is None else jnp.where(segment_BT[..., None, None] != 0, o_BTNV, 0)
 
 
-def _blocks(T: int, key_dim: int) -> splash.BlockSizes:
+def _blocks(T: int, key_dim: int, fused: bool) -> splash.BlockSizes:
     """Block sizes for rows of T tokens.
 
-    The backward pass runs as two kernels, which compute the probabilities once each. JAX has one for both, but it
-    holds a partial gradient of the queries for every block of keys.
+    ``fused``: the backward pass is one kernel, which computes the probabilities once and holds a partial gradient of
+    the queries for every block of keys; else, and where these would be more than `PARTIAL_GRADIENTS`, it is two
+    kernels, which hold none and compute them once each.
     """
     block, compute = math.gcd(T, WIDE_BLOCK if key_dim > WIDE else BLOCK), math.gcd(T, COMPUTE)
+    fused = fused and T // block <= PARTIAL_GRADIENTS
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -137,8 +142,9 @@ def _blocks(T: int, key_dim: int) -> splash.BlockSizes:
         block_q_dkv=block,
         block_kv_dkv=block,
         block_kv_dkv_compute=compute,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )
 
 

@@ -83,8 +83,11 @@ def test_gradients_of_other_forms(ctx):
     check("queries not compressed", ctx)
 
 
-# "attention" keeps a subset of what "sublayers" keeps, by the same policy.
-@pytest.mark.parametrize("remat", ["full", "sublayers", pytest.param("attention", marks=pytest.mark.slow)])
+# "attention" and "core" keep a subset and a superset of what "sublayers" keeps of attention, by the same policy.
+SLOWLY = [pytest.param(remat, marks=pytest.mark.slow) for remat in ("attention", "core", "offload")]
+
+
+@pytest.mark.parametrize("remat", ["full", "sublayers", *SLOWLY])
 def test_remat_changes_no_gradient(remat):
     base, again = main_gradients("none"), main_gradients(remat)
     for name, value in base.items():

@@ -51,9 +51,9 @@ def packed() -> jax.Array:
     return jnp.asarray(segment)
 
 
-def both_ways(q, k, v, span, cotangent, form):
+def both_ways(q, k, v, span, cotangent, form, remat="none"):
     """The output, and the gradients of its inner product with ``cotangent``."""
-    o, back = jax.vjp(lambda q, k, v: attend(q, k, v, span, 0.3, Context(attention=form)), q, k, v)
+    o, back = jax.vjp(lambda q, k, v: attend(q, k, v, span, 0.3, Context(attention=form, remat=remat)), q, k, v)
     return o, *back(cotangent)
 
 
@@ -64,12 +64,15 @@ def tensors(heads: str, segment, dtype=jnp.float32):
     return q, k, v, cotangent
 
 
+# With "offload" the backward pass is two kernels, else one.
+@pytest.mark.parametrize("remat", ["none", "offload"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_of_packed_rows_with_padding(heads, small_blocks):
+def test_attention_of_packed_rows_with_padding(heads, remat, small_blocks):
     segment = packed()
     q, k, v, cotangent = tensors(heads, segment)
-    run = jax.jit(both_ways, static_argnames="form")
-    ours, theirs = (run(q, k, v, span_of(segment), cotangent, form=form) for form in ("kernel", "xla"))
+    run = jax.jit(both_ways, static_argnames=("form", "remat"))
+    ours = run(q, k, v, span_of(segment), cotangent, form="kernel", remat=remat)
+    theirs = run(q, k, v, span_of(segment), cotangent, form="xla")
     for name, a, b in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
         assert error(a, b) < BOUND, name
         # Padding takes no part: neither its queries nor its keys, though other padding precedes them.

@@ -228,8 +228,8 @@ def test_a_model_in_shards_is_written_as_on_one_device(default):
 
 def test_layers_are_gathered_one_at_a_time(default):
     found = default[f"snapshot|{SNAPSHOT}"]
-    # Experts as a device of this mesh holds them in use, one layer's and both layers': (experts, width, 2, inner).
-    one, both = [4, 64, 2, 24], [2, 4, 64, 2, 24]
+    # Experts as a device of this mesh holds them in use, one layer's and both layers': (experts, width, 2 x inner).
+    one, both = [4, 64, 48], [2, 4, 64, 48]
     assert both not in found["gathered"]
     assert {loops for shape, loops in zip(found["gathered"], found["loops"], strict=True) if shape == one} == {1}
 
