@@ -22,14 +22,14 @@ HERE = Path(__file__).parent
 # Decoding over the first two axes is the forward pass's layout once more: it waits for the slow tests.
 DECODED, DECODED_SLOWLY = AXES[2:], AXES[:2]
 # Experts apart, rows filled up; and heads and vocabulary apart.
-WRITTEN = ("expert=8", "tensor=4")
+WRITTEN, WRITTEN_SLOWLY = "expert=8", "tensor=4"
 DEFAULT = [
     *(f"{what}|{axis}" for axis in AXES for what in ("sgd", "forward")),
     *(f"generated|{axis}" for axis in DECODED),
     "sgd|expert=8|concentrated",
     "forward|expert=8|concentrated",
     "drop|expert=8|concentrated",
-    *(f"text|{axis}" for axis in WRITTEN),
+    f"text|{WRITTEN}",
     "scores|expert=8",
     f"attention|{MIXED[4]}",
     f"born|{SNAPSHOT}",
@@ -40,7 +40,7 @@ DEFAULT = [
 SLOW = [
     *(f"generated|{axis}" for axis in DECODED_SLOWLY),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
-    *(f"text|{case}" for case in MIXED[:2]),
+    *(f"text|{case}" for case in (WRITTEN_SLOWLY, *MIXED[:2])),
     *(f"adamw|{case}" for case in MIXED[:2]),
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
     f"kernel|{MIXED[1]}",
@@ -137,14 +137,13 @@ def check_text(found: dict) -> None:
     assert ours["programs"] == [1, 1]
 
 
-@pytest.mark.parametrize("axis", WRITTEN)
-def test_text_greedy_and_sampled_with_drafts(default, axis):
-    check_text(default[f"text|{axis}"])
+def test_text_greedy_and_sampled_with_drafts(default):
+    check_text(default[f"text|{WRITTEN}"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MIXED[:2])
-def test_text_on_mixed_meshes(slow, case):
+@pytest.mark.parametrize("case", [WRITTEN_SLOWLY, *MIXED[:2]])
+def test_text_on_other_meshes(slow, case):
     check_text(slow[f"text|{case}"])
 
 

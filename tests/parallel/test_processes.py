@@ -149,6 +149,7 @@ def assert_same_training(folder: Path, reference: Path) -> None:
     assert (a["steps"], a["tokens"], a["trigram_bits"]) == (b["steps"], b["tokens"], b["trigram_bits"])
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_one_goes_on_alone(arguments, whole, tmp_path):
     """SIGTERM to the one that does not write; each reads the rows of its own devices and no others."""
     folder = tmp_path / "run"
