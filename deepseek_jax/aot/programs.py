@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
@@ -119,7 +120,11 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
         return out.logits[:, -1].argmax(-1).astype(jnp.int32), out.cache
 
     step.__name__ = program.kind
-    return jax.jit(step, donate_argnums=2).lower(model, tokens, cache)
+    # The cache lies as the compiler would have it: with the layout of an array from elsewhere it would be copied.
+    auto = jax.tree.map(lambda a: Format(Layout.AUTO, a.sharding), cache)
+    return jax.jit(step, donate_argnums=2, in_shardings=(None, None, auto), out_shardings=(None, auto)).lower(
+        model, tokens, cache
+    )
 
 
 def _rows_split(a, rows: int, ctx: Context):

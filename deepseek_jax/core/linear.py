@@ -4,6 +4,7 @@ The grouped matmul of the experts, which has no equation, is the exception: `mod
 `parallel/expert.py`.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -53,8 +54,8 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since a
     float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
 
-    On a mesh a parameter is gathered here, for this one product, and once more in the backward pass. x's first two
-    axes are rows and tokens.
+    On a mesh a parameter is gathered here, for this one product, and once more in the backward pass; or, where x has so
+    few tokens that this moves less, x is brought to the parts of the parameter. x's first two axes are rows and tokens.
     """
     dtype = dtype or x.dtype
     if ctx.mesh is not None and isinstance(w, nnx.Variable) and isinstance(w.get_value(), jax.Array):
@@ -88,8 +89,23 @@ class _Split:
         over = dict(zip(self.of_w, parts(self.use), strict=True))
         rows = spec((BATCH, SEQUENCE), x.shape[:2], ctx.layout.use, ctx.mesh, "an activation")
         over |= dict(zip(self.of_x[:2], parts(rows), strict=True))
-        self.over = over
+        self.over, self.mesh = over, ctx.mesh
         self.x, self.y = (PartitionSpec(*(over[a] or None for a in term)) for term in (self.of_x, self.of_y))
+
+    def brought(self, x, w) -> tuple[str, tuple[str, ...]] | None:
+        """The letter and the mesh axes over which the weight lies apart, if bringing x there moves less than gathering
+        the weight; for one such letter, split as the rows of x are."""
+        pairs = zip(self.of_w, parts(self.rest), parts(self.use), strict=True)
+        apart = [(letter, rest[len(use) :]) for letter, rest, use in pairs if rest != use and rest[: len(use)] == use]
+        rows = self.over[self.of_x[0]]
+        if len(apart) != 1 or self.rest == self.use or rows[len(rows) - len(apart[0][1]) :] != apart[0][1]:
+            return None
+        sizes = dict(zip(self.of_x + self.of_w, x.shape + w.shape, strict=True))
+        parted = {a: sizes[a] // math.prod(self.mesh.shape[m] for m in self.over[a]) for a in sizes}
+        given, made, weight = (math.prod(parted[a] for a in term) for term in (self.of_x, self.of_y, self.of_w))
+        devices = math.prod(self.mesh.shape[m] for m in apart[0][1])
+        # What is made travels in float32.
+        return apart[0] if (given + 2 * made) * devices < weight else None
 
     def without(self, term: str) -> tuple[str, ...]:
         """The mesh axes over which a product that gives ``term`` is a sum."""
@@ -98,14 +114,32 @@ class _Split:
 
 def _sharded_forward(x, w, equation, axes, ctx, precision):
     split = _Split(equation, x, w, axes, ctx)
+    product = partial(jnp.einsum, equation, precision=precision, preferred_element_type=jnp.float32)
 
     def local(x, w):
-        w = gathered(w, split.rest, split.use, x.dtype)
-        y = jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
+        y = product(x, gathered(w, split.rest, split.use, x.dtype))
         return jax.lax.psum(y, split.without(split.of_y))
 
+    if brought := split.brought(x, w):
+        local = partial(_bring, product=product, split=split, letter=brought[0], over=brought[1])
     run = jax.shard_map(local, mesh=ctx.mesh, in_specs=(split.x, split.rest), out_specs=split.y, check_vma=False)
     return run(x, w), (x, w)
+
+
+def _bring(x, w, *, product, split: _Split, letter: str, over: tuple[str, ...]):
+    """The product of all rows of the devices ``over`` with this device's part of the weight, and each row's back."""
+    for axis in reversed(over):
+        x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
+    if letter in split.of_x:
+        size = w.shape[split.of_w.index(letter)]
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(over) * size, size, split.of_x.index(letter))
+        y = product(x, w.astype(x.dtype))
+        for axis in over:
+            y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+    else:
+        y = product(x, w.astype(x.dtype))
+        y = jax.lax.all_to_all(y, over, split_axis=0, concat_axis=split.of_y.index(letter), tiled=True)
+    return jax.lax.psum(y, split.without(split.of_y))
 
 
 def _sharded_backward(equation, axes, ctx, precision, operands, dy):

@@ -48,11 +48,22 @@ class Quantized:
 
     def dequantize(self, dtype) -> jax.Array:
         """The weight as ``dtype``, the product taken in float32; shape [..., *dims]."""
-        scale = self.scale.astype(jnp.float32)
-        first = self.values.ndim - len(self.block)
-        for axis, size in enumerate(self.block, start=first):
-            scale = spread(scale, axis, size, self.values.shape[axis], jnp)
-        return (self.values.astype(jnp.float32) * scale).astype(dtype).reshape(self.shape)
+        values, scale = self.values.astype(jnp.float32), self.scale.astype(jnp.float32)
+        first, shape = values.ndim - len(self.block), values.shape
+        # Along the last axis each column gets its scale; along the others rows are taken block by block where blocks
+        # are whole, for a scale for each value would be an array as large as the weight.
+        scale = spread(scale, values.ndim - 1, self.block[-1], shape[-1], jnp)
+        split, place = list(shape[:first]), first
+        for size, n in zip(self.block[:-1], shape[first:-1], strict=True):
+            if n % size:
+                scale = spread(scale, place, size, n, jnp)
+                split.append(n)
+                place += 1
+            else:
+                scale = jnp.expand_dims(scale, place + 1)
+                split += [n // size, size]
+                place += 2
+        return (values.reshape(*split, shape[-1]) * scale).astype(dtype).reshape(self.shape)
 
 
 def spread(scale, axis: int, size: int, length: int, xp):
