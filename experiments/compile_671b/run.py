@@ -39,19 +39,16 @@ CONFIGURATIONS = {
     "train-r1": Compile(V3, POD, EP64, rows=1, **chunks(2)),
     "train-r4": Compile(V3, POD, EP64, rows=4, **chunks(4)),
     "train-r4-ep8": Compile(V3, POD, EP8, rows=4, **chunks(4)),
-    "train-r4-core": Compile(V3, POD, EP64, rows=4, remat="core", **chunks(4)),
     "train-r4-fsdp512": Compile(V3, POD, "fsdp=512", rows=4, **chunks(4)),
+    "train-r4-ep8-plain": Compile(V3, POD, EP8, rows=4, mtp=False),
     "train-r4-without-mtp": Compile(V3, POD, EP64, rows=4, mtp=False, **chunks(4)),
     "train-r8": Compile(V3, POD, EP64, rows=8, **chunks(8)),
     "train-r8-ep8": Compile(V3, POD, EP8, rows=8, **chunks(4)),
     "train-r8-offload": Compile(V3, POD, EP64, rows=8, remat="offload", **chunks(8)),
     "train-r16-ep8-offload": Compile(V3, POD, EP8, rows=16, remat="offload", **chunks(8)),
-    "train-r16": Compile(V3, POD, EP64, rows=16, **chunks(16)),
     "train-r4-1024": Compile(V3, "v5p:8x8x16", "data=2,fsdp=8,expert=64", rows=4, **chunks(4)),
     "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
-    "decode-fp8-v6e": Compile(V3, rows=16, weights="fp8", **(SERVE | {"topology": "v6e:8x8"})),
-    "prefill-int8": Compile(V3, rows=1, weights="int8", **(SERVE | {"program": "prefill"})),
 }
 LARGEST = 12
 
