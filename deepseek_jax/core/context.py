@@ -66,6 +66,8 @@ class Context:
             raise ValueError("Context(mesh=..., layout=...): give both or neither.")
         if not self.expert_buffer > 0:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
+        if not isinstance(self.expert_chunks, int) or self.expert_chunks < 1:
+            raise ValueError(f"Context(expert_chunks={self.expert_chunks!r}): must be at least 1.")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"Context(loss_chunk={self.loss_chunk!r}): must be at least one token, or None.")
         fields = {"experts": EXPERTS, "mla": MLA_FORMS, "attention": ATTENTION, "remat": tuple(REMAT)}

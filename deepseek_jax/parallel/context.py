@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from deepseek_jax.core import context
 from deepseek_jax.parallel.expert import dispatch
+from deepseek_jax.parallel.rounds import expert_parts
 from deepseek_jax.parallel.rules import find_layout
 
 
@@ -19,3 +20,5 @@ class Context(context.Context):
             if self.experts == "auto" and self.platform is not None:
                 object.__setattr__(self, "experts", "blocks" if self.platform == "cpu" else "ragged")
         super().__post_init__()
+        if self.mesh is not None and self.experts == "dense" and expert_parts(self) > 1:
+            raise ValueError('Context(experts="dense"): the oracle needs all experts on a device; choose another form.')

@@ -94,6 +94,10 @@ def test_wrong_contexts_are_refused():
         find_layout("all", jax.sharding.AbstractMesh((2,), ("x",)))
     with pytest.raises(ValueError, match="expert_buffer=0"):
         dsj.Context(expert_buffer=0)
+    with pytest.raises(ValueError, match="expert_chunks=0"):
+        dsj.Context(expert_chunks=0)
+    with pytest.raises(ValueError, match="the oracle needs all experts on a device"):
+        dsj.Context(mesh=abstract_mesh(expert=2), experts="dense")
 
 
 def test_free_layouts():
