@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,23 @@ class Memory:
     def total(self) -> int:
         """What the program needs, its code apart."""
         return sum(self.arguments.values()) + self.outputs + self.temporaries + self.constants
+
+    def live_by_kind(self, stacks: Collection[int]) -> dict[str, int]:
+        """Bytes of the temporaries that live at once; ``stacks``: the lengths of the model's runs of equal layers.
+
+        An array over all layers of a run is what the backward pass finds of each of them.
+        """
+        kinds = dict.fromkeys(("kept activations of all layers", "gradients, weights cast", "at work"), 0)
+        for buffer in self.largest:
+            dims = _DIMENSIONS.search(buffer.shape)
+            first = dims and dims[1].split(",")[0]
+            if buffer.like_parameter:
+                kinds["gradients, weights cast"] += buffer.nbytes
+            elif first and int(first) in stacks:
+                kinds["kept activations of all layers"] += buffer.nbytes
+            else:
+                kinds["at work"] += buffer.nbytes
+        return kinds
 
 
 def read_memory(dump: Path) -> Memory:

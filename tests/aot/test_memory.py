@@ -69,6 +69,9 @@ def test_a_dump_by_kind(tmp_path):
         (500, "f32[4,8,2]", "backward/second", True),
         (300, "f32[9]", "forward/first", False),
     ]
+    gradients, activations, work = "gradients, weights cast", "kept activations of all layers", "at work"
+    assert found.live_by_kind({3, 9}) == {activations: 300, gradients: 500, work: 0}
+    assert found.live_by_kind({4}) == {activations: 0, gradients: 500, work: 300}
 
 
 def test_a_dump_that_is_not_whole(tmp_path):
