@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at full size, compiled for TPU slices on a machine without TPUs: does it fit, and how fast would it be?
+"""DeepSeek-V3 and its relatives at full size, compiled for TPU slices without one: do they fit, and how fast?
 
 Every configuration is one call of ``deepseek-jax compile``: the real training step (V3's recipe: AdamW with float32
 weights and moments, bfloat16 compute, MTP, nothing dropped), or a decoding step from quantised leaves. README.md says
@@ -47,6 +47,9 @@ CONFIGURATIONS = {
     "train-r8-offload": Compile(V3, POD, EP64, rows=8, remat="offload", **chunks(8)),
     "train-r16-ep8-offload": Compile(V3, POD, EP8, rows=16, remat="offload", **chunks(8)),
     "train-r4-1024": Compile(V3, "v5p:8x8x16", "data=2,fsdp=8,expert=64", rows=4, **chunks(4)),
+    "kimi-k2-r2-1024": Compile("kimi-k2", "v5p:8x8x16", "data=2,fsdp=8,expert=64", rows=2, **chunks(2)),
+    "moonlight-r4-64": Compile("moonlight-16b", "v5p:4x4x4", "fsdp=8,expert=8", rows=4),
+    "prefill-fp8": Compile(V3, POD, EP64, program="prefill", rows=1, weights="fp8"),
     "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
 }
