@@ -174,7 +174,7 @@ def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec, dtype) -> ja
     """Within `jax.shard_map`: this device's part at rest becomes its part in use, as ``dtype``. One mesh axis after the
     other, the minor one first: a gather over many devices at once is made an all-reduce by the TPU compiler."""
     if w.dtype != dtype:
-        # Or the compiler would convert the weights of all layers ahead of the loop over them, and hold both.
+        # Or the compiler may convert the weights of all layers ahead of the loop over them, and hold both.
         w = jax.lax.optimization_barrier(w).astype(dtype)
     for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
         shared = _shared(resting, used)

@@ -94,18 +94,21 @@ class _Split:
 
     def brought(self, x, w) -> tuple[str, tuple[str, ...]] | None:
         """The letter and the mesh axes over which the weight lies apart, if bringing x there moves less than gathering
-        the weight; for one such letter, split as the rows of x are."""
+        the weight; for a weight that differs from its use in one such letter, split further, as the rows of x are."""
         pairs = zip(self.of_w, parts(self.rest), parts(self.use), strict=True)
-        apart = [(letter, rest[len(use) :]) for letter, rest, use in pairs if rest != use and rest[: len(use)] == use]
-        rows = self.over[self.of_x[0]]
-        if len(apart) != 1 or self.rest == self.use or rows[len(rows) - len(apart[0][1]) :] != apart[0][1]:
+        changed = [(letter, rest, use) for letter, rest, use in pairs if rest != use]
+        if len(changed) != 1:
+            return None
+        letter, rest, use = changed[0]
+        apart, rows = rest[len(use) :], self.over[self.of_x[0]]
+        if rest[: len(use)] != use or not apart or rows[len(rows) - len(apart) :] != apart:
             return None
         sizes = dict(zip(self.of_x + self.of_w, x.shape + w.shape, strict=True))
         parted = {a: sizes[a] // math.prod(self.mesh.shape[m] for m in self.over[a]) for a in sizes}
         given, made, weight = (math.prod(parted[a] for a in term) for term in (self.of_x, self.of_y, self.of_w))
-        devices = math.prod(self.mesh.shape[m] for m in apart[0][1])
+        devices = math.prod(self.mesh.shape[m] for m in apart)
         # What is made travels in float32.
-        return apart[0] if (given + 2 * made) * devices < weight else None
+        return (letter, apart) if (given + 2 * made) * devices < weight else None
 
     def without(self, term: str) -> tuple[str, ...]:
         """The mesh axes over which a product that gives ``term`` is a sum."""

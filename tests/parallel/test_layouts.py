@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.axes import MESH_AXES, Layout, LayoutError, balanced_order, shardings, spec
+from deepseek_jax.core.linear import _Split
 from deepseek_jax.core.params import named, partition
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.parallel.mesh import _cubes, make_mesh
@@ -114,6 +115,20 @@ def test_free_layouts():
             Layout("mine", rest=rules, use=())
     with pytest.raises(LayoutError, match="experts are split over the mesh axis 'expert' or none, and the batch with"):
         Layout("mine", rest=(), use=(("batch", ("data",)), ("expert", ("expert",))))
+
+
+def test_few_tokens_are_brought_to_a_weight_that_is_apart_in_one_axis():
+    mesh, axes = abstract_mesh(fsdp=4, tensor=2), ("embed", "heads", "head_dim")
+    rest, batch = (("embed", ("fsdp",)),), ("batch", ("fsdp",))
+
+    def brought(tokens: int, *heads):
+        layout = Layout("mine", rest=(*rest, *heads), use=(batch, ("heads", ("tensor",))))
+        x, w = np.zeros((8, tokens, 256)), np.zeros((256, 8, 64))
+        return _Split("BTD,DNX->BTNX", x, w, axes, dsj.Context(mesh=mesh, layout=layout)).brought(x, w)
+
+    assert brought(1, ("heads", ("tensor",))) == ("D", ("fsdp",))
+    assert brought(512, ("heads", ("tensor",))) is None, "a gather of the weight moves less"
+    assert brought(1) is None, "the heads lie otherwise than in use"
 
 
 def test_a_mesh_axis_is_taken_once():
