@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 # Before JAX starts. Compilation is nearly all of the suite's time; these halve it. Subprocesses inherit them.
-CACHE = tempfile.mkdtemp(prefix="deepseek-jax-xla-")
+# A cache that is named by the environment is used and kept.
+OWN_CACHE = None if os.environ.get("JAX_COMPILATION_CACHE_DIR") else tempfile.mkdtemp(prefix="deepseek-jax-xla-")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -15,7 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -30,7 +32,8 @@ MAPS = Path("/proc/self/maps")
 
 
 def pytest_sessionfinish():
-    shutil.rmtree(CACHE, ignore_errors=True)
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
