@@ -12,7 +12,9 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 
+from deepseek_jax.notes import CheckpointWarning
 from deepseek_jax.version import __version__
 
 # command -> (class in deepseek_jax/cli/<command>.py, what it does)
@@ -75,8 +77,9 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         return _fail("", f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", 2)
     try:
-        command = _parse(name, arguments)
-        return command if isinstance(command, int) else command.run() or 0
+        with _notes():
+            command = _parse(name, arguments)
+            return command if isinstance(command, int) else command.run() or 0
     except KeyboardInterrupt:
         return _fail(name, "interrupted.", 130)
     except BrokenPipeError:
@@ -89,6 +92,24 @@ def _dispatch(argv: list[str]) -> int:
         if os.environ.get(TRACEBACK) or not _out_of_memory(error):
             raise
         return _fail(name, f"out of memory. {_first_line(error)}".strip(), 1)
+
+
+@contextlib.contextmanager
+def _notes():
+    """Inside, a `CheckpointWarning` is one line on stderr, said once however often a command reads the file."""
+    said, others = set(), warnings.showwarning
+
+    def show(message, category, *where, **more):
+        if not issubclass(category, CheckpointWarning):
+            others(message, category, *where, **more)
+        elif (text := " ".join(str(message).split())) not in said:
+            said.add(text)
+            print(f"note: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 
 import jax
 import pytest
 
 from deepseek_jax.cli import main as cli
+from deepseek_jax.notes import CheckpointWarning, note
 from deepseek_jax.version import __version__
 
 
@@ -117,6 +119,20 @@ def test_an_error_is_one_line_and_exit_code_1(error, line, monkeypatch, capsys):
     replace_run(monkeypatch, run)
     assert cli.main(["summary"]) == 1
     assert capsys.readouterr().err == f"deepseek-jax summary: {line}\n"
+
+
+def test_a_note_is_one_line_said_once(monkeypatch, capsys):
+    def run():
+        for text in ("x is\ntaken for y.", "x is\ntaken for y.", "z is left out."):
+            note(text)
+        with pytest.warns(DeprecationWarning, match="another's"):
+            warnings.warn("another's", DeprecationWarning, stacklevel=1)
+
+    replace_run(monkeypatch, run)
+    assert cli.main(["summary"]) == 0
+    assert capsys.readouterr().err == "note: x is taken for y.\nnote: z is left out.\n"
+    with pytest.warns(CheckpointWarning, match="outside"):
+        note("outside of a command.")
 
 
 def test_a_missing_argument_is_exit_code_2(monkeypatch, capsys):
