@@ -18,6 +18,7 @@ TEXTS = sorted(
         *(ROOT / "paper_notes").glob("*.md"),
         *(ROOT / "experiments").rglob("*.md"),
         *(ROOT / "checkpoints").rglob("*.md"),
+        *(ROOT / "deepseek_jax").rglob("*.md"),
     ]
 )
 NOTES = {path.stem for path in (ROOT / "paper_notes").glob("*.md")} - {"README"}
@@ -82,6 +83,10 @@ def test_written_paths_exist(path):
     links = re.findall(r"\]\(([^)#\s]+)", text)
     dead += [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert sorted(dead) == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 300
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)

@@ -124,6 +124,8 @@ _PLANNED = (
     "r1-distill-qwen-32b",
     "r1-distill-llama-8b",
     "r1-distill-llama-70b",
+    "janus-pro-1b",
+    "janus-pro-7b",
     "tiny-llm",
     "tiny-moe",
     "tiny-v2-lite",
@@ -132,6 +134,7 @@ _PLANNED = (
     "tiny-v4",
     "tiny-distill-qwen",
     "tiny-distill-llama",
+    "tiny-janus",
 )
 
 

@@ -118,8 +118,9 @@ def test_changes_are_applied():
 def test_unknown_and_unbuilt_names_say_so():
     with pytest.raises(ConfigError, match=r"there is no model 'deepseek-v33'; built are: deepseek-v3, "):
         zoo("deepseek-v33")
-    with pytest.raises(ConfigError, match=r"'deepseek-v4-pro' belongs to the family but is not built yet"):
-        zoo("deepseek-v4-pro")
+    for name in ("deepseek-v4-pro", "janus-pro-7b"):
+        with pytest.raises(ConfigError, match=rf"'{name}' belongs to the family but is not built yet"):
+            zoo(name)
 
 
 V3 = zoo("deepseek-v3")
