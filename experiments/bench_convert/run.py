@@ -11,12 +11,12 @@ a checkpoint larger than memory. Memory is compared with the largest matrix, the
 
     python experiments/bench_convert/run.py                     # about four minutes, 16 GB of disk
     python experiments/bench_convert/run.py --experts 256 --folder /a/disk/with/50GB
+    python experiments/bench_convert/run.py --smoke             # the same code at toy size, in seconds
 """
 
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,13 +29,14 @@ from statistics import median
 import numpy as np
 import tyro
 
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.hf import config_to_json
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.manifest import of_release
 from deepseek_jax.convert.names import SCALE, layout
 from deepseek_jax.convert.safetensors import DTYPES, Checkpoint, Writer
 from deepseek_jax.convert.save import index_json, split_files, write_json
-from deepseek_jax.version import __version__
 
 HERE = Path(__file__).parent
 INDEX = "model.safetensors.index.json"
@@ -51,8 +52,10 @@ class Bench:
     """Routed experts of the MoE layer; V3 has 256."""
     repeats: int = 3
     """Copies and conversions each way, of which the medians are taken."""
-    results: Path = HERE / "results.json"
-    """Where the figures go."""
+    smoke: bool = False
+    """The tiny V3's shapes, once each way; results go to --out only."""
+    out: Path | None = None
+    """Where the figures go; by default results.json beside this file."""
 
     def run(self) -> None:
         work = self.folder / "bench_convert"
@@ -61,15 +64,18 @@ class Bench:
             record = self._measure(work)
         finally:
             shutil.rmtree(work)
-        self.results.write_text(json.dumps(record, indent=2) + "\n")
+        out = self.out or (None if self.smoke else HERE / "results.json")
+        if out is not None:
+            out.write_text(json.dumps(record, indent=2) + "\n")
         print(json.dumps(record, indent=2))
 
     def _measure(self, work: Path) -> dict:
-        nbytes = make(work / "source", self.experts)
+        cfg, repeats = (zoo("tiny-v3", mtp_depth=0), 1) if self.smoke else (shapes(self.experts), self.repeats)
+        nbytes = make(work / "source", cfg)
         largest = max(entry.nbytes for entry in Checkpoint(work / "source").entries.values())
         expected = digests(work / "source")
         found: dict[str, list[tuple]] = {"copy": [], "to_orbax": [], "to_published": []}
-        for _ in range(self.repeats):
+        for _ in range(repeats):
             found["copy"].append(copy(work / "source", work / "copied"))
             found["to_orbax"].append(timed(work / "source", work / "orbax"))
             found["copy"].append(copy(work / "source", work / "copied"))
@@ -80,14 +86,10 @@ class Bench:
                 shutil.rmtree(work / folder)
         copied = median(seconds for seconds, *_ in found["copy"])
         record = {
-            "deepseek_jax": __version__,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            **provenance(),
             "seed": 0,
-            "platform": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "experts": self.experts,
-            "repeats": self.repeats,
+            "experts": cfg.moe.n_experts,
+            "repeats": repeats,
             "bytes": nbytes,
             "largest_tensor_bytes": largest,
             "tensors_byte_equal": len(expected),
@@ -109,11 +111,14 @@ class Bench:
         return record
 
 
-def make(folder: Path, experts: int) -> int:
-    """Writes the source; returns its tensors' bytes."""
+def shapes(experts: int) -> ModelConfig:
+    """One dense and one MoE layer of V3 between its embedding and its head."""
     cfg = zoo("deepseek-v3")
-    moe = replace(cfg.moe, n_experts=experts)
-    cfg = replace(cfg, n_layers=2, n_dense_layers=1, mtp_depth=0, moe=moe)
+    return replace(cfg, n_layers=2, n_dense_layers=1, mtp_depth=0, moe=replace(cfg.moe, n_experts=experts))
+
+
+def make(folder: Path, cfg: ModelConfig) -> int:
+    """Writes the source; returns its tensors' bytes."""
     specs = {}
     for tensor in layout(cfg)[0]:
         bias = tensor.name.endswith("bias")
@@ -159,7 +164,9 @@ def timed(source: Path, destination: Path) -> tuple[float, float, int]:
     command = [sys.executable, "-c", program, "convert", str(source), str(destination), "--json", str(report)]
     evict(source)
     start = time.monotonic()
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command[3:])} failed:\n{result.stderr[-4000:]}")
     ended = time.monotonic()
     os.sync()
     flush = time.monotonic() - ended

@@ -3,9 +3,11 @@
 Both sides run the same weights and shapes in processes of their own that take turns, so that whatever else the
 machine does meets both; figures are medians. PyTorch is taken at its best: the fastest of one and two threads and
 of its `eager` and `grouped_mm` experts, each task for itself. Times vary from machine to machine; the ratios are
-the result. Both sides run with malloc told to keep its memory, which spares each of them page faults.
+the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
+each side used are its CPU time over its wall time.
 
     python experiments/bench_cpu/run.py            # about 15 minutes on 2 cores; writes results.json beside itself
+    python experiments/bench_cpu/run.py --smoke    # the same code at toy size, in seconds
 
 Needs the extra ``deepseek-jax[verify]``.
 """
@@ -13,19 +15,36 @@ Needs the extra ``deepseek-jax[verify]``.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import deepseek_jax as dsj
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import MLA, ModelConfig, MoE
 
 HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is run: a model, [rows, length] of the batches, tokens of a prompt and new ones, shapes of grouped matmuls
+    (rows, inputs, outputs, experts), and the choices of (threads, experts' form) that PyTorch is tried with."""
+
+    cfg: ModelConfig
+    train: tuple[int, int]
+    prefill: tuple[int, int]
+    prompt: int
+    new: int
+    grouped: dict[str, tuple[int, int, int, int]]
+    torch: tuple[tuple[int, str], ...]
+
+
 CFG = ModelConfig(
     name="bench-cpu",
     vocab_size=4096,
@@ -38,23 +57,59 @@ CFG = ModelConfig(
     max_length=4096,
     init_std=0.02,
 )
-TRAIN, PREFILL, PROMPT, NEW = (8, 256), (8, 512), 32, 64
+FULL = Size(
+    CFG,
+    train=(8, 256),
+    prefill=(8, 512),
+    prompt=32,
+    new=64,
+    grouped={"grouped-32": (8192, 256, 256, 32), "grouped-64": (8192, 512, 256, 64)},
+    torch=tuple((threads, experts) for threads in (1, 2) for experts in ("grouped_mm", "eager")),
+)
+SMOKE = Size(
+    replace(
+        CFG,
+        vocab_size=64,
+        dim=32,
+        n_layers=2,
+        ffn_dim=32,
+        attention=replace(CFG.attention, n_heads=2, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=8),
+        moe=replace(CFG.moe, n_experts=4, top_k=2, expert_dim=16),
+        max_length=64,
+    ),
+    train=(2, 16),
+    prefill=(2, 16),
+    prompt=8,
+    new=4,
+    grouped={"grouped-4": (64, 16, 16, 4)},
+    torch=((2, "grouped_mm"),),
+)
 TASKS = ("train", "prefill", "decode-1", "decode-8")
-GROUPED = {"grouped-32": (8192, 256, 256, 32), "grouped-64": (8192, 512, 256, 64)}
 GROUPED_AIM = 2.5
 AIMS = {"train": 1.0, "prefill": 1.3, "decode-1": 4.0, "decode-8": 6.0}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-TORCH = tuple((threads, experts) for threads in (1, 2) for experts in ("grouped_mm", "eager"))
 
 
-def tokens(batch: int, length: int):
+def tokens(size: Size, batch: int, length: int):
     import numpy as np
 
-    return np.random.default_rng(0).integers(2, CFG.vocab_size, (batch, length))
+    return np.random.default_rng(0).integers(2, size.cfg.vocab_size, (batch, length))
 
 
-def jax_tasks(folder: str) -> dict:
-    """Task -> a function that runs it once and returns seconds."""
+def clocked(f) -> tuple[float, float]:
+    """Wall seconds and CPU seconds, of all threads, that a call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    f()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def more(f, few: int, many: int) -> tuple[float, float]:
+    """What f(many) takes more than f(few): a prompt's and a start's share cancels."""
+    return tuple(b - a for a, b in zip(clocked(partial(f, few)), clocked(partial(f, many)), strict=True))
+
+
+def jax_tasks(folder: str, size: Size) -> dict:
+    """Task -> a function that runs it once and returns wall and CPU seconds."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -71,37 +126,28 @@ def jax_tasks(folder: str) -> dict:
         return optax.apply_updates(params, updates), opt_state, loss
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    batch = {"tokens": jnp.asarray(tokens(*TRAIN), jnp.int32)}
-    prompt = jnp.asarray(tokens(*PREFILL), jnp.int32)
+    batch = {"tokens": jnp.asarray(tokens(size, *size.train), jnp.int32)}
+    prompt = jnp.asarray(tokens(size, *size.prefill), jnp.int32)
     # A model of its own: training donates the parameters it was given.
     reader = dsj.load_pretrained(folder, dtype=jnp.float32)
     forward = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache, logits="last"))
 
     def train():
-        begin = time.perf_counter()
         *state[:], loss = step(*state, batch)
         loss.block_until_ready()
-        return time.perf_counter() - begin
 
     def prefill():
-        cache = reader.init_cache(*PREFILL)
-        begin = time.perf_counter()
-        jax.block_until_ready(forward(reader, prompt, cache))
-        return time.perf_counter() - begin
+        cache = jax.block_until_ready(reader.init_cache(*size.prefill))
+        return clocked(lambda: jax.block_until_ready(forward(reader, prompt, cache)))
 
     def decode(rows):
-        prompts = tokens(rows, PROMPT).tolist()
+        prompts = tokens(size, rows, size.prompt).tolist()
+        generate = lambda new: dsj.generate(reader, prompts, max_new_tokens=new, stop_ids=())  # noqa: E731
+        return partial(more, generate, 1, size.new + 1)
 
-        def generate(new):
-            begin = time.perf_counter()
-            dsj.generate(reader, prompts, max_new_tokens=new, stop_ids=())
-            return time.perf_counter() - begin
-
-        return lambda: generate(NEW + 1) - generate(1)
-
-    tasks = {"train": train, "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
-    tasks |= {name: partial(grouped, *shape) for name, shape in GROUPED.items()}
-    return tasks | {"parts": lambda: parts(reader)}
+    tasks = {"train": partial(clocked, train), "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
+    tasks |= {name: partial(grouped, *shape) for name, shape in size.grouped.items()}
+    return tasks | {"parts": lambda: parts(reader, size)}
 
 
 def seconds(f, *arguments) -> float:
@@ -130,7 +176,7 @@ def grouped(rows: int, inputs: int, outputs: int, experts: int) -> dict[str, flo
     w = jnp.asarray(rng.normal(size=(experts, inputs, outputs)), jnp.float32)
     sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(experts, 2.0))), jnp.int32)
     forward = jax.jit(lambda x, w: blocks_matmul(x, w, sizes, transpose=False))
-    backward = jax.jit(lambda x, y, w: (blocks_matmul(y, w, sizes, transpose=True), blocks_outer(x, y, sizes)))
+    backward = jax.jit(lambda x, y, w: (blocks_matmul(y, w, sizes, transpose=True), blocks_outer(x, y, sizes, w.dtype)))
     dense_forward = jax.jit(lambda x, w: x @ w)
     dense_backward = jax.jit(lambda x, y, w: (y @ w.T, x.T @ y))
     return {
@@ -139,7 +185,7 @@ def grouped(rows: int, inputs: int, outputs: int, experts: int) -> dict[str, flo
     }
 
 
-def parts(model) -> dict[str, float]:
+def parts(model, size: Size) -> dict[str, float]:
     """Seconds of a training step's parts, forward and backward, each alone and times its number of layers."""
     import jax
     import jax.numpy as jnp
@@ -149,8 +195,8 @@ def parts(model) -> dict[str, float]:
     from deepseek_jax.core.params import unstack
     from deepseek_jax.train.loss import cross_entropy
 
-    batch = jnp.asarray(tokens(*TRAIN), jnp.int32)
-    x = jax.random.normal(jax.random.key(1), (*TRAIN, CFG.dim))
+    cfg, batch = size.cfg, jnp.asarray(tokens(size, *size.train), jnp.int32)
+    x = jax.random.normal(jax.random.key(1), (*size.train, cfg.dim))
     span, _ = model._span(batch, None, None, None, DEFAULT)
     layer = unstack(model.stacks[1], 0)
 
@@ -164,16 +210,16 @@ def parts(model) -> dict[str, float]:
     head = model.head.get_value()
     loss = jax.jit(jax.grad(lambda w, x: cross_entropy(jnp.einsum("BTD,DV->BTV", x, w), batch)[0], argnums=(0, 1)))
     return {
-        "attention": CFG.n_layers * gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn),
-        "MoE networks": CFG.n_moe_layers * gradient(lambda m, x: m(x, span.segment, DEFAULT)[0], layer.ffn),
-        "of these, shared experts": CFG.n_moe_layers * gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared),
+        "attention": cfg.n_layers * gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn),
+        "MoE networks": cfg.n_moe_layers * gradient(lambda m, x: m(x, span.segment, DEFAULT)[0], layer.ffn),
+        "of these, shared experts": cfg.n_moe_layers * gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared),
         "dense network": gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn),
         "head and loss": seconds(loss, head, x),
         "optimizer": seconds(jax.jit(optimizer.update), params, state, params),
     }
 
 
-def torch_tasks(folder: str, threads: int, experts: str) -> dict:
+def torch_tasks(folder: str, size: Size, threads: int, experts: str) -> dict:
     import torch
 
     from deepseek_jax.convert.verify import reference_model
@@ -182,46 +228,41 @@ def torch_tasks(folder: str, threads: int, experts: str) -> dict:
     model = reference_model(folder).main
     model.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1)
-    batch, prompt = torch.as_tensor(tokens(*TRAIN)), torch.as_tensor(tokens(*PREFILL))
+    batch, prompt = (torch.as_tensor(tokens(size, *shape)) for shape in (size.train, size.prefill))
 
     def train():
-        begin = time.perf_counter()
         model(batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - begin
 
     @torch.no_grad()
     def prefill():
-        begin = time.perf_counter()
         model(prompt, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - begin
 
     def decode(rows):
-        prompts = torch.as_tensor(tokens(rows, PROMPT))
+        prompts = torch.as_tensor(tokens(size, rows, size.prompt))
         mask, limits = torch.ones_like(prompts), {"do_sample": False, "pad_token_id": 1}
 
         def generate(new):
-            begin = time.perf_counter()
             model.generate(prompts, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **limits)
-            return time.perf_counter() - begin
 
-        return lambda: generate(NEW + 1) - generate(1)
+        return partial(more, generate, 1, size.new + 1)
 
-    return {"train": train, "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
+    tasks = {name: partial(clocked, f) for name, f in (("train", train), ("prefill", prefill))}
+    return tasks | {"decode-1": decode(1), "decode-8": decode(8)}
 
 
-def work(side: str, folder: str, threads: int, experts: str) -> None:
-    """A side's process: reads a task a line, answers with its seconds."""
-    tasks = jax_tasks(folder) if side == "jax" else torch_tasks(folder, threads, experts)
+def work(side: str, folder: str, size: Size, threads: int, experts: str) -> None:
+    """A side's process: reads a task a line, answers with what it took."""
+    tasks = jax_tasks(folder, size) if side == "jax" else torch_tasks(folder, size, threads, experts)
     for line in sys.stdin:
         print(json.dumps(tasks[line.strip()]()), flush=True)
 
 
 class Side:
-    def __init__(self, name: str, folder: str, threads: int = 2, experts: str = "blocks"):
+    def __init__(self, name: str, folder: str, smoke: bool, threads: int = 2, experts: str = "blocks"):
         self.name, self.label = name, name if name == "jax" else f"torch, {threads} threads, {experts}"
-        command = [sys.executable, __file__, "--side", name, folder, str(threads), experts]
+        command = [sys.executable, __file__, *["--smoke"] * smoke, "--side", name, folder, str(threads), experts]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=os.environ | MALLOC, **pipes)
 
@@ -240,44 +281,50 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs a task and side, after one to warm up")
+    parser.add_argument("--smoke", action="store_true", help="toy size, one run each; results go to --out only")
+    parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     parser.add_argument("--side", nargs=4, metavar=("NAME", "FOLDER", "THREADS", "EXPERTS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    size, repeats = (SMOKE, 1) if given.smoke else (FULL, given.repeats)
     if given.side:
         name, folder, threads, experts = given.side
-        return work(name, folder, int(threads), experts)
+        return work(name, folder, size, int(threads), experts)
 
     import jax
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "checkpoint")
-        model = dsj.init(CFG, jax.random.key(0))
-        size = sum(a.size for a in jax.tree.leaves(model))
+        model = dsj.init(size.cfg, jax.random.key(0))
+        parameters = sum(a.size for a in jax.tree.leaves(model))
         dsj.save_pretrained(model, folder)
-        sides = [Side("jax", folder), *(Side("torch", folder, *choice) for choice in TORCH)]
+        sides = [Side("jax", folder, given.smoke), *(Side("torch", folder, given.smoke, *c) for c in size.torch)]
         results = {}
         for task in TASKS:
             seconds = {side.label: [] for side in sides}
-            for turn in range(given.repeats + 1):
+            for turn in range(repeats + 1):
                 for side in sides:
                     value = side.run(task)
                     if turn:
                         seconds[side.label].append(value)
-            medians = {label: statistics.median(values) for label, values in seconds.items()}
+            medians = {label: statistics.median(wall for wall, _ in values) for label, values in seconds.items()}
+            cores = {label: statistics.median(cpu / wall for wall, cpu in v) for label, v in seconds.items()}
             best = min((label for label in medians if label != "jax"), key=medians.get)
             ratio = medians[best] / medians["jax"]
-            rows, length = {"train": TRAIN, "prefill": PREFILL}.get(task, (int(task[-1]) if "-" in task else 1, NEW))
+            rows, length = {"train": size.train, "prefill": size.prefill}.get(task) or (int(task[-1]), size.new)
             results[task] = {
                 "times_as_fast": round(ratio, 3),
                 "aim": AIMS[task],
                 "torch_at_its_best": best,
                 "tokens_a_second": {k: round(rows * length / v, 1) for k, v in medians.items()},
-                "seconds": {k: [round(s, 4) for s in v] for k, v in seconds.items()},
+                "cores_used": {k: round(v, 2) for k, v in cores.items()},
+                "seconds": {k: [round(wall, 4) for wall, _ in v] for k, v in seconds.items()},
             }
             print(f"{task:9} {ratio:5.2f} x torch at its best ({best}); aim {AIMS[task]} x", flush=True)
             for label, median in medians.items():
-                print(f"          {label:28} {rows * length / median:9.0f} tokens a second", flush=True)
+                rate = f"{rows * length / median:9.0f} tokens a second on {cores[label]:.2f} cores"
+                print(f"          {label:28} {rate}", flush=True)
         ours = sides[0]
-        for name in GROUPED:
+        for name in size.grouped:
             found = ours.run(name)
             results[name] = {**{k: round(v, 2) for k, v in found.items()}, "aim": GROUPED_AIM}
             times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
@@ -288,15 +335,9 @@ def main() -> None:
             print(f"          {name:28} {value:9.3f}")
         for side in sides:
             side.close()
-    versions = {name: __import__(name).__version__ for name in ("jax", "torch", "transformers")}
-    record = {
-        "deepseek_jax": dsj.__version__,
-        "parameters": size,
-        "versions": versions | {"python": platform.python_version()},
-        "cores": os.cpu_count(),
-        "results": results,
-    }
-    (HERE / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    out = given.out or (None if given.smoke else HERE / "results.json")
+    if out is not None:
+        out.write_text(json.dumps(provenance() | {"parameters": parameters, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

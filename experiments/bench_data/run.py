@@ -6,19 +6,19 @@ workers, without and with sample masks, FIM at 0.1. ``longest_wait`` is the slow
 documents are ordered and packed anew. Writes results.json.
 
     python experiments/bench_data/run.py          # 3 to 6 minutes on 2 cores
+    python experiments/bench_data/run.py --smoke  # the short documents alone, few of them, in seconds
 """
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import deepseek_jax as dsj
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import Data, load_data, training_texts
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
@@ -29,9 +29,9 @@ SHAPES = ((4, 512), (8, 4096))  # rows, tokens a row: tiny-v3's default batch, a
 SHORT = 1500  # characters of a short document
 
 
-def write_lines(path: Path, documents: int) -> None:
+def write_lines(path: Path, documents: int, texts: list[str]) -> None:
     """JSON lines: pieces of the library's text, each with a number in front so that no two are the same."""
-    texts = "".join(training_texts(DataConfig()))
+    texts = "".join(texts)
     with path.open("w", encoding="utf-8") as file:
         for i in range(documents):
             at = i * SHORT % (len(texts) - SHORT)
@@ -61,14 +61,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=int, default=200_000, help="short documents in the JSON lines")
     parser.add_argument("--seconds", type=float, default=3.0, help="of drawing for each figure")
+    parser.add_argument("--smoke", action="store_true", help="short documents alone, 200 of them; results go to --out")
+    parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     arguments = parser.parse_args()
+    smoke = arguments.smoke
+    documents, seconds = (200, 0.05) if smoke else (arguments.documents, arguments.seconds)
     sources = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_tokenizer(train_tokenizer(training_texts(DataConfig()), 2048), folder / "tok", version=dsj.__version__)
+        texts = list(islice(training_texts(DataConfig()), 5 if smoke else None))
+        vocabulary = 300 if smoke else 2048
+        save_tokenizer(train_tokenizer(texts, vocabulary), folder / "tok", version=dsj.__version__)
         tokenizer = load_tokenizer(folder / "tok")
-        write_lines(folder / "short.jsonl", arguments.documents)
-        for name in ("stdlib", str(folder / "short.jsonl")):
+        write_lines(folder / "short.jsonl", documents, texts)
+        for name in ("stdlib", str(folder / "short.jsonl"))[smoke:]:
             config = DataConfig(data=(name,))
             began = time.perf_counter()
             data = load_data(config, tokenizer, folder / "tokens")
@@ -88,19 +94,14 @@ def main() -> None:
                 for workers in (0, 1, 2):
                     for rows, length in SHAPES:
                         changed = replace(data, config=replace(config, workers=workers, sample_masks=masks))
-                        found = measure(changed, rows, length, arguments.seconds)
+                        found = measure(changed, rows, length, seconds)
                         setting = {"rows": rows, "length": length, "workers": workers, "sample_masks": masks}
                         entry["batches"].append(setting | found)
                         print(data.labels[0], setting, found)
             sources.append(entry)
-    record = {
-        "deepseek_jax": dsj.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "sources": sources,
-    }
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out = arguments.out or (None if smoke else HERE / "results.json")
+    if out is not None:
+        out.write_text(json.dumps(provenance() | {"sources": sources}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

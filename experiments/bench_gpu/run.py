@@ -20,7 +20,6 @@ Needs the extra ``deepseek-jax[verify]``; PyTorch's side needs a PyTorch with CU
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import MLA, ModelConfig, MoE
-from deepseek_jax.version import __version__
 
 HERE = Path(__file__).parent
 CFG = ModelConfig(
@@ -264,10 +263,8 @@ def main() -> None:
     if all(winners.get(side) for side in CHOICES):
         ratio = round(winners["jax"]["tokens_per_second"] / winners["torch"]["tokens_per_second"], 3)
         print(f"{ratio} x as fast as PyTorch transformers at its best")
-    versions = {name: __import__(name).__version__ for name in ("jax", "torch", "transformers")}
     record = {
-        "deepseek_jax": __version__,
-        "versions": versions | {"python": platform.python_version()},
+        **provenance(),
         "device": machine["device"],
         "peak_flops": peak,
         "peak_source": None if known is None else known.source,

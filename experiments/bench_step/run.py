@@ -8,14 +8,14 @@ the scan over layers, clipping, average, metrics) is the remainder; a part alone
 within the step, which the remainder takes up. The wait for data is measured apart, by `bench_data`.
 
     python experiments/bench_step/run.py           # about three minutes on 2 cores; writes results.json beside itself
+    python experiments/bench_step/run.py --smoke   # the same code at toy size
 """
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +24,42 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as dsj
+from deepseek_jax.analysis.provenance import provenance
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named, partition, unstack
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.train import optim
 from deepseek_jax.train.loss import cross_entropy
+from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import recipe
 from deepseek_jax.train.schedule import setting
 from deepseek_jax.train.step import Knobs, start, train_step
 
 HERE = Path(__file__).parent
-RECIPE = recipe("tiny")
-CFG = dsj.zoo(RECIPE.model)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, and how it is trained."""
+
+    cfg: ModelConfig
+    recipe: Recipe
+
+
+FULL = Bench(dsj.zoo("tiny-v3"), recipe("tiny"))
+SMOKE = Bench(
+    replace(
+        FULL.cfg,
+        vocab_size=64,
+        dim=32,
+        n_layers=2,
+        ffn_dim=32,
+        attention=replace(FULL.cfg.attention, n_heads=2, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=8),
+        moe=replace(FULL.cfg.moe, expert_dim=16),
+    ),
+    replace(FULL.recipe, length=16),
+)
 
 
 def compiled(f: Callable, *arguments, donate: tuple[int, ...] = ()) -> Callable:
@@ -48,16 +72,17 @@ def timed(f: Callable, *arguments) -> float:
     return time.process_time() - begin
 
 
-def whole() -> Callable[[], float]:
+def whole(bench: Bench) -> Callable[[], float]:
     """The step itself, at the batch after the ramp, on a model of its own, which it donates."""
-    model = dsj.init(CFG, jax.random.key(0))
-    now = setting(RECIPE, RECIPE.tokens // 2, 1000)
-    tokens = np.random.default_rng(0).integers(2, CFG.vocab_size, (now.micro_batches, RECIPE.pass_rows, RECIPE.length))
+    cfg, recipe = bench.cfg, bench.recipe
+    model = dsj.init(cfg, jax.random.key(0))
+    now = setting(recipe, recipe.tokens // 2, 1000)
+    tokens = np.random.default_rng(0).integers(2, cfg.vocab_size, (now.micro_batches, recipe.pass_rows, recipe.length))
     batch, knobs = {"tokens": jnp.asarray(tokens, jnp.int32)}, Knobs.of(now)
-    optimizer = optim.make(RECIPE.optimizer, named(partition(model)[0]))
-    settings = {"optimizer": optimizer, "weights": RECIPE.weights, "clip": RECIPE.optimizer.clip}
-    step = partial(train_step, ctx=DEFAULT, ema_decay=RECIPE.ema_decay, **settings)
-    held = [start(model, optimizer, average=RECIPE.ema_decay > 0)]
+    optimizer = optim.make(recipe.optimizer, named(partition(model)[0]))
+    settings = {"optimizer": optimizer, "weights": recipe.weights, "clip": recipe.optimizer.clip}
+    step = partial(train_step, ctx=DEFAULT, ema_decay=recipe.ema_decay, **settings)
+    held = [start(model, optimizer, average=recipe.ema_decay > 0)]
     step = compiled(step, held[0], batch, knobs, donate=(0,))
 
     def run() -> float:
@@ -69,17 +94,18 @@ def whole() -> Callable[[], float]:
     return run
 
 
-def parts(model) -> dict[str, tuple[int, Callable[[], float]]]:
+def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
     """Part -> (how often a micro-batch has it, a function that runs it once and returns its seconds).
 
     A step has one optimizer update whatever the number of its micro-batches.
     """
-    B, T, D = RECIPE.pass_rows, RECIPE.length, CFG.dim
-    tokens = jax.random.randint(jax.random.key(0), (B, T), 2, CFG.vocab_size)
+    cfg, recipe = bench.cfg, bench.recipe
+    B, T, D = recipe.pass_rows, recipe.length, cfg.dim
+    tokens = jax.random.randint(jax.random.key(0), (B, T), 2, cfg.vocab_size)
     x = jax.random.normal(jax.random.key(1), (B, T, D))
     span, _ = model._span(tokens, None, None, None, DEFAULT)
     layer = unstack(model.stacks[1], 0)
-    depth, moe = CFG.mtp_depth, CFG.n_moe_layers + CFG.mtp_depth
+    depth, moe = cfg.mtp_depth, cfg.n_moe_layers + cfg.mtp_depth
     routing = jax.jit(lambda x: layer.ffn.router(x, span.segment, DEFAULT))(x)
 
     def gradient(f: Callable, module, *arguments) -> Callable[[], float]:
@@ -99,16 +125,16 @@ def parts(model) -> dict[str, tuple[int, Callable[[], float]]]:
         return cross_entropy(model.unembed(x), tokens)[0]
 
     found = {
-        "attention": (CFG.n_layers + depth, gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn, x)),
+        "attention": (cfg.n_layers + depth, gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn, x)),
         "routed experts": (moe, gradient(experts, layer.ffn, x, routing.weight_BTK)),
         "router": (moe, gradient(lambda m, x: m(x, span.segment, DEFAULT).weight_BTK, layer.ffn.router, x)),
         "shared experts": (moe, gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared, x)),
-        "dense network": (CFG.n_dense_layers, gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn, x)),
-        "norms of the residual stream": (2 * (CFG.n_layers + depth), gradient(lambda m, x: m(x), layer.attn_norm, x)),
+        "dense network": (cfg.n_dense_layers, gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn, x)),
+        "norms of the residual stream": (2 * (cfg.n_layers + depth), gradient(lambda m, x: m(x), layer.attn_norm, x)),
         "head and loss": (1 + depth, gradient(head, model, x)),
     }
     values = named(partition(model)[0])
-    optimizer = optim.make(RECIPE.optimizer, values)
+    optimizer = optim.make(recipe.optimizer, values)
     state = jax.jit(optimizer.init)(values)
     update = compiled(optimizer.update, values, state, values)
     return found | {"optimizer": (1, partial(timed, update, values, state, values))}
@@ -117,14 +143,17 @@ def parts(model) -> dict[str, tuple[int, Callable[[], float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds after one to warm up")
-    parser.add_argument("--out", type=Path, default=HERE / "results.json", help="file for the results")
+    parser.add_argument("--smoke", action="store_true", help="toy size, one round; results go to --out only")
+    parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     given = parser.parse_args()
-    model = dsj.init(CFG, jax.random.key(0))
-    found = parts(model)
-    step = whole()
-    micro = setting(RECIPE, RECIPE.tokens // 2, 1000).micro_batches
+    bench, rounds = (SMOKE, 1) if given.smoke else (FULL, given.rounds)
+    cfg, recipe = bench.cfg, bench.recipe
+    model = dsj.init(cfg, jax.random.key(0))
+    found = parts(model, bench)
+    step = whole(bench)
+    micro = setting(recipe, recipe.tokens // 2, 1000).micro_batches
     seconds: dict[str, list[float]] = {name: [] for name in ("whole step", *found)}
-    for turn in range(given.rounds + 1):
+    for turn in range(rounds + 1):
         for name, (_, run) in {"whole step": (1, step), **found}.items():
             value = run()
             if turn:
@@ -133,22 +162,21 @@ def main() -> None:
     total = min(seconds["whole step"])
     shares = {name: often * min(seconds[name]) / total for name, often in times.items()}
     shares["remainder"] = 1 - sum(shares.values())
-    print(f"a step of {micro * RECIPE.pass_rows * RECIPE.length} tokens: {total:.3f} s of CPU time")
+    print(f"a step of {micro * recipe.pass_rows * recipe.length} tokens: {total:.3f} s of CPU time")
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         print(f"  {name:30}{share:7.1%}   {f'{times[name]} x' if name in times else ''}")
     record = {
-        "deepseek_jax": dsj.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "model": CFG.name,
-        "tokens_a_step": micro * RECIPE.pass_rows * RECIPE.length,
+        **provenance(),
+        "model": cfg.name,
+        "tokens_a_step": micro * recipe.pass_rows * recipe.length,
         "step_cpu_seconds": round(total, 4),
         "shares_of_a_step": {name: round(share, 4) for name, share in shares.items()},
         "times_a_step": times,
         "cpu_seconds": {name: [round(s, 5) for s in values] for name, values in seconds.items()},
     }
-    given.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    out = given.out or (None if given.smoke else HERE / "results.json")
+    if out is not None:
+        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ how memory and time are found.
     python experiments/compile_671b/run.py train-r4 ...     # these alone; the others' results stay
     python experiments/compile_671b/run.py --full train-r4  # code generated too, 5 to 10 minutes each
     python experiments/compile_671b/run.py --table          # results.json as a table
+    python experiments/compile_671b/run.py --smoke          # the tiny V3 for four chips instead
 
 Results are written to results.json after each configuration. Needs the extra ``deepseek-jax[compile]``.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.aot.report import report
 from deepseek_jax.cli.compile import Compile
 from deepseek_jax.cli.files import write_json
@@ -53,26 +52,21 @@ CONFIGURATIONS = {
     "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
 }
+SMOKE = {"smoke": Compile("tiny-v3", "v5e:2x2", "fsdp=2,expert=2", length=128, mtp=False, loss_chunk=64)}
 LARGEST = 12
 
 
-def run(name: str, full: bool) -> dict:
+def run(name: str, job: Compile, full: bool) -> dict:
     """One configuration's figures, or why it cannot be compiled."""
     began = time.monotonic()
     say = lambda text: print(f"{name}: {text}", flush=True)  # noqa: E731
     try:
-        found = report(CONFIGURATIONS[name].job(), quick=not full, say=say).as_dict(LARGEST)
+        found = report(job.job(), quick=not full, say=say).as_dict(LARGEST)
     except ValueError as error:
         return {"error": str(error)}
     # Nearly all of the text, and of no use once the sums are made.
     found["time"].pop("transfers")
     return found | {"seconds": found["seconds"] | {"all": round(time.monotonic() - began, 1)}}
-
-
-def where() -> dict:
-    """The machine and what it compiled with."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
-    return versions | {"python": platform.python_version(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
 
 
 def table(results: dict) -> str:
@@ -109,18 +103,22 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="CONFIGURATION", help=", ".join(CONFIGURATIONS))
     parser.add_argument("--full", action="store_true", help="generate code too")
     parser.add_argument("--table", action="store_true", help="print results.json as a table and end")
+    parser.add_argument("--smoke", action="store_true", help="the tiny V3; results go to --out only")
+    parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text())["configurations"] if RESULTS.exists() else {}
+    known, out = (SMOKE, arguments.out) if arguments.smoke else (CONFIGURATIONS, arguments.out or RESULTS)
+    results = json.loads(out.read_text())["configurations"] if out and out.exists() else {}
     if arguments.table:
         print(table(results))
         return 0
-    unknown = sorted(set(arguments.names) - set(CONFIGURATIONS))
+    unknown = sorted(set(arguments.names) - set(known))
     if unknown:
-        parser.error(f"there is no configuration {', '.join(unknown)}; choose among {', '.join(CONFIGURATIONS)}")
-    for name in arguments.names or CONFIGURATIONS:
-        results[name] = run(name, arguments.full) | {"compiled_with": where()}
-        ordered = {n: results[n] for n in CONFIGURATIONS if n in results}
-        write_json(RESULTS, {"configurations": ordered})
+        parser.error(f"there is no configuration {', '.join(unknown)}; choose among {', '.join(known)}")
+    for name in arguments.names or known:
+        results[name] = run(name, known[name], arguments.full) | {"compiled_with": provenance()}
+        ordered = {n: results[n] for n in known if n in results}
+        if out is not None:
+            write_json(out, {"configurations": ordered})
         print(table({name: results[name]}), flush=True)
     return 0
 

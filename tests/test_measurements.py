@@ -1,0 +1,57 @@
+"""Every measurement under experiments at toy size, so that none of them rots; and what its record says of itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deepseek_jax.analysis.provenance import commit, provenance
+
+STEMS = ("bench_convert", "bench_cpu", "bench_data", "bench_step", "bench_train", "compile_671b")
+# Tested by itself, without a GPU and with one.
+ELSEWHERE = {"bench_gpu"}
+
+
+def test_every_measurement_has_a_smoke_run(root):
+    folders = (p.parent.name for p in (root / "experiments").glob("*/run.py"))
+    assert {stem for stem in folders if stem.startswith(("bench_", "compile_"))} == {*STEMS, *ELSEWHERE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", STEMS)
+def test_it_runs(stem, root, tmp_path):
+    script, out = root / "experiments" / stem / "run.py", tmp_path / "results.json"
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(script), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(out.read_text())
+    found = record["configurations"]["smoke"] if stem == "compile_671b" else record
+    head = found.get("compiled_with", found)
+    assert {"commit", "date", "machine", "versions"} <= set(head)
+    if stem == "bench_cpu":
+        train = record["results"]["train"]
+        assert set(train["cores_used"]) == {"jax", "torch, 2 threads, grouped_mm"}
+        assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
+        assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim"}
+    if stem == "compile_671b":
+        assert found["memory"]["total"] > 0
+
+
+def test_a_record_names_its_commit_date_and_machine(root, tmp_path):
+    head = provenance()
+    assert head["machine"]["cores"] == os.cpu_count()
+    assert set(head["versions"]) >= {"python", "jax", "flax"}
+    assert len(head["date"]) == 10
+    assert commit(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "file").write_text("one")
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["add", "file"], [*who, "commit", "-qm", "one"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    first = commit(tmp_path)
+    assert 7 <= len(first) <= 40
+    (tmp_path / "file").write_text("two")
+    assert commit(tmp_path) == f"{first}+changes"
