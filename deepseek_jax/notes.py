@@ -1,10 +1,16 @@
-"""What was taken for granted: one line for each assumption that a reader of somebody's files makes.
+"""What is said of somebody's files: notes on what was taken for granted, and values cut to a readable length.
 
 What loads with the meaning that the reference gives it loads here, and a note says what was assumed or left out.
 What would change a number, or is ambiguous, is an error instead.
 """
 
+import reprlib
 import warnings
+
+LONGEST = 160  # characters of a value in a message
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, LONGEST, LONGEST, 40
 
 
 class CheckpointWarning(UserWarning):
@@ -14,3 +20,18 @@ class CheckpointWarning(UserWarning):
 def note(message: str) -> None:
     """Issues a `CheckpointWarning`: in Python a warning, on the command line one ``note: ...`` line on stderr."""
     warnings.warn(message, CheckpointWarning, stacklevel=2)
+
+
+def shown(value, quoted: bool = True) -> str:
+    """A value as a message shows it: its repr (a text's own characters if not ``quoted``), cut where it is long.
+
+    A file's value may have a million characters, an integer may have too many digits to be printed.
+    """
+    if isinstance(value, str) and not quoted:
+        text = " ".join(value[: 4 * LONGEST].split())
+    else:
+        try:
+            text = _SHORT.repr(value)
+        except ValueError:  # Python prints no integer of more than 4300 digits
+            text = f"a number of {type(value).__name__} that is too long to print"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]} ... {text[-15:]}"

@@ -1,6 +1,5 @@
 """``deepseek-jax summary``: exact figures of a model, from its config, checked against its own tree."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.small_files import read_json
 
 if TYPE_CHECKING:
     from deepseek_jax.configs.schema import ModelConfig
@@ -53,7 +53,7 @@ def find_config(model: str) -> "ModelConfig":
     """The config of a release's name, a config.json or a checkpoint folder.
 
     Raises ConfigError for a name that is neither and for a config that cannot be built, ValueError for a file
-    that is not JSON, OSError for one that cannot be read.
+    that is not JSON or no regular file, OSError for one that cannot be read.
     """
     from deepseek_jax.configs.hf import config_from_json
     from deepseek_jax.configs.zoo import zoo
@@ -62,8 +62,4 @@ def find_config(model: str) -> "ModelConfig":
     if model in zoo() or not path.exists():
         return zoo(model)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    return config_from_json(data, name=file.resolve().parent.name)
+    return config_from_json(read_json(file), name=file.resolve().parent.name)

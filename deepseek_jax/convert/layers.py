@@ -23,6 +23,7 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
 from deepseek_jax.convert.names import SCALE, Tensor, layout
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
+from deepseek_jax.small_files import LARGE
 
 RECORD = "deepseek_jax.json"
 FORMAT = "layers"
@@ -141,7 +142,7 @@ def read_record(folder: Path) -> dict:
     Raises CheckpointError for another format or version, and for contents of another form: ``files`` maps plain
     names of safetensors files to lists of tensors, and no tensor stands in it twice.
     """
-    record = load_json(folder / RECORD)
+    record = load_json(folder / RECORD, LARGE)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / RECORD}: format {record.get('format')!r} version {record.get('format_version')!r} is not "

@@ -134,7 +134,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
         raise CheckpointError(f"{folder} is not a folder.")
     data = load_json(path)
     generation = folder / "generation_config.json"
-    stops = load_json(generation) if generation.is_file() else {}
+    stops = load_json(generation) if generation.exists() else {}
     try:
         cfg = config_from_json(data, name=folder.resolve().name)
         if "eos_token_id" in stops:

@@ -16,6 +16,7 @@ from threading import Lock
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.small_files import LARGE, SMALL, read_json
 from deepseek_jax.version import __version__
 
 DTYPES = {
@@ -92,17 +93,15 @@ class Entry:
                 done += count
 
 
-def load_json(path: Path) -> dict:
-    """A JSON object from a file. Raises CheckpointError when it is missing, not JSON or no object."""
+def load_json(path: Path, most: int = SMALL) -> dict:
+    """A JSON object from a file. Raises CheckpointError when it is missing, no regular file, above ``most`` bytes,
+    not JSON or no object."""
     try:
-        data = json.loads(path.read_bytes())
+        return read_json(path, most)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not valid JSON: {e}.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}.")
-    return data
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -111,6 +110,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises CheckpointError for a damaged header: length, JSON, dtypes, shapes, and offsets that leave gaps,
     overlap, or do not end where the file ends.
     """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise CheckpointError(f"{path} is not a regular file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -292,7 +293,7 @@ class Checkpoint:
 
     def _indexed_files(self) -> list[Path]:
         path = self.folder / INDEX
-        self.map = load_json(path).get("weight_map")
+        self.map = load_json(path, LARGE).get("weight_map")
         if not isinstance(self.map, dict) or not self.map:
             raise CheckpointError(f"{path} has no weight_map.")
         self.map = {name: file for name, file in self.map.items() if self.wanted(name)}

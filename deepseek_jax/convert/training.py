@@ -24,6 +24,7 @@ from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.small_files import LARGE
 from deepseek_jax.version import __version__
 
 FORMAT = "training"
@@ -63,13 +64,13 @@ def write_record(folder: Path, values: dict) -> None:
 def is_training(folder: Path) -> bool:
     """Whether a folder's record says that it is a training checkpoint; what is damaged is not looked at."""
     path = folder / RECORD
-    return path.exists() and load_json(path).get("format") == FORMAT
+    return path.exists() and load_json(path, LARGE).get("format") == FORMAT
 
 
 def read_record(folder: Path) -> dict:
     """A training checkpoint's record. Raises CheckpointError for a missing or damaged one, or another format."""
     path = folder / RECORD
-    record = load_json(path)
+    record = load_json(path, LARGE)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {record.get('format')!r} version {record.get('format_version')!r} is not read here, "

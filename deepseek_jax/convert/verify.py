@@ -7,7 +7,6 @@ this package's reader, so that a mistake there cannot hide. PyTorch is imported 
 Suffixes: L layers, B rows, T tokens, D width, K chosen experts, E experts, V vocabulary.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.convert.names import IGNORED
+from deepseek_jax.small_files import LARGE, read_json
 
 EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
 
@@ -222,7 +222,7 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
     VerifyError for a folder that does not hold exactly the model's tensors.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         raise VerifyError(f"{path} holds no config.json.")
     config = _read_json(path / "config.json")
     if n_layers is not None:
@@ -279,7 +279,7 @@ def read_tensors(path: Path, config: dict, n_layers: int | None = None) -> Itera
         return n_layers is None or layer is None or int(layer[1]) < n_layers
 
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         files = _read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise VerifyError(f"{index} has no weight_map of tensors' names to files.")
@@ -315,12 +315,9 @@ def read_tensors(path: Path, config: dict, n_layers: int | None = None) -> Itera
 
 def _read_json(path: Path) -> dict:
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise VerifyError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise VerifyError(f"{path} must hold a JSON object, not {type(data).__name__}.")
-    return data
+        return read_json(path, LARGE)
+    except ValueError as error:
+        raise VerifyError(str(error)) from None
 
 
 def _open(file: Path):

@@ -25,6 +25,7 @@ from deepseek_jax.data.damage import Damage
 from deepseek_jax.data.manifest import TokenFileError, check_same, described, sha256, stamp, tokenizer_hash
 from deepseek_jax.data.readers import Document, Source, read_documents
 from deepseek_jax.data.shuffle import hash_fraction, name_key
+from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.version import __version__
 
@@ -51,12 +52,12 @@ class TokenFile:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            self.manifest = read_json(folder / "manifest.json", LARGE)
         except FileNotFoundError as error:
             raise TokenFileError(f"{folder} has no manifest.json: it is not a token folder.") from error
         except ValueError as error:
-            raise TokenFileError(f"{folder / 'manifest.json'} is damaged ({error}). {self._way_out}") from error
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
+            raise TokenFileError(f"{error} {self._way_out}") from error
+        if self.manifest.get("format") != FORMAT:
             raise TokenFileError(f"{folder} is not a token folder of format {FORMAT}. {self._way_out}")
         for name, expected in self.manifest["sha256"].items():
             if not (folder / name).is_file() or sha256(folder / name) != expected:

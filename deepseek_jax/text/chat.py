@@ -13,6 +13,8 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_jax.small_files import read_text
+
 # Names a message's chain of thought goes by; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -68,11 +70,11 @@ def read_template(folder: Path, config: Mapping) -> str | None:
         TokenizerError: several templates and none of them the default, or no template where one should be.
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{file} is not UTF-8 text: {error}.") from None
+            return read_text(file)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from None
     template, where = config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template"
     if template is None or isinstance(template, str):
         return template

@@ -4,7 +4,6 @@ Chats are rendered by the checkpoint's own template, see ``chat.py``.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from deepseek_jax.notes import shown
+from deepseek_jax.small_files import LARGE, read_json, read_text
 from deepseek_jax.text.chat import ChatTemplate, TokenizerError, read_template
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -36,7 +37,9 @@ class Tokenizer:
         # A configuration that does not say leaves it to the post-processor of tokenizer.json.
         self.add_bos = config.get("add_bos_token")
         if self.add_bos is not None and not isinstance(self.add_bos, bool):
-            raise TokenizerError(f"tokenizer_config.json: add_bos_token must be true or false, not {self.add_bos!r}.")
+            raise TokenizerError(
+                f"tokenizer_config.json: add_bos_token must be true or false, not {shown(self.add_bos)}."
+            )
         if self.add_bos is None:
             self.add_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
         if self.add_bos and self.bos_id is None:
@@ -150,7 +153,9 @@ class Tokenizer:
             return None
         found = self.backend.token_to_id(text)
         if found is None:
-            raise TokenizerError(f"tokenizer_config.json names {name} {text!r}, which tokenizer.json does not have.")
+            raise TokenizerError(
+                f"tokenizer_config.json names {name} {shown(text)}, which tokenizer.json does not have."
+            )
         return found
 
 
@@ -194,26 +199,27 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     folder = Path(path)
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         raise TokenizerError(f"{folder} has no tokenizer.json; without it, give and take token ids instead of text.")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        text = read_text(file, LARGE)
+    except ValueError as error:
+        raise TokenizerError(str(error)) from None
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+        raise TokenizerError(f"{file} is not a tokenizer: {shown(str(error), quoted=False)}") from error
     config = _read_config(folder / "tokenizer_config.json")
     return Tokenizer(backend, config, read_template(folder, config))
 
 
 def _read_config(file: Path) -> dict:
-    if not file.is_file():
+    if not file.exists():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{file} holds a {type(config).__name__}, not an object.")
-    return config
+        return read_json(file)
+    except ValueError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def _token_text(config: dict, name: str) -> str | None:
@@ -221,5 +227,5 @@ def _token_text(config: dict, name: str) -> str | None:
     entry = config.get(name)
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None and not isinstance(text, str):
-        raise TokenizerError(f"tokenizer_config.json: {name} must be a token's text, not {text!r}.")
+        raise TokenizerError(f"tokenizer_config.json: {name} must be a token's text, not {shown(text)}.")
     return text

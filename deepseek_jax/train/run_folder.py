@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.version import __version__
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -112,10 +113,7 @@ class RunFolder:
 
 def read_run(path: Path) -> dict:
     """A run's run.json. Raises ValueError when it is damaged."""
-    try:
-        return json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / 'run.json'} is not JSON: {error}.") from None
+    return read_json(path / "run.json", LARGE)
 
 
 def check_same(path: Path, begun: Mapping, now: Mapping) -> None:

@@ -87,8 +87,8 @@ def test_a_checkpoint_folder_and_its_config_file(tmp_path, capsys):
     ("content", "message"),
     [
         (None, "config.json: No such file or directory"),
-        ("{", "config.json is not JSON"),
-        ("[" * 100_000, "config.json is not JSON"),
+        ("{", "config.json is not valid JSON"),
+        ("[" * 100_000, "config.json is not valid JSON"),
         ('{"model_type": "llama"}', "'llama'"),
     ],
 )

@@ -375,7 +375,7 @@ BROKEN = {
     "index no object": (weight_map(lambda names: []), "index.json must hold a JSON object, not list"),
     "index too deep": (
         lambda file: file.with_name("model.safetensors.index.json").write_text("[" * 100_000),
-        "index.json is not JSON",
+        "index.json is not valid JSON",
     ),
     "config": (lambda file: file.with_name("config.json").write_text("{"), "config.json is not valid JSON"),
 }

@@ -153,7 +153,7 @@ def test_damaged_files_are_named(folder, tmp_path, name):
 def test_deeply_nested_files_are_named(folder, tmp_path):
     target = changed(folder, tmp_path / "deep")
     (target / "tokenizer_config.json").write_text("[" * 100_000)
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(target)
 
 
