@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.core.params import Init, gain
+from deepseek_jax.core.params import gain
 
 # The norms of the query and key-value latents ignore the config's epsilon in every published implementation.
 LATENT_EPS = 1e-6
@@ -13,9 +13,9 @@ LATENT_EPS = 1e-6
 class RMSNorm(nnx.Module):
     """``weight * x / sqrt(mean(x**2) + eps)`` over the last axis."""
 
-    def __init__(self, init: Init, size: int, axis: str, eps: float):
+    def __init__(self, dtype, size: int, axis: str, eps: float):
         self.eps = eps
-        self.weight = gain(init, size, axis)
+        self.weight = gain(dtype, size, axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)

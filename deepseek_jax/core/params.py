@@ -3,8 +3,8 @@
 Modules are NNX modules used as plain pytrees: they go through jit, grad, scan and vmap as they are.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TypeVar
 
@@ -26,30 +26,46 @@ class Adapter(nnx.Param):
     """A matrix of a low-rank adapter (`core.lowrank.LowRank`): what is trained in a model that has any."""
 
 
-@dataclass
-class Init:
-    """What a module needs to make its parameters: a random key, the standard deviation and the dtype."""
-
-    key: jax.Array
-    std: float
-    dtype: jnp.dtype
-    used: int = field(default=0)
-
-    def next_key(self) -> jax.Array:
-        self.used += 1
-        return jax.random.fold_in(self.key, self.used)
+# An axis along which each index has values of its own: the first 8 of 16 experts are those of a model with 8.
+DRAWN_EACH = ("expert", "scores")
 
 
-def param(init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A matrix drawn from N(0, std**2), with a logical name for each axis."""
-    # Drawn in float32: a bfloat16 draw has 128 different values only.
-    value = jax.random.normal(init.next_key(), shape, jnp.float32) * init.std
-    return nnx.Param(value.astype(init.dtype), axes=axes)
+def param(dtype, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A matrix with a logical name for each axis. It is zero until `drawn` gives it values by its name."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def gain(init: Init, size: int, axis: str) -> nnx.Param:
+def gain(dtype, size: int, axis: str) -> nnx.Param:
     """A norm's weight, ones."""
-    return nnx.Param(jnp.ones((size,), init.dtype), axes=(axis,))
+    return nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
+
+
+def drawn(matrix: nnx.Param, key: jax.Array, name: str, std: float, layers: jax.Array | None = None) -> nnx.Param:
+    """The matrix with values from N(0, std**2) that follow from ``key``, ``name`` and its own shape alone.
+
+    ``layers``: int [L], of a matrix [L, ...] stacked over layers: each layer's values follow from its number, and each
+    expert's from the expert's. So models have equal values in all that they share, whatever else they have.
+    """
+    axes, dtype, shape = matrix.get_metadata()["axes"], matrix.get_value().dtype, matrix.get_value().shape
+    each = next((i for i, axis in enumerate(axes) if axis in DRAWN_EACH), None)
+    # Not `hash`, which differs from process to process.
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    def normal(key, shape):
+        # Drawn in float32: a bfloat16 draw has 128 different values only.
+        return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+    def layer(key):
+        own = shape[len(shape) - len(axes) :]
+        if each is None:
+            return normal(key, own)
+        part = (*own[:each], *own[each + 1 :])
+        one = jax.vmap(lambda i: normal(jax.random.fold_in(key, i), part), out_axes=each)
+        return one(jnp.arange(own[each]))
+
+    if layers is None:
+        return matrix.replace(layer(key))
+    return matrix.replace(jax.vmap(lambda number: layer(jax.random.fold_in(key, number)))(layers))
 
 
 def router_bias(n_experts: int) -> RouterBias:

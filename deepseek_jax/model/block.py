@@ -9,7 +9,6 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, together
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import Init
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.mla import MLA
@@ -23,11 +22,11 @@ CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm")
 class Block(nnx.Module):
     """``x + attn(norm(x))``, then ``x + ffn(norm(x))``."""
 
-    def __init__(self, cfg: ModelConfig, moe: bool, init: Init):
-        self.attn_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
-        self.attn = MLA(cfg.attention, cfg.dim, init)
-        self.ffn_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
-        self.ffn = MoE(cfg.moe, cfg.dim, init) if moe else FFN(cfg.dim, cfg.ffn_dim, init)
+    def __init__(self, cfg: ModelConfig, moe: bool, dtype):
+        self.attn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
+        self.attn = MLA(cfg.attention, cfg.dim, dtype)
+        self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
+        self.ffn = MoE(cfg.moe, cfg.dim, dtype) if moe else FFN(cfg.dim, cfg.ffn_dim, dtype)
 
     def __call__(
         self,

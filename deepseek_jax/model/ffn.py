@@ -6,15 +6,15 @@ from flax import nnx
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import linear
-from deepseek_jax.core.params import Init, param
+from deepseek_jax.core.params import param
 
 
 class FFN(nnx.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one leaf [D, 2, F], multiplied at once."""
 
-    def __init__(self, dim: int, ffn_dim: int, init: Init):
-        self.gate_up = param(init, (dim, 2, ffn_dim), ("embed", None, "ffn"))
-        self.down = param(init, (ffn_dim, dim), ("ffn", "embed"))
+    def __init__(self, dim: int, ffn_dim: int, dtype):
+        self.gate_up = param(dtype, (dim, 2, ffn_dim), ("embed", None, "ffn"))
+        self.down = param(dtype, (ffn_dim, dim), ("ffn", "embed"))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         gate_BTF, up_BTF = jnp.moveaxis(linear("BTD,DZF->BTZF", x_BTD, self.gate_up, ctx), 2, 0)

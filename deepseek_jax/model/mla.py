@@ -17,7 +17,7 @@ from deepseek_jax.core.axes import gather
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import dense, linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
-from deepseek_jax.core.params import Init, param
+from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import apply_rope, softmax_scale
 from deepseek_jax.model.attention import Span, attend, copy_rows, fold_rows, fold_span, unfold_rows
 
@@ -25,19 +25,19 @@ from deepseek_jax.model.attention import Span, attend, copy_rows, fold_rows, fol
 class MLA(nnx.Module):
     """Pure: (x, span, memory) -> (y, memory). Leaves follow the published matrices, fused where they are."""
 
-    def __init__(self, cfg: schema.MLA, dim: int, init: Init):
+    def __init__(self, cfg: schema.MLA, dim: int, dtype):
         self.cfg = cfg
         D, N, C, H, R, V = dim, cfg.n_heads, cfg.kv_rank, cfg.nope_dim, cfg.rope_dim, cfg.v_dim
         if cfg.q_rank is None:
-            self.q = param(init, (D, N, H + R), ("embed", "heads", "head_dim"))
+            self.q = param(dtype, (D, N, H + R), ("embed", "heads", "head_dim"))
         else:
-            self.q_a = param(init, (D, cfg.q_rank), ("embed", "q_rank"))
-            self.q_norm = RMSNorm(init, cfg.q_rank, "q_rank", LATENT_EPS)
-            self.q_b = param(init, (cfg.q_rank, N, H + R), ("q_rank", "heads", "head_dim"))
-        self.kv_a = param(init, (D, C + R), ("embed", "kv_rank"))
-        self.kv_norm = RMSNorm(init, C, "kv_rank", LATENT_EPS)
-        self.kv_b = param(init, (C, N, H + V), ("kv_rank", "heads", "head_dim"))
-        self.o = param(init, (N, V, D), ("heads", "head_dim", "embed"))
+            self.q_a = param(dtype, (D, cfg.q_rank), ("embed", "q_rank"))
+            self.q_norm = RMSNorm(dtype, cfg.q_rank, "q_rank", LATENT_EPS)
+            self.q_b = param(dtype, (cfg.q_rank, N, H + R), ("q_rank", "heads", "head_dim"))
+        self.kv_a = param(dtype, (D, C + R), ("embed", "kv_rank"))
+        self.kv_norm = RMSNorm(dtype, C, "kv_rank", LATENT_EPS)
+        self.kv_b = param(dtype, (C, N, H + V), ("kv_rank", "heads", "head_dim"))
+        self.o = param(dtype, (N, V, D), ("heads", "head_dim", "embed"))
         # kv_b once more for decoding, cut and ordered as the absorbed form multiplies: [N, H, C] and [N, C, V].
         self.absorbed = nnx.data(None)
 

@@ -13,7 +13,7 @@ from deepseek_jax.configs import schema
 from deepseek_jax.core.axes import gather, summed
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.lowrank import dense, held
-from deepseek_jax.core.params import Init, param
+from deepseek_jax.core.params import param
 from deepseek_jax.model.experts import Experts, routed_experts
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.outputs import Aux
@@ -23,14 +23,14 @@ from deepseek_jax.model.router import Router, expert_load, score_share, sequence
 class MoE(nnx.Module):
     """Pure: (x, segments) -> (y, statistics, scores)."""
 
-    def __init__(self, cfg: schema.MoE, dim: int, init: Init):
+    def __init__(self, cfg: schema.MoE, dim: int, dtype):
         self.cfg = cfg
         E, F = cfg.n_experts, cfg.expert_dim
-        self.router = Router(cfg, dim, init)
-        self.gate_up = param(init, (E, dim, 2, F), ("expert", "embed", None, "expert_ffn"))
-        self.down = param(init, (E, F, dim), ("expert", "expert_ffn", "embed"))
+        self.router = Router(cfg, dim, dtype)
+        self.gate_up = param(dtype, (E, dim, 2, F), ("expert", "embed", None, "expert_ffn"))
+        self.down = param(dtype, (E, F, dim), ("expert", "expert_ffn", "embed"))
         # Published checkpoints fuse the shared experts into one network of their summed width.
-        self.shared = FFN(dim, cfg.n_shared * F, init) if cfg.n_shared else None
+        self.shared = FFN(dim, cfg.n_shared * F, dtype) if cfg.n_shared else None
 
     def __call__(
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None

@@ -11,7 +11,7 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import Init, param
+from deepseek_jax.core.params import param
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.outputs import Aux
@@ -24,12 +24,12 @@ class MTP(nnx.Module):
     embedding first. Embedding and head are the main model's, handed in: they are no leaves of this module.
     """
 
-    def __init__(self, cfg: ModelConfig, init: Init):
-        self.embed_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
-        self.hidden_norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
-        self.proj = param(init, (2 * cfg.dim, cfg.dim), (None, "embed"))
-        self.block = Block(cfg, cfg.mtp_is_moe, init)
-        self.norm = RMSNorm(init, cfg.dim, "embed", cfg.norm_eps)
+    def __init__(self, cfg: ModelConfig, dtype):
+        self.embed_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
+        self.hidden_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
+        self.proj = param(dtype, (2 * cfg.dim, cfg.dim), (None, "embed"))
+        self.block = Block(cfg, cfg.mtp_is_moe, dtype)
+        self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
 
     def __call__(
         self,

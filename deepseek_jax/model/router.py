@@ -13,7 +13,7 @@ from deepseek_jax.configs import schema
 from deepseek_jax.core.axes import top_k
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import linear
-from deepseek_jax.core.params import Init, param, router_bias
+from deepseek_jax.core.params import param, router_bias
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
 SUM_EPS = 1e-20
@@ -32,9 +32,9 @@ class Routing:
 class Router(nnx.Module):
     """Chooses experts by score + bias and weighs them by the score alone."""
 
-    def __init__(self, cfg: schema.MoE, dim: int, init: Init):
+    def __init__(self, cfg: schema.MoE, dim: int, dtype):
         self.cfg = cfg
-        self.weight = param(init, (dim, cfg.n_experts), ("embed", "scores"))
+        self.weight = param(dtype, (dim, cfg.n_experts), ("embed", "scores"))
         self.bias = router_bias(cfg.n_experts)
 
     def __call__(

@@ -17,7 +17,7 @@ from deepseek_jax.core.context import DEFAULT, REMAT, Context
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import Init, param, parameter_dtype, unstack
+from deepseek_jax.core.params import drawn, map_variables, param, parameter_dtype, unstack
 from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import cache as cache_module
 from deepseek_jax.model.attention import Span
@@ -34,22 +34,18 @@ class Transformer(nnx.Module):
     layers, then 58 MoE layers). How layers are grouped does not change a number.
     """
 
-    def __init__(self, cfg: ModelConfig, key: jax.Array, dtype):
+    def __init__(self, cfg: ModelConfig, dtype):
         self.cfg = cfg
-        keys = iter(jax.random.split(key, 5))
-        init = partial(Init, std=cfg.init_std, dtype=dtype)
-        self.embed = param(init(next(keys)), (cfg.vocab_size, cfg.dim), ("vocab", "embedding"))
+        self.embed = param(dtype, (cfg.vocab_size, cfg.dim), ("vocab", "embedding"))
         sizes = ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers))
         self.stacks = nnx.List(
-            jax.vmap(lambda k, moe=moe: Block(cfg, moe, init(k)))(jax.random.split(next(keys), layers))
+            jax.vmap(lambda _, moe=moe: Block(cfg, moe, dtype), axis_size=layers)(None)
             for moe, layers in sizes
             if layers
         )
-        self.norm = RMSNorm(init(key), cfg.dim, "embed", cfg.norm_eps)
-        head = None if cfg.tie_embeddings else param(init(next(keys)), (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
-        self.head = head
-        mtp_keys = jax.random.split(jax.random.fold_in(key, 1), cfg.mtp_depth) if cfg.mtp_depth else ()
-        self.mtp = nnx.List(MTP(cfg, init(k)) for k in mtp_keys)
+        self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
+        self.head = None if cfg.tie_embeddings else param(dtype, (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
+        self.mtp = nnx.List(MTP(cfg, dtype) for _ in range(cfg.mtp_depth))
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
         """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
@@ -344,13 +340,30 @@ def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Arra
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
-    return Transformer(cfg, key, dtype)
+    model, first = Transformer(cfg, dtype), 0
+    numbers = []
+    for stack in model.stacks:
+        size = stack.attn_norm.weight.get_value().shape[0]
+        numbers.append(jnp.arange(first, first + size))
+        first += size
+
+    def draw(path, variable):
+        if len(variable.get_metadata()["axes"]) < 2:
+            return variable  # norms and router biases begin as they were made
+        if path[0] != "stacks":
+            return drawn(variable, key, ".".join(map(str, path)), cfg.init_std)
+        # Where a layer is kept depends on the layers beside it; what it is called must not.
+        return drawn(variable, key, ".".join(("layers", *path[2:])), cfg.init_std, numbers[path[1]])
+
+    return map_variables(draw, model)
 
 
 def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | None = None) -> Transformer:
     """A fresh model: matrices from N(0, cfg.init_std**2), norms 1, router biases 0 (always float32).
 
-    On a mesh every device makes its own shards; the numbers are those of one device.
+    Each matrix follows from the key, its name and shape, its layer's number and its experts': two configs with one key
+    have equal values in all that they share. On a mesh every device makes its own shards; the numbers are those of one
+    device.
 
     Raises LayoutError where the context's layout does not divide the model.
     """

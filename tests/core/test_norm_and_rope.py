@@ -1,6 +1,5 @@
 """RMSNorm, RoPE and YaRN against transformers' modules."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from deepseek_jax.configs.schema import MLA, ModelConfig, Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import Init
 from deepseek_jax.core.rope import (
     apply_rope,
     inverse_frequencies,
@@ -54,7 +52,7 @@ def test_rms_norm(dtype):
     x, weight = rng.normal(0, 3, (4, 7, 48)), rng.normal(1, 0.1, 48)
     theirs = DeepseekV3RMSNorm(48, eps=1e-5)
     theirs.weight.data = torch.tensor(weight, dtype=torch.float32)
-    ours = RMSNorm(Init(jax.random.key(0), 1.0, jnp.float32), 48, "embed", 1e-5)
+    ours = RMSNorm(jnp.float32, 48, "embed", 1e-5)
     ours.weight.set_value(jnp.asarray(weight, jnp.float32))
     y = ours(jnp.asarray(x, dtype))
     assert y.dtype == dtype

@@ -15,7 +15,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.convert.ladder import choose
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.core.params import Init
 from deepseek_jax.model.router import Router, expert_load, sequence_balance
 
 GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
@@ -32,7 +31,7 @@ def make(cfg: MoE, offset: float, dim: int = 48):
     rng = np.random.default_rng(0)
     weight = rng.normal(0, dim**-0.5, (dim, cfg.n_experts)).astype(np.float32)
     bias = rng.normal(offset, 0.1, cfg.n_experts).astype(np.float32)
-    ours = Router(cfg, dim, Init(jax.random.key(0), 1.0, jnp.float32))
+    ours = Router(cfg, dim, jnp.float32)
     ours.weight.set_value(jnp.asarray(weight))
     ours.bias.set_value(jnp.asarray(bias))
     model = replace(tiny_config(), dim=dim, moe=cfg)
@@ -75,7 +74,7 @@ def test_bias_moves_the_choice_and_never_the_weights():
 
 def one_token(scores, cfg: MoE, bias=0.0):
     """The experts chosen for one token with these sigmoid scores."""
-    router = Router(cfg, 1, Init(jax.random.key(0), 1.0, jnp.float32))
+    router = Router(cfg, 1, jnp.float32)
     router.bias.set_value(jnp.broadcast_to(jnp.float32(bias), (cfg.n_experts,)))
     return set(np.asarray(router.choose(jnp.asarray(scores, jnp.float32)[None, None]))[0, 0].tolist())
 
