@@ -1,0 +1,284 @@
+"""Writes the figures of README and its relatives from the results that lie here, each with the commit it belongs to.
+
+    python experiments/figures.py            # rewrites every block of figures
+    python experiments/figures.py --check    # names the files whose blocks are not what the results say, and fails
+
+A block stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``. `BLOCKS` makes each from committed
+results and nothing else, so that text and results cannot differ. Results name their commit, date and machine
+(`deepseek_jax.analysis.provenance`); for those from before they did, `EARLIER` has the commit that brought them.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+TEXTS = (
+    "README.md",
+    "experiments/README.md",
+    "experiments/bench_cpu/README.md",
+    "experiments/compile_671b/README.md",
+    "deepseek_jax/convert/README.md",
+    "deepseek_jax/train/README.md",
+)
+# From the history of each file.
+EARLIER = {
+    "bench_convert": ("5da5900", "2026-11-22"),
+    "bench_cpu": ("fe39146", "2026-11-21"),
+    "bench_data": ("a440a6b", "2026-11-21"),
+    "bench_step": ("c555a01", "2026-11-21"),
+    "bench_train": ("2454505", "2026-11-21"),
+    "compile_671b": ("a439bff", "2026-11-22"),
+}
+TASKS = {
+    "train": "training step, 8 x 256, AdamW",
+    "prefill": "prefill, 8 x 512",
+    "decode-1": "decoding, batch 1",
+    "decode-8": "decoding, batch 8",
+}
+# Rows of the README's table of pods: configuration -> what it is.
+PODS = {
+    "train-r4": "512 v5p, 4 rows a chip",
+    "train-r8": "512 v5p, 8 rows",
+    "train-r8-offload": "512 v5p, 8 rows, layer inputs on the host",
+    "train-r16-ep8-offload": "512 v5p, 16 rows, layer inputs on the host",
+    "train-r4-1024": "1024 v5p, 4 rows",
+    "decode-int8": "64 v5e, decoding 512 rows of 4096 tokens from int8",
+}
+STEPS = (200, 800, 1000, 1400, 1600, 2000)
+
+
+def results(stem: str) -> dict:
+    return json.loads((HERE / stem / "results.json").read_text(encoding="utf-8"))
+
+
+def origin(stem: str, record: dict) -> str:
+    """Commit, date, processor and cores, as far as a record knows them."""
+    known = EARLIER.get(stem, (None, None))
+    commit, date = record.get("commit") or known[0], record.get("date") or known[1]
+    machine = record.get("machine") or {"cores": record.get("cores") or record.get("cpus")}
+    name = f", {machine['processor']}" if machine.get("processor") else ""
+    return f"commit {commit}, {date}{name}, {machine['cores']} cores"
+
+
+def measured(stem: str) -> str:
+    return f"Measured at {origin(stem, results(stem))}. Later code may be faster or slower."
+
+
+def rows(header: str, lines: list[list[str]]) -> str:
+    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def elsewhere() -> list[dict]:
+    return json.loads((HERE / "bench_cpu" / "elsewhere.json").read_text(encoding="utf-8"))
+
+
+def speed() -> str:
+    found, others = results("bench_cpu")["results"], elsewhere()
+    lines = []
+    for task, what in TASKS.items():
+        r = found[task]
+        best = r["tokens_a_second"][r["torch_at_its_best"]]
+        ratio = [f"**{r['times_as_fast']:.2f}**", *(f"{o['times_as_fast'][task]:.2f}" for o in others)]
+        lines.append([what, f"{r['tokens_a_second']['jax']:.0f}", f"{best:.0f}", *ratio, str(r["aim"])])
+    header = (
+        "| task | tokens a second | PyTorch at its best | ratio |" + " on another machine |" * len(others) + " aim |"
+    )
+    other = "; ".join(f"The other machine: {o['machine']}; {o['about']}" for o in others)
+    return f"{rows(header, lines)}\n\n{measured('bench_cpu')} {other}."
+
+
+def speed_parts() -> str:
+    record = results("bench_cpu")["results"]
+    step = sorted(record["train"]["seconds"]["jax"])[len(record["train"]["seconds"]["jax"]) // 2]
+    parts = ", ".join(f"{name} {value:.2f} s" for name, value in record["parts"].items())
+    matmul = "; ".join(
+        f"{name.split('-')[1]} experts: {r['forward']} times, backward {r['backward']} times"
+        for name, r in record.items()
+        if name.startswith("grouped")
+    )
+    lines = [
+        f"A training step takes {step:.2f} s; its parts, each alone: {parts}.",
+        f"The grouped matmul beside a dense product of the same FLOPs, {matmul}.",
+        measured("bench_cpu"),
+    ]
+    for other in elsewhere():
+        took = other["train_step"]
+        used = took["cpu_seconds"] / took["wall_seconds"]
+        lines.append(
+            f"On {other['machine']}, a training step took {took['wall_seconds']} s at "
+            f"{took['cpu_seconds']} s of CPU time: {used:.1f} cores."
+        )
+    return "\n".join(lines)
+
+
+def conversion() -> str:
+    record = results("bench_convert")
+    lines = []
+    for name, what in (("to_orbax", "`convert`, to Orbax"), ("to_published", "`convert`, back")):
+        r = record[name]
+        time = f"{r['minutes_for_deepseek_v3']:.0f} minutes at {r['GB_per_s']:.2f} GB/s"
+        lines.append([what, "the source and 688.6 GB", f"{r['peak_resident_bytes'] / 1e9:.1f} GB", time])
+    lines.append(
+        ["`verify --layers 4`", "the files of these layers", "60 GB: the cut in float32, one side after the other", ""]
+    )
+    lines.append(["`verify`", "the source", "2.7 TB: the model in float32, likewise", ""])
+    speeds = [record["bytes"] / 1e9 / seconds for seconds in record["copy"]["runs"]]
+    copies = f"plain copies ran at {record['copy']['GB_per_s']:.2f} GB/s ({min(speeds):.2f} to {max(speeds):.2f})"
+    return f"{rows('| | disk | memory | time |', lines)}\n\n{measured('bench_convert')} The {copies} beside it."
+
+
+def pods() -> str:
+    found = results("compile_671b")["configurations"]
+    lines = []
+    for name, what in PODS.items():
+        r = found[name]
+        rate = f"{r['tokens_per_second_chip']:.0f}" if r["program"]["kind"] == "train" else ""
+        causal = r["flops_per_token_and_mfu"].get("causal", (0, None))[1]
+        rate += f" (causal MFU {causal:.0%})" if rate and name == "train-r8" else ""
+        lines.append([what, f"{r['memory']['total'] / 1e9:.1f}", rate])
+    header = "| V3, 4096 tokens a row, nothing dropped, MTP | GB a chip | tokens/s/chip, estimated |"
+    return f"{rows(header, lines)}\n\n{compiled(found['train-r8'])}"
+
+
+def compiled(configuration: dict) -> str:
+    head = configuration["compiled_with"]
+    versions = head.get("versions", head)
+    about = ", ".join(f"{name} {versions[name]}" for name in ("jax", "libtpu"))
+    return f"Compiled at {origin('compile_671b', head)}, {about}."
+
+
+def all_pods() -> str:
+    found = results("compile_671b")["configurations"]
+    return f"{_run('compile_671b').table(found)}\n\n{compiled(found['train-r8'])}"
+
+
+def shipped() -> list[dict]:
+    """The evaluations of the shipped model's run."""
+    text = (ROOT / "checkpoints" / "tiny-v3" / "training" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [record for record in map(json.loads, text.splitlines()) if record["kind"] == "evaluation"]
+
+
+def shipped_line() -> str:
+    last = shipped()[-1]
+    return (
+        f"It measures {last['bits_per_byte']:.3f} bits per byte of held-out files after {last['tokens'] / 1e6:.1f} million"
+        f" tokens, against {last['trigram_bits_per_byte']:.3f}\nof a trigram counted on the same tokens; its MTP module's"
+        f" best token is the model's own in {last['draft_agreement']:.0%} of places."
+    )
+
+
+def shipped_table() -> str:
+    found = shipped()
+    chosen = [r for r in found if r["step"] in STEPS] + found[-1:]
+    crossing = {
+        what: next((r["step"] for r in found if r[what] < r["trigram_bits_per_byte"]), None)
+        for what in ("ema_bits_per_byte", "bits_per_byte")
+    }
+    lines = []
+    for r in chosen:
+        name = f"{r['step']} steps"
+        if r["step"] == crossing["ema_bits_per_byte"]:
+            name = f"**{name}: the average crosses**"
+        if r["step"] == crossing["bits_per_byte"]:
+            name = f"**{name}: the model crosses**"
+        figures = (r["bits_per_byte"], r["ema_bits_per_byte"], r["trigram_bits_per_byte"])
+        cells = [f"{r['tokens'] / 1e6:.2f}M", *(f"{v:.3f}" for v in figures), f"{r['draft_agreement']:.0%}"]
+        lines.append([name, *cells])
+    header = "| after | tokens | model, bits per byte | its moving average | trigram, same tokens | drafts agree |"
+    return rows(header, lines)
+
+
+def ledger() -> str:
+    """The measurements, a line each; `bench_gpu` has no results."""
+    cpu, convert, data, step, train = (results(f"bench_{name}") for name in ("cpu", "convert", "data", "step", "train"))
+    ratio = [f"{cpu['results'][task]['times_as_fast']:.2f}" for task in TASKS]
+    other = [f"{elsewhere()[0]['times_as_fast'][task]:.2f}" for task in TASKS]
+    drawn = [batch for source in data["sources"] for batch in source["batches"]]
+    slowest, longest = (f([b[n] for b in drawn]) for f, n in ((min, "tokens_per_second"), (max, "longest_wait_s")))
+    shares = sorted(step["shares_of_a_step"].items(), key=lambda item: -item[1])
+    last = train["evaluations"][-1]
+    found = {
+        "bench_convert": (
+            f"speed and memory of `deepseek-jax convert` on V3's real shapes, {convert['bytes'] / 1e9:.1f} GB",
+            f"{convert['to_orbax']['GB_per_s']:.2f} GB/s to Orbax, {convert['to_published']['GB_per_s']:.2f} GB/s back, "
+            f"in {convert['to_orbax']['peak_resident_bytes'] / 1e9:.1f} GB of memory; plain flushed copies ran at "
+            f"{convert['copy']['GB_per_s']:.2f} GB/s",
+        ),
+        "bench_cpu": (
+            f"training step, prefill and decoding of a {cpu['parameters'] / 1e6:.0f}M-parameter V3 beside PyTorch "
+            "transformers; grouped matmul beside a dense product; cores used",
+            f"times as fast in training, in prefill, in decoding at batch 1 and 8: {', '.join(ratio)}; on another "
+            f"machine {', '.join(other)}",
+        ),
+        "bench_data": (
+            "tokens a second of the input pipeline, from token files to batches, FIM at 0.1, with and without masks",
+            f"at least {slowest / 1e6:.1f}M a second in every setting; the longest wait, at the start of an epoch, "
+            f"{longest:.1f} s",
+        ),
+        "bench_step": (
+            "where the time of a training step of the tiny V3 goes, in CPU time",
+            ", ".join(f"{name} {share:.0%}" for name, share in shares),
+        ),
+        "bench_train": (
+            "how soon a tiny V3 beats a Kneser-Ney trigram counted on the same tokens, held-out bits per byte",
+            f"after {train['crossed_at_minute']:.1f} minutes; {last['bits_per_byte']:.3f} against "
+            f"{last['trigram_bits_per_byte']:.3f} after {last['minutes']:.1f} (aim: {train['aim_minutes']}); one seed",
+        ),
+    }
+    lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
+    gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
+    lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
+    pod = results("compile_671b")["configurations"]["train-r8"]["compiled_with"]
+    about = "DeepSeek-V3 at full size compiled for TPU slices: memory a chip, and a time estimated from the schedule"
+    lines.append(["`compile_671b`", about, "see its README", origin("compile_671b", pod)])
+    return rows("| stem | what is measured | outcome | commit, date, machine |", lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "speed-parts": speed_parts,
+    "conversion": conversion,
+    "pods": pods,
+    "all-pods": all_pods,
+    "shipped-line": shipped_line,
+    "shipped-table": shipped_table,
+    "ledger": ledger,
+}
+
+
+def _run(stem: str):
+    """An experiment's script as a module."""
+    spec = importlib.util.spec_from_file_location(stem, HERE / stem / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def renewed(text: str) -> str:
+    """A text with all its blocks as the results say. Raises KeyError for a block that nothing makes."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a block is not current")
+    check, stale = parser.parse_args().check, []
+    for name in TEXTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if renewed(text) != text:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(renewed(text), encoding="utf-8")
+    print(*(f"{'not current' if check else 'rewritten'}: {name}" for name in stale), sep="\n")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
