@@ -167,10 +167,11 @@ def shipped() -> list[dict]:
 
 def shipped_line() -> str:
     last = shipped()[-1]
+    bits, trigram = last["bits_per_byte"], last["trigram_bits_per_byte"]
     return (
-        f"It measures {last['bits_per_byte']:.3f} bits per byte of held-out files after {last['tokens'] / 1e6:.1f} million"
-        f" tokens, against {last['trigram_bits_per_byte']:.3f}\nof a trigram counted on the same tokens; its MTP module's"
-        f" best token is the model's own in {last['draft_agreement']:.0%} of places."
+        f"It measures {bits:.3f} bits per byte of held-out files after {last['tokens'] / 1e6:.1f} million tokens, against "
+        f"{trigram:.3f}\nof a trigram counted on the same tokens; its MTP module's best token is the model's own in "
+        f"{last['draft_agreement']:.0%} of places."
     )
 
 
@@ -207,8 +208,8 @@ def ledger() -> str:
     found = {
         "bench_convert": (
             f"speed and memory of `deepseek-jax convert` on V3's real shapes, {convert['bytes'] / 1e9:.1f} GB",
-            f"{convert['to_orbax']['GB_per_s']:.2f} GB/s to Orbax, {convert['to_published']['GB_per_s']:.2f} GB/s back, "
-            f"in {convert['to_orbax']['peak_resident_bytes'] / 1e9:.1f} GB of memory; plain flushed copies ran at "
+            f"{convert['to_orbax']['GB_per_s']:.2f} GB/s to Orbax and "
+            f"{convert['to_published']['GB_per_s']:.2f} GB/s back, in {convert['to_orbax']['peak_resident_bytes'] / 1e9:.1f} GB of memory; plain flushed copies ran at "
             f"{convert['copy']['GB_per_s']:.2f} GB/s",
         ),
         "bench_cpu": (
