@@ -167,10 +167,10 @@ def shipped() -> list[dict]:
 
 def shipped_line() -> str:
     last = shipped()[-1]
-    bits, trigram = last["bits_per_byte"], last["trigram_bits_per_byte"]
+    bits, trigram, tokens = last["bits_per_byte"], last["trigram_bits_per_byte"], last["tokens"] / 1e6
     return (
-        f"It measures {bits:.3f} bits per byte of held-out files after {last['tokens'] / 1e6:.1f} million tokens, against "
-        f"{trigram:.3f}\nof a trigram counted on the same tokens; its MTP module's best token is the model's own in "
+        f"It measures {bits:.3f} bits per byte of held-out files after {tokens:.1f} million tokens, against {trigram:.3f}\n"
+        "of a trigram counted on the same tokens; its MTP module's best token is the model's own in "
         f"{last['draft_agreement']:.0%} of places."
     )
 
@@ -203,13 +203,14 @@ def ledger() -> str:
     other = [f"{elsewhere()[0]['times_as_fast'][task]:.2f}" for task in TASKS]
     drawn = [batch for source in data["sources"] for batch in source["batches"]]
     slowest, longest = (f([b[n] for b in drawn]) for f, n in ((min, "tokens_per_second"), (max, "longest_wait_s")))
+    orbax, back = convert["to_orbax"], convert["to_published"]
     shares = sorted(step["shares_of_a_step"].items(), key=lambda item: -item[1])
     last = train["evaluations"][-1]
     found = {
         "bench_convert": (
             f"speed and memory of `deepseek-jax convert` on V3's real shapes, {convert['bytes'] / 1e9:.1f} GB",
-            f"{convert['to_orbax']['GB_per_s']:.2f} GB/s to Orbax and "
-            f"{convert['to_published']['GB_per_s']:.2f} GB/s back, in {convert['to_orbax']['peak_resident_bytes'] / 1e9:.1f} GB of memory; plain flushed copies ran at "
+            f"{orbax['GB_per_s']:.2f} GB/s to Orbax, {back['GB_per_s']:.2f} GB/s back, in "
+            f"{orbax['peak_resident_bytes'] / 1e9:.1f} GB of memory; plain flushed copies ran at "
             f"{convert['copy']['GB_per_s']:.2f} GB/s",
         ),
         "bench_cpu": (
