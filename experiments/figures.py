@@ -169,8 +169,8 @@ def shipped_line() -> str:
     last = shipped()[-1]
     bits, trigram, tokens = last["bits_per_byte"], last["trigram_bits_per_byte"], last["tokens"] / 1e6
     return (
-        f"It measures {bits:.3f} bits per byte of held-out files after {tokens:.1f} million tokens, against {trigram:.3f}\n"
-        "of a trigram counted on the same tokens; its MTP module's best token is the model's own in "
+        f"It measures {bits:.3f} bits per byte of held-out files after {tokens:.1f} million tokens, against "
+        f"{trigram:.3f}\nof a trigram counted on the same tokens; its MTP module's best token is the model's own in "
         f"{last['draft_agreement']:.0%} of places."
     )
 
