@@ -23,7 +23,7 @@ from deepseek_jax.core.params import Trained, named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.pipeline import Batches, Data, load_data, training_texts
-from deepseek_jax.model.transformer import Transformer, abstract, init
+from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_groups, row_share
 from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first, wait_for_all
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
@@ -38,7 +38,7 @@ from deepseek_jax.train.run_folder import RunFolder, copy_tokenizer
 from deepseek_jax.train.signals import StopSignals
 from deepseek_jax.train.step import State
 from deepseek_jax.train.throughput import Throughput
-from deepseek_jax.train.trainer import Journal, Measure, Progress, Trainer, begin, like
+from deepseek_jax.train.trainer import Journal, Measure, Progress, Trainer, begin, fresh, like
 from deepseek_jax.version import __version__
 
 # Counting n-grams in plain memory would take longer than training beyond this.
@@ -140,7 +140,7 @@ def train(
         def make() -> Transformer:
             if source is not None:
                 return load_pretrained(source, dtype=jnp.float32, ctx=ctx)
-            return init(replace(cfg, init_std=recipe.init_std), jax.random.key(recipe.seed), ctx=ctx)
+            return fresh(cfg, recipe, ctx)
 
         with closing(batches):
             return fit(
@@ -177,6 +177,11 @@ def check_fit(cfg: ModelConfig, recipe: Recipe, options: Options, ctx: Context =
         raise ValueError(f"rows of {recipe.length} tokens exceed the model's max_length of {cfg.max_length}.")
     if options.export == "ema" and not recipe.ema_decay:
         raise ValueError("there is no average to export: the recipe's ema_decay is 0.")
+    if recipe.embed_std is not None and cfg.tie_embeddings:
+        raise ValueError(
+            f"embed_std={recipe.embed_std} would set the head's size as well, for {cfg.name} ties it to the embedding: "
+            "leave it out."
+        )
     check_devices(cfg.moe, recipe.weights)
     if ctx.mesh is None:
         if jax.process_count() > 1:

@@ -135,6 +135,9 @@ class Recipe:
     """Rows of one forward and backward pass; a step adds up the gradients of as many as it needs. By default all."""
     init_std: float = 0.006
     """Standard deviation of freshly drawn matrices."""
+    embed_std: float | None = None
+    """Standard deviation of the freshly drawn embedding; by default `init_std`, as in the papers. Muon's first steps
+    are large beside a small embedding, and the first layers' attention then hides the tokens from the later ones."""
     seed: int = 0
     """Of the initial weights and the order of the text."""
     fim_rate: float = 0.1
@@ -170,6 +173,10 @@ class Recipe:
         if self.length < 3:
             raise ValueError(f"length must be at least 3 tokens, not {self.length}.")
         _within(self, 0, float("inf"), "ramp_tokens", "mtp_later", "bias_speed", "init_std")
+        if self.embed_std is not None and not (self.init_std > 0 and 0 < self.embed_std < float("inf")):
+            raise ValueError(
+                f"embed_std must be positive and finite, and init_std not 0, not {self.embed_std} and {self.init_std}."
+            )
         _within(self, 0, 1, "fim_rate")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}.")

@@ -167,7 +167,8 @@ def _tiny() -> Recipe:
     """Every part of V3's recipe in minutes on two cores, with V4's Muon.
 
     2400 steps of 4 rows of 512 tokens. The rate was tuned for `tiny-v3`; it begins to fall at half of the run, earlier
-    than V3's, for a short run gains from it. Ramp, tail, bias and MTP weight keep V3's shares of the run.
+    than V3's, for a short run gains from it. The embedding begins as large as what a layer reads, 1
+    (paper_notes/v3_mtp_targets.md). Ramp, tail, bias and MTP weight keep V3's shares of the run.
     """
     tokens = 2400 * 4 * 512
     return Recipe(
@@ -179,6 +180,7 @@ def _tiny() -> Recipe:
         ramp_tokens=_share(tokens, 469 * B),
         micro_rows=2,
         init_std=0.02,
+        embed_std=1.0,
         dtype="float32",
         rate=LearningRate(
             peak=6e-3,

@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import Trained, named, partition
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.core.params import Trained, map_variables, named, partition
+from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.parallel.placement import place_batch, settle
 from deepseek_jax.train import optim
 from deepseek_jax.train.checkpoint import Checkpoints
@@ -87,6 +88,15 @@ def compiled(step: Callable, state: State, ctx: Context) -> Callable[[State, dic
         return jax.jit(step, donate_argnums=0)
     places = jax.tree.map(lambda a: a.sharding, state), NamedSharding(ctx.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def fresh(cfg: ModelConfig, recipe: Recipe, ctx: Context) -> Transformer:
+    """A model to train from its beginning: matrices from N(0, init_std**2), the embedding from N(0, embed_std**2)."""
+    model = init(replace(cfg, init_std=recipe.init_std), jax.random.key(recipe.seed), ctx=ctx)
+    if recipe.embed_std is None:
+        return model
+    factor = recipe.embed_std / recipe.init_std
+    return map_variables(lambda path, v: v.replace(v.get_value() * factor) if path == ("embed",) else v, model)
 
 
 def begin(
