@@ -15,15 +15,18 @@ from tiny import tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.training import read_leaves, read_record
+from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train import loop as loop_module
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped
-from deepseek_jax.train.loop import train
+from deepseek_jax.train.loop import check_fit, train
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
 from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.signals import StopSignals
+from deepseek_jax.train.trainer import fresh
 
 CFG = tiny_config()
 # Batches of 2, then of 4 rows: 6 steps, of which the last 3 take two micro-batches.
@@ -324,6 +327,16 @@ def test_a_full_disk_ends_a_run_with_its_last_good_checkpoint(run, text, tmp_pat
     monkeypatch.undo()
     go(text, folder, resume=True)
     assert_same_run(folder, run[1])
+
+
+def test_the_embedding_begins_at_its_own_size():
+    """Ten times the other draw, and nothing else: the tree, the router biases and every other number are the same."""
+    plain, large = (fresh(CFG, replace(RECIPE, embed_std=std), DEFAULT) for std in (None, 0.3))
+    np.testing.assert_allclose(large.embed.get_value(), 10 * plain.embed.get_value(), rtol=1e-6)
+    same = jax.tree.map(np.array_equal, named(large), named(plain))
+    assert [name for name, equal in same.items() if not equal] == ["embed"]
+    with pytest.raises(ValueError, match="embed_std=0.3 would set the head's size as well"):
+        check_fit(replace(CFG, tie_embeddings=True), replace(RECIPE, embed_std=0.3), Options())
 
 
 def test_bad_settings_leave_nothing(text, tmp_path):

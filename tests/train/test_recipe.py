@@ -153,6 +153,8 @@ def test_an_unknown_name_is_refused():
         (lambda: Recipe(micro_rows=1000), "micro_rows=1000 does not divide"),
         (lambda: Recipe(micro_rows=0), "micro_rows=0 does not divide"),
         (lambda: Recipe(bias_speed=-1.0), "bias_speed"),
+        (lambda: Recipe(embed_std=0.0), "embed_std must be positive"),
+        (lambda: Recipe(embed_std=1.0, init_std=0.0), "init_std not 0"),
         (lambda: Recipe(fim_rate=1.5), "fim_rate must lie between 0 and 1"),
         (lambda: Recipe(ema_decay=1.0), "ema_decay"),
         (lambda: Recipe(dtype="float16"), "dtype must be one of float32, bfloat16"),
