@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.names import layout as published
-from deepseek_jax.core.axes import BATCH, shardings, spec
+from deepseek_jax.core.axes import shardings
+from deepseek_jax.core.layout import BATCH, spec
 from deepseek_jax.core.params import map_variables, named, renamed
 from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.model.attention import KEY_TILE, MIN_BLOCK, UNROLLED_BLOCKS

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, Layout
+from deepseek_jax.core.layout import BATCH, SEQUENCE, Layout
 
 # Activations that `remat` may name: what the backward pass finds on the device, and what in the host's memory. All else
 # is computed again. "stream": a layer's input; "core": the softmax's output with its sums, of all heads; "attn" and

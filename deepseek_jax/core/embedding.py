@@ -6,8 +6,9 @@ Suffixes: B rows, T tokens, V vocabulary, D width, G devices over which the tabl
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, parameter_sharding, parts, spec
+from deepseek_jax.core.axes import parameter_sharding
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.lowrank import dense, held
 
 AXES = ("vocab", "embedding")

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, gather, gathered, parameter_sharding, parts, spec, to_rest
+from deepseek_jax.core.axes import gather, gathered, parameter_sharding, to_rest
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.lowrank import LowRank, dense, held
 
 

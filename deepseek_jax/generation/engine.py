@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.axes import BATCH, activation_sharding
+from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import BATCH
 from deepseek_jax.generation.layers import unstacked
 from deepseek_jax.generation.loop import State, compiled
 from deepseek_jax.generation.sampling import Sampling, make_sampling

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain
+from deepseek_jax.core.axes import constrain
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import product
 from deepseek_jax.model.kernels import LANES, causal_attention, on_platform
 

@@ -6,8 +6,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, together
+from deepseek_jax.core.axes import constrain, together
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.ffn import FFN

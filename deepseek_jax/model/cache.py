@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, activation_sharding
+from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import BATCH
 
 
 @jax.tree_util.register_dataclass

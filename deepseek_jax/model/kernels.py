@@ -19,8 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import BATCH, activation_sharding
+from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH
 
 # Rows are cut into blocks of a multiple of this many tokens, a vector register's lanes.
 LANES = 128

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import BATCH, SEQUENCE, constrain, shardings, together
+from deepseek_jax.core.axes import constrain, shardings, together
 from deepseek_jax.core.context import DEFAULT, REMAT, Context
 from deepseek_jax.core.embedding import lookup
+from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import drawn, map_variables, param, parameter_dtype, unstack

@@ -19,17 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import (
-    BATCH,
-    SEQUENCE,
-    LayoutError,
-    gathered,
-    parameter_sharding,
-    parts,
-    spec,
-    to_rest,
-)
+from deepseek_jax.core.axes import gathered, parameter_sharding, to_rest
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE, LayoutError, parts, spec
 from deepseek_jax.parallel.rounds import Stage, Trip, each_round, expert_parts
 
 WEIGHTS = (("expert", "embed", None, "expert_ffn"), ("expert", "expert_ffn", "embed"))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from deepseek_jax.core.axes import MESH_AXES, LayoutError
+from deepseek_jax.core.layout import MESH_AXES, LayoutError
 
 
 def make_mesh(

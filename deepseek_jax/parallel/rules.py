@@ -8,7 +8,7 @@ split stays split in use.
 
 from jax.sharding import Mesh
 
-from deepseek_jax.core.axes import BATCH, MESH_AXES, SEQUENCE, Layout, LayoutError, Rules
+from deepseek_jax.core.layout import BATCH, MESH_AXES, SEQUENCE, Layout, LayoutError, Rules
 
 # Parameters and activations in use. Every device of data x fsdp x expert has rows of its own.
 USE: Rules = (

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import BATCH, SEQUENCE, gathered, parameter_sharding, parts, spec, to_rest
+from deepseek_jax.core.axes import gathered, parameter_sharding, to_rest
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

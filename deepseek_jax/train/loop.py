@@ -17,8 +17,9 @@ from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.convert.save import save_pretrained
-from deepseek_jax.core.axes import balanced_order, shardings
+from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import balanced_order
 from deepseek_jax.core.params import Trained, named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.held_out import HeldOut

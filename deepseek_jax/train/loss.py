@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.axes import balanced_order, gather
+from deepseek_jax.core.axes import gather
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import balanced_order
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, shifted
@@ -102,7 +103,7 @@ def loss(
     the targets counted.
 
     With ``ctx.loss_chunk`` the output has no logits. On a mesh that splits rows the tokens of ``hidden``, the logits
-    and ``aux`` stand in `core.axes.balanced_order`.
+    and ``aux`` stand in `core.layout.balanced_order`.
 
     Raises ValueError for a batch without tokens or with unknown entries.
     """

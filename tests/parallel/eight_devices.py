@@ -20,7 +20,7 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
-from deepseek_jax.core.axes import parts
+from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score

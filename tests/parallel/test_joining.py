@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_config
 
 import deepseek_jax as dsj
-from deepseek_jax.core.axes import MESH_AXES, LayoutError
+from deepseek_jax.core.layout import MESH_AXES, LayoutError
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import ProcessError, first_then_all, from_first, join

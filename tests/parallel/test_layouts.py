@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from tiny import tiny_config
 
 import deepseek_jax as dsj
-from deepseek_jax.core.axes import MESH_AXES, Layout, LayoutError, balanced_order, shardings, spec
+from deepseek_jax.core.axes import shardings
+from deepseek_jax.core.layout import MESH_AXES, Layout, LayoutError, balanced_order, spec
 from deepseek_jax.core.linear import _Split
 from deepseek_jax.core.params import named, partition
 from deepseek_jax.model.transformer import abstract

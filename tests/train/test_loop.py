@@ -335,7 +335,7 @@ def test_the_embedding_begins_at_its_own_size():
     np.testing.assert_allclose(large.embed.get_value(), 10 * plain.embed.get_value(), rtol=1e-6)
     same = jax.tree.map(np.array_equal, named(large), named(plain))
     assert [name for name, equal in same.items() if not equal] == ["embed"]
-    with pytest.raises(ValueError, match="embed_std=0.3 would set the head's size as well"):
+    with pytest.raises(ValueError, match=r"embed_std=0\.3 would set the head's size as well"):
         check_fit(replace(CFG, tie_embeddings=True), replace(RECIPE, embed_std=0.3), Options())
 
 

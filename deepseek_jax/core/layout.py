@@ -1,0 +1,116 @@
+"""Layouts: the table from logical axes to the axes of a device mesh, and what follows from it without a context.
+
+A parameter names its axes where it is made (`core.params.param`), an activation where `core.axes.constrain` is called.
+A `Layout` has two tables from those names to mesh axes: ``rest``, where parameters, gradients and optimizer state lie,
+and ``use``, how activations lie and what stays split of a parameter while it is multiplied. The difference between
+the two is gathered when a layer is read (FSDP).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+# Of parameters.
+PARAMETER_AXES = (
+    "vocab",
+    "embed",
+    "embedding",
+    "heads",
+    "head_dim",
+    "q_rank",
+    "kv_rank",
+    "ffn",
+    "expert",
+    "expert_ffn",
+    "scores",
+)
+# Of activations.
+BATCH, SEQUENCE = "batch", "sequence"
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+Axes = tuple[str | tuple[str, ...] | None, ...]
+
+
+class LayoutError(ValueError):
+    """A layout that does not fit the mesh, the model or the batch."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays lie on a mesh; hashable.
+
+    ``rest``, ``use``: pairs (logical axis, mesh axes), as the module says. A mesh axis that an earlier axis of the
+    same array took is left out; a logical axis without an entry is not split. Parameters of one axis (norms, router
+    biases) are whole on every device.
+
+    Raises LayoutError for unknown names and for a mesh axis listed twice.
+    """
+
+    name: str
+    rest: Rules
+    use: Rules
+
+    def __post_init__(self):
+        for rules in (self.rest, self.use):
+            for logical, axes in rules:
+                if logical not in (*PARAMETER_AXES, BATCH, SEQUENCE):
+                    raise LayoutError(f"layout {self.name}: {logical!r} is no logical axis.")
+                if not set(axes) <= set(MESH_AXES) or len(set(axes)) != len(axes):
+                    raise LayoutError(
+                        f"layout {self.name}: {logical} is mapped to {axes}; choose among {', '.join(MESH_AXES)}."
+                    )
+
+        use = dict(self.use)
+        if not set(use.get("expert", ())) <= {"expert"} or not set(use.get("expert", ())) <= set(use.get(BATCH, ())):
+            raise LayoutError(
+                f"layout {self.name}: experts are split over the mesh axis 'expert' or none, and the batch with them, "
+                f"not over {use.get('expert')} with the batch over {use.get(BATCH, ())}."
+            )
+
+    @property
+    def mesh_axes(self) -> set[str]:
+        """The mesh axes that the layout splits anything over."""
+        return {axis for rules in (self.rest, self.use) for _, axes in rules for axis in axes}
+
+
+def spec(axes: Axes, shape: tuple[int, ...], rules: Rules, mesh: Mesh, what: str) -> PartitionSpec:
+    """The mesh axes of each axis of an array; ``axes`` names its trailing ones, with a tuple where some are merged.
+
+    Raises LayoutError, naming ``what``, the axis and the sizes, where a size does not divide.
+    """
+    table, taken, entries = dict(rules), set(), [None] * (len(shape) - len(axes))
+    for name, size in zip(axes, shape[len(entries) :], strict=True):
+        names = name if isinstance(name, tuple) else (name,)
+        wanted = (a for n in names for a in table.get(n, ()))
+        mine = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in taken)
+        taken |= set(mine)
+        parts = math.prod(mesh.shape[a] for a in mine)
+        if size % parts:
+            raise LayoutError(
+                f"{what}: its axis {name!r} of size {size} does not divide over the mesh axes "
+                f"{' x '.join(f'{a}={mesh.shape[a]}' for a in mine)}."
+            )
+        entries.append(mine or None)
+    return PartitionSpec(*entries)
+
+
+def parts(split: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of each axis, as tuples: a PartitionSpec holds a lone one as a string, and none as None."""
+    return tuple((entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in split)
+
+
+def balanced_order(length: int, devices: int) -> np.ndarray:
+    """int [length]: the tokens of a row in the order in which ``devices`` share causal attention equally.
+
+    Of 2 x devices runs, device i has the i-th from the start and the i-th from the end. Raises LayoutError where the
+    length does not divide.
+    """
+    if length % (2 * devices):
+        raise LayoutError(
+            f"rows of {length} tokens do not divide into 2 x {devices} runs over the mesh axis 'context'."
+        )
+    run = np.arange(length).reshape(2 * devices, -1)
+    return np.stack([run[:devices], run[::-1][:devices]], axis=1).reshape(-1)
