@@ -33,6 +33,9 @@ class LossWeights:
 
     mtp: float = 0.3
     """Multi-token prediction: lambda of V3 section 2.2, before `Recipe.mtp_change`. 0: the modules are not run."""
+    mtp_over: str = "targets"
+    """What a module's summed cross-entropy is divided by: its own "targets", so that it is a mean, or "tokens", all of
+    the batch that are no padding: T of V3 equation 24. A module that looks further ahead weighs less then."""
     balance: float = 1e-4
     """Sequence-wise balance: alpha of V3 section 2.1.2, equation 17."""
     batch_balance: float = 0.0
@@ -48,8 +51,10 @@ class LossWeights:
     """Groups of experts that stand for devices in the two terms above; by default the router's groups."""
 
     def __post_init__(self):
-        weights = [f.name for f in fields(self) if f.name != "devices"]
+        weights = [f.name for f in fields(self) if f.name not in ("devices", "mtp_over")]
         _within(self, 0, float("inf"), *weights)
+        if self.mtp_over not in ("targets", "tokens"):
+            raise ValueError(f"mtp_over must be targets or tokens, not {self.mtp_over!r}.")
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices must be at least 1, not {self.devices}.")
 
