@@ -6,108 +6,52 @@ Two spellings are read, that of the released files (``rope_theta`` with ``rope_s
 there. Another that is missing has the value that transformers gives it, which is V3's.
 """
 
-import sys
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from typing import Any
 
-from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.checks import ConfigError
+from deepseek_jax.configs.json_fields import (
+    ATTENTION,
+    FIXED,
+    IDLE,
+    KNOWN,
+    MODEL,
+    MOE,
+    MOST_LAID_OUT,
+    MOST_MTP,
+    YARN,
+    Fields,
+)
+from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.notes import shown
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-ALIASES = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-YARN_FIELDS = (
-    "type",
-    "rope_type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-    "truncate",
-    "partial_rotary_factor",
-)
-# Fields with one value that is built; any other is refused.
-FIXED = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-# Axes are counted in 32 bits. Layers and experts are laid out one by one, so that far fewer exhaust the memory.
-MOST = 2**31 - 1
-MOST_LAID_OUT = 10_000
-
-
-class _Fields:
-    """Typed access to a JSON object; every refusal names the field and its value."""
-
-    def __init__(self, data: dict, where: str = "config.json"):
-        if not isinstance(data, dict):
-            raise ConfigError(f"{where} must be a JSON object, not {type(data).__name__} ({data!r}).")
-        self.data, self.where = data, where
-
-    def value(self, name: str, *default) -> Any:
-        """The field's value under either spelling; without a default a missing field is an error."""
-        alias = ALIASES.get(name)
-        if alias in self.data and name in self.data and self.data[alias] != self.data[name]:
-            raise ConfigError(
-                f"{self.where} contradicts itself: {name} is {self.data[name]!r}, {alias} {self.data[alias]!r}."
-            )
-        for spelling in (name, alias):
-            if spelling in self.data:
-                return self.data[spelling]
-        if not default:
-            raise ConfigError(f"{self.where} lacks {name}, which the shapes of the tensors depend on.")
-        return default[0]
-
-    def _typed(self, name: str, kinds: tuple[type, ...], kind: str, default):
-        value = self.value(name, *default)
-        if value is None and default and default[0] is None:
-            return None
-        # In Python a bool is an int.
-        if not isinstance(value, kinds) or isinstance(value, bool) != (bool in kinds):
-            raise ConfigError(f"{self.where}: {name} must be {kind}, not {value!r}.")
-        return value
-
-    def integer(self, name: str, *default, most: int = MOST) -> Any:
-        value = self._typed(name, (int,), "an integer", default)
-        if value is not None and value > most:
-            raise ConfigError(f"{self.where}: {name} must be at most {most}; a larger one is not built.")
-        return value
-
-    def number(self, name: str, *default) -> Any:
-        value = self._typed(name, (int, float), "a number", default)
-        # An integer of JSON has any length, a float of Python's JSON may be NaN or Infinity.
-        if value is not None and not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{self.where}: {name} must be a finite number, not {str(value)[:20]}.")
-        return value if value is None else float(value)
-
-    def flag(self, name: str, *default) -> Any:
-        return self._typed(name, (bool,), "true or false", default)
+ROPE_KEYS = {"default": ("type", "rope_type", "rope_theta", "partial_rotary_factor")}
+ROPE_KEYS["yarn"] = (*ROPE_KEYS["default"], *YARN.values(), "attention_factor", "truncate")
 
 
 def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     """The model that a published config.json describes. ``name``: what to call it; default its model_type.
 
     Raises ConfigError for a model_type or mechanism that is not built, a missing field that shapes a tensor,
-    a field of the wrong type or too large, and fields that contradict each other.
+    a field of the wrong type or too large, and fields that contradict each other, in the file's names. Fields that
+    nothing reads are named in a `CheckpointWarning`; those that released files hold and no model needs are known.
     """
-    fields = _Fields(data)
+    fields = Fields(data)
     model_type = fields.value("model_type", None)
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}."
+            f"config.json: model_type {shown(model_type)} is not supported; supported: {', '.join(MODEL_TYPES)}."
         )
+    fields.note_unknown(KNOWN, IDLE)
     for field, built in FIXED.items():
         value = fields.value(field, built)
         if value != built:
-            raise ConfigError(f"config.json: {field} {value!r} is not supported, only {built!r}.")
+            raise ConfigError(f"config.json: {field} {shown(value)} is not supported, only {built!r}.")
     attention = _attention(fields)
     layers = fields.integer("num_hidden_layers", most=MOST_LAID_OUT)
-    depth = fields.integer("num_nextn_predict_layers", most=MOST_LAID_OUT)
+    depth = fields.integer("num_nextn_predict_layers", most=MOST_MTP)
     dense = fields.integer("first_k_dense_replace")
     if depth > 0 and layers <= dense < layers + depth:
         raise ConfigError(
@@ -115,7 +59,8 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
             "MoE; an MTP layer is of the kind that ends the model."
         )
     has_moe = dense < layers or fields.value("n_routed_experts", None) is not None
-    return ModelConfig(
+    return fields.make(
+        ModelConfig,
         name=name or model_type,
         vocab_size=fields.integer("vocab_size"),
         dim=fields.integer("hidden_size"),
@@ -140,13 +85,14 @@ def eos_ids(value, file: str) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool):
-            raise ConfigError(f"{file}: eos_token_id must hold integers, not {value!r}.")
+            raise ConfigError(f"{file}: eos_token_id must hold integers, not {shown(value)}.")
     return ids
 
 
-def _attention(fields: _Fields) -> MLA:
+def _attention(fields: Fields) -> MLA:
     heads = fields.integer("num_attention_heads")
-    attention = MLA(
+    attention = fields.make(
+        MLA,
         n_heads=heads,
         q_rank=fields.integer("q_lora_rank") if fields.value("q_lora_rank") is not None else None,
         kv_rank=fields.integer("kv_lora_rank"),
@@ -166,8 +112,9 @@ def _attention(fields: _Fields) -> MLA:
     return attention
 
 
-def _moe(fields: _Fields) -> MoE:
-    return MoE(
+def _moe(fields: Fields) -> MoE:
+    return fields.make(
+        MoE,
         n_experts=fields.integer("n_routed_experts", most=MOST_LAID_OUT),
         top_k=fields.integer("num_experts_per_tok", 8),
         expert_dim=fields.integer("moe_intermediate_size"),
@@ -179,37 +126,37 @@ def _moe(fields: _Fields) -> MoE:
     )
 
 
-def _rope(fields: _Fields) -> Rope:
+def _rope(fields: Fields) -> Rope:
     """One of the two spellings; both, as transformers writes them for older readers, have to agree."""
     found = {}
     for spelling in ("rope_parameters", "rope_scaling"):
         if fields.value(spelling, None) is not None:
-            found[spelling] = _rope_spelled(fields, _Fields(fields.data[spelling], f"config.json {spelling}"))
+            found[spelling] = _rope_spelled(fields, Fields(fields.data[spelling], f"config.json {spelling}"))
     if len(set(found.values())) > 1:
         raise ConfigError(
             "config.json contradicts itself: rope_parameters and rope_scaling describe different RoPEs, "
-            f"{fields.data['rope_parameters']!r} and {fields.data['rope_scaling']!r}."
+            f"{shown(fields.data['rope_parameters'])} and {shown(fields.data['rope_scaling'])}."
         )
     for rope in found.values():
         return rope
     interleaved = fields.flag("rope_interleave", True)
-    return Rope(fields.number("rope_theta", 10000.0), interleaved=interleaved)
+    return fields.make(Rope, theta=fields.number("rope_theta", 10000.0), interleaved=interleaved)
 
 
-def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
-    unknown = sorted(set(rope.data) - set(YARN_FIELDS))
-    if unknown:
-        raise ConfigError(f"{rope.where}: unknown fields {', '.join(unknown)}; known are {', '.join(YARN_FIELDS)}.")
+def _rope_spelled(fields: Fields, rope: Fields) -> Rope:
     kinds = [rope.data[key] for key in ("rope_type", "type") if rope.data.get(key) is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
-        raise ConfigError(f"{rope.where} contradicts itself: rope_type and type are {kinds[0]!r} and {kinds[1]!r}.")
+        raise ConfigError(
+            f"{rope.where} contradicts itself: rope_type and type are {shown(kinds[0])} and {shown(kinds[1])}."
+        )
     kind = kinds[0] if kinds else "default"
     if kind not in ("default", "yarn"):
-        raise ConfigError(f"{rope.where}: rope type {kind!r} is not supported, only 'default' and 'yarn'.")
+        raise ConfigError(f"{rope.where}: rope type {shown(kind)} is not supported, only 'default' and 'yarn'.")
+    rope.note_unknown(ROPE_KEYS[kind], frozenset())
     for name, built in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1.0)):
         value = rope.value(name, built)
         if value is not None and value != built:
-            raise ConfigError(f"{rope.where}: {name} {value!r} is not supported.")
+            raise ConfigError(f"{rope.where}: {name} {shown(value)} is not supported.")
     theta = rope.number("rope_theta", None)
     outer = fields.number("rope_theta", None)
     if theta is not None and outer is not None and theta != outer:
@@ -218,7 +165,8 @@ def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
     yarn = None
     if kind == "yarn":
         # Without mscale_all_dim the softmax is not scaled; 0 says so here as it does in the reference.
-        yarn = Yarn(
+        yarn = rope.make(
+            Yarn,
             factor=rope.number("factor"),
             original_length=rope.integer("original_max_position_embeddings"),
             beta_fast=rope.number("beta_fast", None) or 32.0,
@@ -226,63 +174,58 @@ def _rope_spelled(fields: _Fields, rope: _Fields) -> Rope:
             mscale=rope.number("mscale", None) or 0.0,
             mscale_all_dim=rope.number("mscale_all_dim", None) or 0.0,
         )
-    return Rope(theta, yarn, fields.flag("rope_interleave", True))
+    return fields.make(Rope, theta=theta, yarn=yarn, interleaved=fields.flag("rope_interleave", True))
 
 
 def config_to_json(cfg: ModelConfig, quantization: dict | None = None) -> dict:
-    """The published config.json of a model; ``quantization``: its quantization_config, if any."""
-    a, moe, yarn = cfg.attention, cfg.moe, cfg.attention.rope.yarn
-    data = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": cfg.model_type,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
-        "num_hidden_layers": cfg.n_layers,
-        "num_nextn_predict_layers": cfg.mtp_depth,
-        # A model that ends dense has dense MTP layers as well.
-        "first_k_dense_replace": cfg.n_dense_layers if cfg.n_moe_layers else cfg.n_layers + cfg.mtp_depth,
-        "num_attention_heads": a.n_heads,
-        "num_key_value_heads": a.n_heads,
-        "q_lora_rank": a.q_rank,
-        "kv_lora_rank": a.kv_rank,
-        "qk_nope_head_dim": a.nope_dim,
-        "qk_rope_head_dim": a.rope_dim,
-        "v_head_dim": a.v_dim,
-    }
+    """The published config.json of a model; ``quantization``: its quantization_config, if any.
+
+    Raises ConfigError where reading it back would give another model: a config that the file cannot carry is not
+    written as one that it can.
+    """
+    a, moe, rope = cfg.attention, cfg.moe, cfg.attention.rope
+    data: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
+    data |= {theirs: getattr(cfg, ours) for ours, theirs in MODEL.items()}
+    data |= {theirs: getattr(a, ours) for ours, theirs in ATTENTION.items()}
+    data["num_key_value_heads"] = a.n_heads
+    if not cfg.n_moe_layers:  # a model that ends dense has dense MTP layers as well
+        data["first_k_dense_replace"] = cfg.n_layers + cfg.mtp_depth
     if moe is not None:
-        data |= {
-            "n_routed_experts": moe.n_experts,
-            "n_shared_experts": moe.n_shared,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.expert_dim,
-            "n_group": moe.n_groups,
-            "topk_group": moe.top_groups,
-            "norm_topk_prob": moe.normalize,
-            "routed_scaling_factor": moe.scale,
-        }
-    scaling = None
-    if yarn is not None:
-        scaling = {
-            "type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_length,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
-    data |= FIXED | {
-        "rope_theta": a.rope.theta,
-        "rope_scaling": scaling,
-        "rope_interleave": a.rope.interleaved,
-        "rms_norm_eps": cfg.norm_eps,
-        "max_position_embeddings": cfg.max_length,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "initializer_range": cfg.init_std,
-        "bos_token_id": cfg.bos_id,
-        "eos_token_id": cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
-    }
+        data |= {theirs: getattr(moe, ours) for ours, theirs in MOE.items()}
+    data |= FIXED | {"rope_theta": rope.theta, "rope_scaling": None, "rope_interleave": rope.interleaved}
+    if rope.yarn is not None:
+        scaling = {theirs: getattr(rope.yarn, ours) for ours, theirs in YARN.items()}
+        data["rope_scaling"] = {"type": "yarn", **scaling}
+    data["eos_token_id"] = cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None
     if quantization is not None:
         data["quantization_config"] = quantization
+    check_carried(cfg, data)
     return data
+
+
+def check_carried(cfg: ModelConfig, data: dict) -> None:
+    """Raises ConfigError, naming what differs, unless a config.json is read as ``cfg``."""
+    try:
+        again = config_from_json(data, cfg.name)
+    except ConfigError as error:
+        raise ConfigError(f"config.json cannot carry this model, which is not saved: {error}") from None
+    if again != cfg:
+        lost = "; ".join(_differences("", cfg, again)) or f"it is a {type(cfg).__name__}"
+        raise ConfigError(
+            f"config.json cannot carry this model, which is not saved: {lost}. What the file holds is said in "
+            "deepseek_jax/configs/hf.py and json_fields.py."
+        )
+
+
+def _differences(where: str, ours, read) -> list[str]:
+    """The fields in which a config differs from the one that its file would be read as."""
+    if not is_dataclass(ours) or not is_dataclass(read):
+        return [] if ours == read else [f"{where or 'it'} is {shown(ours)} and would be read as {shown(read)}"]
+    found = []
+    for field in fields_of(ours):
+        name = f"{where}.{field.name}".lstrip(".")
+        if not hasattr(read, field.name):
+            found.append(f"{name} is {shown(getattr(ours, field.name))} and has no field in the file")
+        else:
+            found += _differences(name, getattr(ours, field.name), getattr(read, field.name))
+    return found

@@ -6,14 +6,9 @@ config that exists is one that can be built.
 
 from dataclasses import dataclass
 
+from deepseek_jax.configs.checks import ConfigError, check_types, require
 
-class ConfigError(ValueError):
-    """A model config that contradicts itself, or that describes something not built here."""
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
+__all__ = ["MLA", "ConfigError", "MoE", "ModelConfig", "Rope", "Yarn"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +27,10 @@ class Yarn:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
-        _require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
-        _require(self.original_length > 0, f"YaRN original_length must be positive: {self.original_length}.")
-        _require(
+        check_types(self, finite=True)
+        require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
+        require(self.original_length > 0, f"YaRN original_length must be positive, not {self.original_length}.")
+        require(
             self.beta_fast >= self.beta_slow > 0,
             f"YaRN needs beta_fast >= beta_slow > 0, not {self.beta_fast} and {self.beta_slow}.",
         )
@@ -49,7 +45,8 @@ class Rope:
     interleaved: bool = True
 
     def __post_init__(self):
-        _require(self.theta > 1, f"RoPE theta must exceed 1, not {self.theta}.")
+        check_types(self, finite=True)
+        require(self.theta > 1, f"RoPE theta must exceed 1, not {self.theta}.")
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,11 @@ class MLA:
     rope: Rope = Rope()
 
     def __post_init__(self):
+        check_types(self, finite=True)
         for name in ("n_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
-            _require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
-        _require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None: {self.q_rank}.")
-        _require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
+            require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
+        require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None, not {self.q_rank}.")
+        require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
 
 
 @dataclass(frozen=True)
@@ -89,27 +87,28 @@ class MoE:
     scale: float = 1.0
 
     def __post_init__(self):
+        check_types(self, finite=True)
         for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
-            _require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
-        _require(self.n_shared >= 0, f"MoE n_shared must not be negative: {self.n_shared}.")
-        _require(
+            require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
+        require(self.n_shared >= 0, f"MoE n_shared must not be negative, as {self.n_shared} is.")
+        require(
             self.n_experts % self.n_groups == 0,
-            f"{self.n_experts} experts do not divide into {self.n_groups} groups.",
+            f"n_experts={self.n_experts} does not divide into n_groups={self.n_groups} groups.",
         )
-        _require(
+        require(
             self.top_groups <= self.n_groups,
             f"top_groups={self.top_groups} exceeds n_groups={self.n_groups}.",
         )
         per_group = self.n_experts // self.n_groups
-        _require(
+        require(
             self.n_groups == 1 or per_group >= 2,
-            f"a group is scored by its two best experts, but {self.n_groups} groups of {self.n_experts} "
-            f"experts have {per_group} each.",
+            f"a group is scored by its two best experts, but n_groups={self.n_groups} of n_experts={self.n_experts} "
+            f"have {per_group} each.",
         )
-        _require(
+        require(
             self.top_k <= self.top_groups * per_group,
-            f"top_k={self.top_k} exceeds the {self.top_groups * per_group} experts that {self.top_groups} "
-            f"of {self.n_groups} groups offer.",
+            f"top_k={self.top_k} exceeds the {self.top_groups * per_group} experts that top_groups={self.top_groups} "
+            f"of n_groups={self.n_groups} offer, of n_experts={self.n_experts}.",
         )
 
 
@@ -139,25 +138,26 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = (1,)
 
     def __post_init__(self):
+        check_types(self, finite=True)
         for name in ("vocab_size", "dim", "n_layers", "ffn_dim", "max_length"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        _require(self.mtp_depth >= 0, f"mtp_depth must not be negative: {self.mtp_depth}.")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        require(self.mtp_depth >= 0, f"mtp_depth must not be negative, as {self.mtp_depth} is.")
+        require(
             0 <= self.n_dense_layers <= self.n_layers,
-            f"n_dense_layers={self.n_dense_layers} does not lie within the {self.n_layers} layers.",
+            f"n_dense_layers={self.n_dense_layers} does not lie within n_layers={self.n_layers}.",
         )
-        _require(
+        require(
             self.moe is not None or self.n_dense_layers == self.n_layers,
             f"{self.n_layers - self.n_dense_layers} layers are neither dense nor have a MoE config.",
         )
-        _require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
-        _require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
+        require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
+        require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
         for name, ids in (
             ("bos_id", () if self.bos_id is None else (self.bos_id,)),
             ("eos_ids", self.eos_ids),
         ):
             for i in ids:
-                _require(0 <= i < self.vocab_size, f"{name} {i} lies outside the vocabulary of {self.vocab_size}.")
+                require(0 <= i < self.vocab_size, f"{name} {i} lies outside vocab_size={self.vocab_size}.")
 
     @property
     def n_moe_layers(self) -> int:

@@ -223,7 +223,7 @@ def ladder(
             yield compare(out.captured["block"][layer], seen.captured["block"][layer], layer, "block")
         yield compare(out.hidden, seen.hidden, None, "final norm")
         yield compare(out.logits, seen.logits, None, "logits")
-        yield from _mtp_rows(out, seen, cfg.moe)
+        yield from _mtp_rows(out, seen, cfg.moe if cfg.mtp_is_moe else None)
         yield from _decoding_rows(model, tokens[:, : T // 2], generated, decoded)
         if gradients:
             experts = jnp.asarray(np.stack(seen.index), jnp.int32) if cfg.n_moe_layers else None
@@ -239,8 +239,11 @@ def _mtp_rows(out: Output, seen: Observed, moe: MoE | None) -> Iterator[Row | Ro
     reached = np.zeros(out.logits.shape[:2], bool)
     for depth, theirs in enumerate(seen.mtp_logits):
         n = theirs.shape[1]
-        same = ~reached[:, :n]
-        ours, index = out.mtp_logits[depth][:, :n], np.asarray(out.mtp_aux.expert_index[depth][:, :n])
+        same, ours = ~reached[:, :n], out.mtp_logits[depth][:, :n]
+        if moe is None:
+            yield compare(ours, theirs, None, f"MTP {depth} logits")
+            continue
+        index = np.asarray(out.mtp_aux.expert_index[depth][:, :n])
         choices = (index, np.asarray(seen.mtp_index[depth]), np.asarray(seen.mtp_biased[depth]))
         yield agreement(*(a[same] for a in choices), moe, what=f"MTP {depth} router")
         # An MTP router's flip cannot be replayed. It moves its own token and, in later modules, those after it.

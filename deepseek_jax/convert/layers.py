@@ -21,7 +21,7 @@ import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
-from deepseek_jax.convert.names import SCALE, Tensor, layout
+from deepseek_jax.convert.names import SCALE, Tensor, check_size, layout
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.small_files import LARGE
 
@@ -96,6 +96,7 @@ class Layers:
         self.folder = Path(folder)
         self.record = read_record(self.folder)
         self.entries: dict[str, LayerEntry] = {}
+        check_size(cfg, {name for names in self.record["files"].values() for name in names}, self.folder)
         self.arrays: dict[tuple[str, tuple[str, ...]], Array | None] = {}
         self._held: tuple[Array | None, np.ndarray | None] = (None, None)
         for name, place in places(cfg, block).items():

@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_jax.configs.hf import config_from_json, eos_ids
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
-from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, layout
+from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, check_size, layout, widest
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
@@ -22,6 +22,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.notes import shown
 from deepseek_jax.parallel.placement import place
 
 FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
@@ -94,7 +95,9 @@ def open_checkpoint(
     """A published or converted folder, its tensors not yet read; ``without``: prefixes of names to leave out."""
     if (folder / RECORD).exists():
         return Layers(folder, cfg, block)
-    return Checkpoint(folder, lambda name: not name.startswith(without))
+    checkpoint = Checkpoint(folder, lambda name: not name.startswith(without))
+    check_size(cfg, checkpoint.entries, folder)
+    return checkpoint
 
 
 def _load(
@@ -139,29 +142,32 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
         cfg = config_from_json(data, name=folder.resolve().name)
         if "eos_token_id" in stops:
             cfg = replace(cfg, eos_ids=eos_ids(stops["eos_token_id"], generation.name))
-        return cfg, block_size(data)
+        return cfg, block_size(data, cfg)
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from None
 
 
-def block_size(data: dict) -> tuple[int, int]:
+def block_size(data: dict, cfg: ModelConfig) -> tuple[int, int]:
     """The FP8 block of a config.json's quantization_config, 128 x 128 without one.
 
+    A block beyond every tensor means one scale a tensor, as the smallest such block does, which is returned for it.
     Raises ConfigError for another format than block-wise FP8 E4M3.
     """
     quantization = data.get("quantization_config")
     if quantization is None:
         return BLOCK
     if not isinstance(quantization, dict):
-        raise ConfigError(f"config.json: quantization_config must be an object, not {quantization!r}.")
+        raise ConfigError(f"config.json: quantization_config must be an object, not {shown(quantization)}.")
     for field, built in (("quant_method", "fp8"), ("fmt", "e4m3")):
         value = quantization.get(field, built if field == "fmt" else None)
         if value != built:
-            raise ConfigError(f"config.json: quantization_config {field} {value!r} is not supported, only {built!r}.")
+            raise ConfigError(
+                f"config.json: quantization_config {field} {shown(value)} is not supported, only {built!r}."
+            )
     block = quantization.get("weight_block_size", list(BLOCK))
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {block!r}.")
-    return tuple(block)
+        raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {shown(block)}.")
+    return tuple(min(n, widest(cfg)) for n in block)
 
 
 def scale_shape(tensor: Tensor, block: tuple[int, int]) -> tuple[int, int]:

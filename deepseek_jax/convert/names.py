@@ -6,10 +6,14 @@ stands: the leaf with fused heads, for instance q_b [L, Q, N * X], experts' gate
 """
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path as FilePath
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.model.transformer import abstract
 
@@ -56,6 +60,8 @@ ROOT = (
 COPIES = (("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head"))
 HALVES = ("gate", "up")
 # Buffers that older tools saved; they follow from the config.
+# What `layout` makes in a second, whatever the files hold.
+MOST_LAID_OUT = 100_000
 IGNORED = ("rotary_emb.inv_freq",)
 
 Path = tuple[str | int, ...]
@@ -152,6 +158,31 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
     if missing:
         raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")
     return tuple(tensors), leaves
+
+
+def widest(cfg: ModelConfig) -> int:
+    """The largest extent of a matrix that releases quantise."""
+    a, moe = cfg.attention, cfg.moe
+    heads = a.n_heads * max(a.nope_dim + max(a.rope_dim, a.v_dim), a.v_dim)
+    experts = 0 if moe is None else moe.expert_dim * max(1, moe.n_shared)
+    return max(cfg.dim, cfg.ffn_dim, heads, a.kv_rank + a.rope_dim, a.q_rank or 0, experts)
+
+
+def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> None:
+    """Raises CheckpointError where a config implies so many more tensors than there are that it cannot be theirs.
+
+    Laying them out one by one, to name what is missing, would take the memory that the numbers in config.json claim.
+    """
+    layers = len({layer[1] for layer in (re.match(r"model\.layers\.(\d+)\.", name) for name in names) if layer})
+    moe = 0 if cfg.moe is None else cfg.n_moe_layers + (cfg.mtp_depth if cfg.mtp_is_moe else 0)
+    per_moe = 0 if cfg.moe is None else 3 * cfg.moe.n_experts
+    tensors = (cfg.n_layers + cfg.mtp_depth) * len(ATTENTION) + moe * per_moe
+    if tensors > MOST_LAID_OUT + 4 * len(names) or cfg.n_layers > 2 * layers + 100:
+        experts = "" if cfg.moe is None else f" and n_routed_experts {cfg.moe.n_experts}"
+        raise CheckpointError(
+            f"{folder}: config.json says num_hidden_layers {cfg.n_layers}, num_nextn_predict_layers {cfg.mtp_depth}"
+            f"{experts}, which is some {tensors} tensors; the files hold {len(names)} in {layers} layers."
+        )
 
 
 def _leaf(shape: tuple[int, ...], path: Path, theirs: str, stacked: int, block: tuple[int, int]) -> Leaf:

@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.configs.hf import ALIASES, ROPE_FIELDS, config_to_json, eos_ids
+from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
+from deepseek_jax.configs.json_fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.load import block_size, has_bad, read_config, scale_shape
 from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
@@ -62,14 +63,16 @@ def save_pretrained(
     Of a model in shards one published tensor after the other is gathered. Several processes all call this; the first
     one writes, and the others return when they have given their part.
 
-    Raises FileExistsError when ``path`` is there and not empty, CheckpointError when ``like`` does not hold
-    the model's tensors, ValueError for an unknown ``quantize``, a model with adapters and values that are not finite.
+    Raises, before anything is written, FileExistsError when ``path`` is there and not empty, ConfigError for a model
+    that config.json cannot carry, CheckpointError when ``like`` does not hold the model's tensors, ValueError for an
+    unknown ``quantize`` and a model with adapters; later ValueError for values that are not finite.
     """
     if quantize not in (None, "fp8"):
         raise ValueError(f'quantize={quantize!r}: choose "fp8" or None.')
     if any(isinstance(v, Adapter) for v in variables(model)):
         raise ValueError("the model has adapters: merge them (train.lora.merge), or write them apart (save_adapter).")
     template = _Template(like, model.cfg) if like is not None else None
+    _config_fields(model.cfg, template)
     with new_folder(path) if is_first() else nullcontext() as folder:
         _write(model, folder, quantize, template)
 
@@ -106,7 +109,7 @@ class _Template:
         self.checkpoint = Checkpoint(folder)
         self.folder, self.entries = self.checkpoint.folder, self.checkpoint.entries
         self.config = load_json(self.folder / "config.json")
-        self.block = block_size(self.config)
+        self.block = block_size(self.config, cfg)
         self.powers_of_two = (self.config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
         tensors, _ = layout(cfg, self.block)
         for tensor in tensors:
@@ -289,18 +292,32 @@ def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], li
         }
         if E8M0 in scales:
             quantization["scale_fmt"] = "ue8m0"
-    data = config_to_json(cfg, quantization)
-    data["torch_dtype"] = specs["model.embed_tokens.weight"][0].name
-    data["deepseek_jax_version"] = __version__
-    if like is None:
-        return data
-    if "quantization_config" in like.config:
+    data = _config_fields(cfg, like)
+    if quantization is not None:
+        data["quantization_config"] = quantization
+    if like and "quantization_config" in like.config:
         data["quantization_config"] = like.config["quantization_config"]
-    if same_model(like.folder, cfg):
-        changed = {k: data[k] for k in ("quantization_config", "deepseek_jax_version") if k in data}
-        return like.config | changed
-    known = {*ALIASES.values(), *ROPE_FIELDS, "qk_head_dim"}
-    return {key: value for key, value in like.config.items() if key not in known} | data
+    if like and same_model(like.folder, cfg):
+        return data
+    data["torch_dtype"] = specs["model.embed_tokens.weight"][0].name
+    return data
+
+
+def _config_fields(cfg: ModelConfig, like: _Template | None) -> dict:
+    """What a config.json says of the model itself, and what it takes over from ``like``'s.
+
+    Raises ConfigError where it would be read as another model.
+    """
+    data = config_to_json(cfg)
+    if like is None:
+        kept = {}
+    elif same_model(like.folder, cfg):
+        kept, data = like.config, {}
+    else:
+        known = {*ALIASES.values(), *ROPE_FIELDS, *FOLLOWING}
+        kept = {key: value for key, value in like.config.items() if key not in known}
+        check_carried(cfg, kept | data)
+    return kept | data | {"deepseek_jax_version": __version__}
 
 
 def same_model(folder: Path, cfg: ModelConfig) -> bool:

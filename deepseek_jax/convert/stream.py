@@ -21,7 +21,7 @@ from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
 from deepseek_jax.convert.layers import FORMAT, FORMAT_VERSION, RECORD, Layers, Place, places
 from deepseek_jax.convert.load import check_copy, check_finite, check_tensors, read_config
-from deepseek_jax.convert.names import IGNORED, SCALE, layout
+from deepseek_jax.convert.names import IGNORED, SCALE, check_size, layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.convert.save import check_free, copy_files, index_json, write_json
 from deepseek_jax.version import __version__
@@ -51,6 +51,7 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
             _to_published(layers, folder, progress)
         return "published"
     checkpoint = Checkpoint(source)
+    check_size(cfg, checkpoint.entries, source)
     check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
     _check_uniform(checkpoint, places(cfg, block))
     with _staging(checkpoint, destination) as folder:

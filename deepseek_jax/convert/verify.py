@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.convert.names import IGNORED
+from deepseek_jax.notes import shown
 from deepseek_jax.small_files import LARGE, read_json
 
 EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
@@ -168,8 +169,9 @@ class Reference:
                 handles.append(layer.mlp.gate.register_forward_hook(route(seen.index, seen.biased, replay)))
                 moe += 1
         for layer in self.mtp:
-            gate = layer.mtp_block.mlp.gate
-            handles.append(gate.register_forward_hook(route(seen.mtp_index, seen.mtp_biased, None)))
+            if hasattr(layer.mtp_block.mlp, "gate"):
+                gate = layer.mtp_block.mlp.gate
+                handles.append(gate.register_forward_hook(route(seen.mtp_index, seen.mtp_biased, None)))
         try:
             yield
         finally:
@@ -189,7 +191,7 @@ def _long(array):
 def build_reference(config: dict) -> Reference:
     """transformers' modules for a parsed ``config.json``, float32, their weights not filled in.
 
-    Raises VerifyError when PyTorch or transformers is missing.
+    Raises VerifyError when PyTorch or transformers is missing, and for a config that transformers does not take.
     """
     try:
         import torch
@@ -204,10 +206,18 @@ def build_reference(config: dict) -> Reference:
         raise VerifyError(f"{EXTRA} ({error})") from None
 
     dropped = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype")
-    config = DeepseekV3Config(**{k: v for k, v in config.items() if k not in dropped})
+    try:
+        config = DeepseekV3Config(**{k: v for k, v in config.items() if k not in dropped})
+    except Exception as error:  # its checks raise exceptions of several libraries
+        raise VerifyError(
+            "there is no reference for this config: transformers refuses it "
+            f"({type(error).__name__}: {shown(str(error), quoted=False)})."
+        ) from None
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     with no_init_weights():
         main = DeepseekV3ForCausalLM(config).float().eval()
+        if config.tie_word_embeddings:  # left out with the initialisation
+            main.lm_head.weight = main.model.embed_tokens.weight
         mtp = torch.nn.ModuleList(
             MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_hidden_layers + depth)
             for depth in range(config.num_mtp_layers or 0)
@@ -234,7 +244,8 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
     import torch
 
     targets = reference.main.state_dict() | {f"mtp.{k}": v for k, v in reference.mtp.state_dict().items()}
-    missing = {slot for name, target in targets.items() for slot in _slots(name, target)}
+    # Without shared experts the reference has networks of width 0, for which no file holds anything.
+    missing = {slot for name, target in targets.items() if target.numel() for slot in _slots(name, target)}
     if config.get("tie_word_embeddings"):
         missing.discard("lm_head.weight")
     copies, names = [], []
@@ -308,7 +319,7 @@ def read_tensors(path: Path, config: dict, n_layers: int | None = None) -> Itera
                     f"{path / file}: {name} has shape {tuple(tensor.shape)}, its scales {tuple(scale.shape)}; that is "
                     f"not one for each block of {rows} x {columns}."
                 )
-            spread = scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+            spread = scale.repeat_interleave(min(rows, n), 0)[:n].repeat_interleave(min(columns, k), 1)[:, :k]
             tensor = tensor.float() * spread
         yield name, tensor.float()
 

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
+from deepseek_jax.configs.checks import check_types
 from deepseek_jax.core.layout import BATCH, SEQUENCE, Layout
+from deepseek_jax.notes import shown
 
 # Activations that `remat` may name: what the backward pass finds on the device, and what in the host's memory. All else
 # is computed again. "stream": a layer's input; "core": the softmax's output with its sums, of all heads; "attn" and
@@ -44,10 +47,10 @@ class Context:
     tokens go, so that one can travel while another is computed. ``balanced``: a row's tokens stand in
     `balanced_order`. `deepseek_jax.Context` fills these in from a mesh and a layout's name.
 
-    Raises ValueError for unknown choices.
+    Raises ValueError for unknown choices and values of another type.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     layout: Layout | Any = None
     dtype: Any = None
     experts: str = "auto"
@@ -62,11 +65,14 @@ class Context:
     balanced: bool = False
 
     def __post_init__(self):
+        check_types(self, ValueError)
+        if self.dtype is not None and not _is_float(self.dtype):
+            raise ValueError(f"Context(dtype={shown(self.dtype)}): must be a floating dtype, or None.")
         if (self.mesh is None) != (self.layout is None):
             raise ValueError("Context(mesh=..., layout=...): give both or neither.")
         if not self.expert_buffer > 0:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
-        if not isinstance(self.expert_chunks, int) or self.expert_chunks < 1:
+        if self.expert_chunks < 1:
             raise ValueError(f"Context(expert_chunks={self.expert_chunks!r}): must be at least 1.")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"Context(loss_chunk={self.loss_chunk!r}): must be at least one token, or None.")
@@ -104,6 +110,13 @@ class Context:
         use = dict(self.layout.use)
         use[BATCH] = use.pop(SEQUENCE) + use.get(BATCH, ())
         return replace(self, layout=replace(self.layout, use=tuple(use.items())), balanced=False)
+
+
+def _is_float(dtype) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 DEFAULT = Context()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deepseek_jax.configs.checks import check_types
 from deepseek_jax.core import context
 from deepseek_jax.parallel.expert import dispatch
 from deepseek_jax.parallel.rounds import expert_parts
@@ -13,6 +14,7 @@ class Context(context.Context):
     __doc__ = context.Context.__doc__
 
     def __post_init__(self):
+        check_types(self, ValueError)
         if self.mesh is not None:
             object.__setattr__(self, "layout", find_layout(self.layout, self.mesh))
             if self.dispatch is None:

@@ -128,6 +128,7 @@ def train(
                 "--tokenizer out to use its own."
             )
         cfg = replace(cfg, vocab_size=words.vocab_size)
+        published = config_to_json(cfg)  # refuses, before the work, what could not be saved
         if ctx.mesh is not None:
             shardings(abstract(cfg), ctx)
         data = first_then_all(lambda: load_data(text, words, run.tokens, view.say), "tokenising the text")
@@ -136,7 +137,7 @@ def train(
         run.describe(
             model=asdict(cfg), recipe=asdict(recipe), data=data.record(), held_out_tokens=len(held_out.stream_n)
         )
-        run.write_config(config_to_json(cfg))
+        run.write_config(published)
 
         def make() -> Transformer:
             if source is not None:

@@ -6,6 +6,7 @@ schedule is a number of tokens seen: rows times length, padding included.
 
 from dataclasses import dataclass, field, fields, replace
 
+from deepseek_jax.configs.checks import check_types
 from deepseek_jax.train.schedule import count_steps
 
 B, T = 10**9, 10**12
@@ -51,6 +52,7 @@ class LossWeights:
     """Groups of experts that stand for devices in the two terms above; by default the router's groups."""
 
     def __post_init__(self):
+        check_types(self, ValueError)
         weights = [f.name for f in fields(self) if f.name not in ("devices", "mtp_over")]
         _within(self, 0, float("inf"), *weights)
         if self.mtp_over not in ("targets", "tokens"):
@@ -77,6 +79,7 @@ class LearningRate:
     """Tokens and rate, in pairs: from those tokens on the rate is that, whatever the cosine says."""
 
     def __post_init__(self):
+        check_types(self, ValueError)
         _within(self, 0, float("inf"), "peak", "warmup_steps", "decay_to")
         if self.decay_from is not None and not 0 <= self.decay_from < self.decay_until:
             raise ValueError(
@@ -113,6 +116,7 @@ class Optimizer:
     """Muon's step for a learning rate of 1, as root mean square: V4's factor of sqrt(max(n, m))."""
 
     def __post_init__(self):
+        check_types(self, ValueError)
         _within(self, 0, float("inf"), "eps", "weight_decay", "clip", "update_rms")
         _within(self, 0, 1, "b1", "b2", "momentum")
         if self.moments not in DTYPES:
@@ -172,6 +176,7 @@ class Recipe:
     """Steps between lines of the log."""
 
     def __post_init__(self):
+        check_types(self, ValueError)
         for name in ("tokens", "batch_rows", "max_skipped", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -3,15 +3,19 @@
 import contextlib
 import copy
 import json
-from dataclasses import replace
+import re
+import warnings
+from dataclasses import dataclass, fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.configs.hf import YARN_FIELDS, config_from_json, config_to_json
+from deepseek_jax.configs.hf import ROPE_KEYS, config_from_json, config_to_json
+from deepseek_jax.configs.json_fields import NAMES
 from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.notes import CheckpointWarning
 
 # The released config.json of DeepSeek-V3, less the fields that concern no tensor and no number.
 V3 = {
@@ -197,7 +201,6 @@ REFUSED = {
     "two experts": ({"num_local_experts": 8}, "n_routed_experts is 256, num_local_experts 8"),
     "rope type": ({"rope_scaling": {**YARN, "type": "linear"}}, "'linear'"),
     "two rope types": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "rope_type and type"),
-    "rope field": ({"rope_scaling": {**YARN, "short_factor": [1]}}, "short_factor"),
     "two thetas": ({"rope_scaling": {**YARN, "rope_theta": 5e4}}, "rope_theta is 10000.0 and.*50000.0"),
     "two ropes": ({"rope_parameters": {"rope_type": "default"}}, "different RoPEs"),
     "attention_factor": ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor 2.0"),
@@ -205,8 +208,30 @@ REFUSED = {
     "factor": ({"rope_scaling": {**YARN, "factor": "40"}}, "factor must be a number, not '40'"),
     "no factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, "factor"),
     "rope no object": ({"rope_scaling": [1]}, "rope_scaling must be a JSON object"),
-    "groups": ({"n_group": 7}, "256 experts do not divide into 7 groups"),
-    "eos": ({"eos_token_id": 200000}, "eos_ids 200000"),
+    "groups": ({"n_group": 7}, r"config.json: n_routed_experts=256 does not divide into n_group=7 groups\.$"),
+    "default groups": (
+        {"n_routed_experts": 100, "n_group": ...},
+        "n_routed_experts=100 does not divide into n_group=8 groups. The file lacks n_group: 8 was taken",
+    ),
+    "default chosen": (
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": ...},
+        "num_experts_per_tok=8 exceeds the 4 experts .* The file lacks num_experts_per_tok: 8 was taken",
+    ),
+    "length": ({"max_position_embeddings": 0}, "config.json: max_position_embeddings must be positive, not 0"),
+    "expert width": ({"moe_intermediate_size": 0}, "moe_intermediate_size must be positive, not 0"),
+    "epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps must be positive, not 0.0"),
+    "depth": ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must not be negative, as -1 is"),
+    "theta": ({"rope_theta": 1}, "rope_theta must exceed 1, not 1.0"),
+    "original length": (
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 0}},
+        "config.json rope_scaling: YaRN original_max_position_embeddings must be positive",
+    ),
+    "default slope": (
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 0.5}},
+        "YaRN needs beta_fast >= beta_slow > 0, not 0.5 and 1.0",
+    ),
+    "eos": ({"eos_token_id": 200000}, "eos_token_id 200000 lies outside vocab_size=129280"),
+    "long value": ({"hidden_act": "x" * 100_000}, r"hidden_act 'x{50,90}\.\.\.x{50,90}' is not supported"),
     "eos type": ({"eos_token_id": ["a"]}, "eos_token_id"),
     "dense but MoE": ({"first_k_dense_replace": 61}, "first_k_dense_replace 61"),
     "eps": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
@@ -215,7 +240,7 @@ REFUSED = {
     "infinite factor": ({"rope_scaling": {**YARN, "factor": float("inf")}}, "factor must be a finite number, not inf"),
     "NaN scale": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be a finite number, not nan"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000"),
-    "MTP layers": ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers must be at most 10000"),
+    "MTP layers": ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers must be at most 100;"),
     "experts": ({"n_routed_experts": 2**28}, "n_routed_experts must be at most 10000"),
     "width": ({"hidden_size": 2**31}, "hidden_size must be at most 2147483647"),
     "tie": ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
@@ -227,6 +252,81 @@ def test_refused(case):
     changes, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         config_from_json(changed(**changes))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_no_refusal_is_long_or_speaks_of_our_fields(case):
+    with pytest.raises(ConfigError) as caught:
+        config_from_json(changed(**REFUSED[case][0]))
+    words = set(re.findall(r"\w+", str(caught.value)))
+    assert not words & {ours for ours, theirs in NAMES.items() if ours != theirs}
+    assert len(str(caught.value)) < 500
+
+
+def test_unknown_fields_are_named_in_one_line_and_mean_nothing():
+    typo = changed(num_expert_per_tok=2, swiglu_limit=10, **{"y" * 1000: 1})
+    said = (
+        r"^config.json: nothing here reads num_expert_per_tok \(did you mean num_experts_per_tok\?\), swiglu_limit, 'y+"
+    )
+    with pytest.warns(CheckpointWarning, match=said) as caught:
+        assert config_from_json(typo) == config_from_json(V3)
+    assert len(str(caught[0].message)) < 400
+    many = changed(**{f"field_{i}": i for i in range(1000)})
+    with pytest.warns(CheckpointWarning, match="and 990 more; ignored") as caught:
+        config_from_json(many)
+    assert len(caught) == 1
+
+
+def test_unknown_fields_of_the_rope_are_ignored_as_the_reference_does():
+    scaled = changed(rope_scaling={**YARN, "attn_factor": 3.0, "short_factor": [1]})
+    with pytest.warns(CheckpointWarning, match="rope_scaling: nothing here reads attn_factor.*, short_factor; ignored"):
+        assert config_from_json(scaled) == config_from_json(V3)
+    plain = changed(rope_scaling={"rope_type": "default", "factor": 40})
+    with pytest.warns(CheckpointWarning, match="rope_scaling: nothing here reads factor"):
+        assert config_from_json(plain).attention.rope == Rope(10000.0)
+
+
+def test_what_the_reference_writes_itself_is_known():
+    from transformers import DeepseekV3Config
+
+    reference = DeepseekV3Config(rope_scaling=None)
+    config_from_json({**reference.to_dict(), "model_type": "deepseek_v3"})
+    config_from_json(json.loads(reference.to_json_string(use_diff=False)))
+
+
+def test_extras_of_released_files_are_known():
+    extras = {
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+        "pretraining_tp": 1,
+        "ep_size": 1,
+        "use_cache": True,
+        "transformers_version": "4.33.1",
+        "_name_or_path": "x",
+        "pad_token_id": 163839,
+    }
+    assert config_from_json(changed(**extras)) == config_from_json(V3)
+
+
+@dataclass(frozen=True)
+class SoftmaxMoE(MoE):
+    """As CONTRIBUTING's steps add a field: in the schema, and not in the file's names."""
+
+    score: str = "sigmoid"
+
+
+def test_what_the_file_cannot_carry_is_not_written():
+    moe = zoo("tiny-v3").moe
+    soft = replace(
+        zoo("tiny-v3"), moe=SoftmaxMoE(**{f.name: getattr(moe, f.name) for f in fields(moe)}, score="softmax")
+    )
+    with pytest.raises(ConfigError, match=r"cannot carry.*: moe\.score is 'softmax' and has no field.*configs/hf\.py"):
+        config_to_json(soft)
+    with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: .*model_type 'mine'"):
+        config_to_json(zoo("tiny-v3", model_type="mine"))
+    with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: .*num_hidden_layers"):
+        config_to_json(zoo("tiny-v3", n_layers=20_000))
 
 
 def test_no_object():
@@ -302,7 +402,7 @@ ANY_JSON = st.recursive(
     max_leaves=5,
 )
 SPELLINGS = ["rope_parameters", "num_mtp_layers", "num_local_experts", "qk_head_dim"]
-PLACES = [(field,) for field in [*V3, *SPELLINGS]] + [("rope_scaling", field) for field in YARN_FIELDS]
+PLACES = [(field,) for field in [*V3, *SPELLINGS]] + [("rope_scaling", field) for field in ROPE_KEYS["yarn"]]
 
 
 @settings(max_examples=1000, deadline=None)
@@ -311,7 +411,8 @@ def test_any_value_is_read_or_refused(place, value):
     """Any value of any field leads to a ConfigError or to a config that its file can hold."""
     data = copy.deepcopy(V3)
     (data if len(place) == 1 else data[place[0]])[place[-1]] = value
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(ConfigError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)
         cfg = config_from_json(data)
         again = json.loads(json.dumps(config_to_json(cfg), allow_nan=False))
         assert config_from_json(again) == cfg

@@ -2,6 +2,7 @@
 
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 
 from deepseek_jax.configs.schema import MLA, ConfigError, MoE, Rope, Yarn
@@ -110,6 +111,50 @@ def test_configs_are_hashable_and_frozen():
         cfg.dim = 1
 
 
+V3 = zoo("deepseek-v3")
+WRONG_TYPES = [
+    (V3, "dim", "7168", "an integer, not '7168'"),
+    (V3, "dim", 7168.0, "an integer, not 7168.0"),
+    (V3, "n_layers", True, "an integer, not True"),
+    (V3, "mtp_depth", None, "an integer, not None"),
+    (V3, "norm_eps", "1e-6", "a number, not '1e-6'"),
+    (V3, "norm_eps", float("nan"), "a number, not nan"),
+    (V3, "norm_eps", float("inf"), "a number, not inf"),
+    (V3, "norm_eps", 10**400, "a number, not 1000"),
+    (V3, "norm_eps", 1e-6 + 0j, "a number, not "),
+    (V3, "tie_embeddings", 1, "True or False, not 1"),
+    (V3, "name", 3, "text, not 3"),
+    (V3, "moe", {"n_experts": 4}, "a MoE or None, not {'n_experts': 4}"),
+    (V3, "attention", None, "a MLA, not None"),
+    (V3, "eos_ids", [1], r"a tuple, each element an integer, not \[1\]"),
+    (V3, "eos_ids", 1, "a tuple, each element an integer, not 1"),
+    (V3, "eos_ids", (1.0,), "a tuple, each element an integer, not "),
+    (V3, "bos_id", "0", "an integer or None, not '0'"),
+    (V3.attention, "q_rank", 1536.5, "an integer or None, not 1536.5"),
+    (V3.attention, "rope", 10000.0, "a Rope, not 10000.0"),
+    (V3.attention.rope, "theta", "x" * 100_000, "a number, not 'xxx"),
+    (V3.attention.rope, "yarn", 40, "a Yarn or None, not 40"),
+    (V3.attention.rope.yarn, "factor", True, "a number, not True"),
+    (V3.moe, "top_k", np.float32(8), "an integer, not "),
+    (V3.moe, "n_shared", np.array([1]), "an integer, not array"),
+    (V3.moe, "normalize", None, "True or False, not None"),
+]
+
+
+@pytest.mark.parametrize(("owner", "field", "value", "message"), WRONG_TYPES)
+def test_a_value_of_the_wrong_type_is_refused(owner, field, value, message):
+    with pytest.raises(ConfigError, match=f"{type(owner).__name__}: {field} must be {message}") as caught:
+        replace(owner, **{field: value})
+    assert len(str(caught.value)) < 300
+
+
+def test_numbers_become_those_of_python():
+    cfg = replace(V3, dim=np.int64(7168), norm_eps=1, eos_ids=(np.int32(1),), init_std=np.float64(0.5))
+    assert [type(v) for v in (cfg.dim, cfg.norm_eps, cfg.eos_ids[0], cfg.init_std)] == [int, float, int, float]
+    assert cfg == replace(V3, norm_eps=1.0, init_std=0.5)
+    assert hash(cfg) == hash(replace(V3, norm_eps=1.0, init_std=0.5))
+
+
 def test_changes_are_applied():
     cfg = zoo("tiny-v3", n_layers=5, mtp_depth=2)
     assert (cfg.n_layers, cfg.n_moe_layers, cfg.mtp_depth) == (5, 4, 2)
@@ -123,28 +168,25 @@ def test_unknown_and_unbuilt_names_say_so():
             zoo(name)
 
 
-V3 = zoo("deepseek-v3")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: replace(V3, dim=0), "dim must be positive, not 0"),
-        (lambda: replace(V3, n_dense_layers=62), "n_dense_layers=62 does not lie within the 61 layers"),
+        (lambda: replace(V3, n_dense_layers=62), "n_dense_layers=62 does not lie within n_layers=61"),
         (lambda: replace(V3, moe=None), "58 layers are neither dense nor have a MoE config"),
-        (lambda: replace(V3, eos_ids=(129280,)), "eos_ids 129280 lies outside the vocabulary of 129280"),
+        (lambda: replace(V3, eos_ids=(129280,)), "eos_ids 129280 lies outside vocab_size=129280"),
         (lambda: replace(V3, bos_id=-1), "bos_id -1 lies outside"),
-        (lambda: replace(V3.moe, n_groups=7), "256 experts do not divide into 7 groups"),
+        (lambda: replace(V3.moe, n_groups=7), "n_experts=256 does not divide into n_groups=7 groups"),
         (lambda: replace(V3.moe, top_groups=9), "top_groups=9 exceeds n_groups=8"),
-        (lambda: replace(V3.moe, top_k=129), "top_k=129 exceeds the 128 experts that 4 of 8 groups offer"),
+        (lambda: replace(V3.moe, top_k=129), "top_k=129 exceeds the 128 experts that top_groups=4 of n_groups=8 offer"),
         (lambda: replace(V3.moe, n_groups=256), "have 1 each"),
         (lambda: replace(V3.attention, rope_dim=63), "rope_dim must be even, not 63"),
         (lambda: Yarn(factor=0.5, original_length=4096), "YaRN factor must be at least 1, not 0.5"),
         (
             lambda: Yarn(factor=2, original_length=4096, beta_fast=1, beta_slow=2),
-            "YaRN needs beta_fast >= beta_slow > 0, not 1 and 2",
+            "YaRN needs beta_fast >= beta_slow > 0, not 1.0 and 2.0",
         ),
-        (lambda: Rope(theta=1), "RoPE theta must exceed 1, not 1"),
+        (lambda: Rope(theta=1), "RoPE theta must exceed 1, not 1.0"),
     ],
 )
 def test_a_contradiction_is_refused(make, message):

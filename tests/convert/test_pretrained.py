@@ -229,6 +229,32 @@ def test_other_block_sizes(tmp_path, fp8):
     assert Checkpoint(tmp_path / "wide").entries[KV_A + "_scale_inv"].shape == (1, 2)
 
 
+def test_a_block_beyond_every_tensor_is_one_scale_a_tensor(scratch, tmp_path):
+    changed = {n: a[:1, :1] if n.endswith("_scale_inv") else a for n, a in arrays(scratch).items()}
+    write_arrays(scratch, changed)
+    read = []
+    for number, block in enumerate(([512, 512], [10**30, 2**62])):
+        config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block}
+        edit_json(scratch / "config.json", lambda c, config=config: c.update(quantization_config=config))
+        read.append(dsj.load_pretrained(scratch, dtype=None))
+        dsj.save_pretrained(read[-1], tmp_path / str(number))
+        dsj.save_pretrained(read[-1], tmp_path / f"like-{number}", like=scratch)
+        for written in (str(number), f"like-{number}"):
+            again = arrays(tmp_path / written)
+            assert all(again[name].tobytes() == array.tobytes() for name, array in changed.items())
+    for a, b in zip(*map(jax.tree.leaves, read), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same_model(dsj.load_pretrained(scratch, jnp.float32), dsj.load_pretrained(tmp_path / "0", jnp.float32))
+
+
+def test_a_model_that_its_config_json_cannot_carry_is_not_saved(fp8, tmp_path):
+    model = random_model(replace(EDGES, model_type="mine"))
+    for like in (None, fp8):
+        with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: .*model_type 'mine'"):
+            dsj.save_pretrained(model, tmp_path / "new", like=like)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_casting_to_the_template(fp32, fp8, tmp_path):
     """``like`` decides every dtype: float32 in, the FP8 folder's dtypes out, and the other way round."""
     dsj.save_pretrained(edge_model(), tmp_path / "a", like=fp8)
@@ -439,6 +465,14 @@ CONFIG_ERRORS = {
         r"blocks of \(64, 64\) imply",
     ),
     "no object": ({"quantization_config": "fp8"}, ConfigError, "must be an object"),
+    "a forest": (
+        {"num_hidden_layers": 10_000, "n_routed_experts": 10_000, "n_group": 1, "topk_group": 1},
+        CheckpointError,
+        "says num_hidden_layers 10000, .* n_routed_experts 10000, which is some .* tensors; the files hold .* in 4",
+    ),
+    "many experts": ({"n_routed_experts": 8000}, CheckpointError, "tensors are missing"),
+    "many layers": ({"num_hidden_layers": 10_000}, CheckpointError, "says num_hidden_layers 10000, "),
+    "many MTP layers": ({"num_nextn_predict_layers": 100}, CheckpointError, "tensors are missing"),
 }
 
 

@@ -92,6 +92,43 @@ def test_shards_with_an_index_and_old_spelling(fp8, scratch):
     np.testing.assert_array_equal(a, b)
 
 
+ABLATIONS = {
+    "tied": tiny_config(tie_embeddings=True, n_layers=2),
+    "dense": tiny_config(moe=None, n_layers=1, n_dense_layers=1),
+    "dense in a MoE config": tiny_config(n_layers=1, n_dense_layers=1, mtp_depth=2),
+    "no shared expert": tiny_config(moe=replace(CFG.moe, n_shared=0), n_layers=2),
+    "tied without MTP": tiny_config(tie_embeddings=True, n_layers=1, n_dense_layers=0, mtp_depth=0),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_reference_of_an_ablation(name, tmp_path):
+    cfg = ABLATIONS[name]
+    dsj.save_pretrained(random_model(cfg), tmp_path / "model")
+    reference = reference_model(tmp_path / "model")
+    assert (reference.main.lm_head.weight is reference.main.model.embed_tokens.weight) == cfg.tie_embeddings
+    seen = reference.run(TOKENS)
+    assert len(seen.mtp_logits) == cfg.mtp_depth
+    assert len(seen.mtp_index) == cfg.mtp_depth * cfg.mtp_is_moe
+    assert seen.logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_holds_on_every_rung(name, tmp_path):
+    cfg = ABLATIONS[name]
+    dsj.save_pretrained(random_model(cfg), tmp_path / "model")
+    rows = list(ladder(tmp_path / "model", TOKENS, steps=2, gradients=True))
+    assert [row for row in rows if not row.ok] == []
+    assert sum(row.what.endswith("logits") for row in rows) == 2 + cfg.mtp_depth
+
+
+def test_a_config_without_a_reference_says_so(scratch):
+    edit_json(scratch / "config.json", lambda c: c.update(hidden_size="64"))
+    with pytest.raises(VerifyError, match="there is no reference for this config: transformers refuses it"):
+        reference_model(scratch)
+
+
 @pytest.fixture(scope="module")
 def rows(fp8):
     return list(ladder(fp8, TOKENS, steps=3, gradients=True))
