@@ -21,7 +21,8 @@ class Generate:
     ckpt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")] = ()
-    """Text to continue; several texts make a batch."""
+    """Text to continue, in which a control token's name, such as <｜User｜>, is that token; several texts make a
+    batch."""
     prompt_ids: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
     """Token ids to continue instead of text, for a checkpoint without tokenizer.json; nothing is added."""
     chat: bool = False
@@ -156,14 +157,19 @@ def report(counts: list[int], times: list[float], info) -> str:
 
 
 def open_tokenizer(ckpt: Path, needed: str | None):
-    """The checkpoint's tokenizer, None without a tokenizer.json; a ValueError where text was given instead of
-    the option ``needed``."""
+    """The checkpoint's tokenizer, None where it has none; a ValueError where text was given instead of the option
+    ``needed``, and the tokenizer is missing or has ids beyond the model's vocabulary."""
+    from deepseek_jax.convert.load import read_config
+    from deepseek_jax.text.files import has_tokenizer
     from deepseek_jax.text.tokenizer import load_tokenizer
 
     if not ckpt.is_dir():
         raise ValueError(f"{ckpt} is not a checkpoint folder.")
-    if (ckpt / "tokenizer.json").is_file():
-        return load_tokenizer(ckpt)
+    if has_tokenizer(ckpt):
+        tokenizer = load_tokenizer(ckpt)
+        if needed:
+            tokenizer.check_fits(read_config(ckpt)[0].vocab_size)
+        return tokenizer
     if needed:
         raise ValueError(f"{ckpt} has no tokenizer.json, so it takes no text: give token ids with {needed}.")
     return None

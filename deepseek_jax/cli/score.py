@@ -23,7 +23,7 @@ class Score:
     ckpt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """UTF-8 text to score; with --ids, token ids."""
+    """UTF-8 text to score, in which a control token's name is that token; with --ids, token ids."""
     ids: bool = False
     """FILE holds token ids separated by spaces or lines, for a checkpoint without tokenizer.json."""
     tokens: bool = False
@@ -37,14 +37,13 @@ class Score:
 
     def run(self) -> int:
         check_destination(self.json)
+        ctx = self.devices.context()
         tokenizer = open_tokenizer(self.ckpt, needed=None if self.ids else "--ids")
         text = _read(self.file)
         ids = _parse_ids(self.file, text) if self.ids else tokenizer.encode(text)
         if len(ids) < 2:
             raise ValueError(f"{self.file}: {len(ids)} tokens are too few to score; give at least two.")
         n_bytes = None if self.ids else _scored_bytes(tokenizer, text, ids)
-
-        ctx = self.devices.context()
 
         from deepseek_jax.generation.score import score
         from deepseek_jax.parallel.processes import is_first

@@ -89,7 +89,9 @@ class Verify:
         if self.tokens:
             return np.asarray([self.tokens])
         if self.prompt is not None:
-            return np.asarray([load_tokenizer(self.src).encode(self.prompt)])
+            tokenizer = load_tokenizer(self.src)
+            tokenizer.check_fits(vocabulary)
+            return np.asarray([tokenizer.encode(self.prompt)])
         return np.random.default_rng(self.seed).integers(0, vocabulary, (1, self.length))
 
     def _record(self, rows: "list[Row | Routing | Gradients]", tokens: "np.ndarray") -> dict:

@@ -13,7 +13,11 @@ class TokenFileError(ValueError):
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """The sha256 of all that decides a text's ids."""
-    return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+    described = tokenizer.backend.to_str()
+    if any(not added.special for added in tokenizer.backend.get_added_tokens_decoder().values()):
+        # Their names used to be read as the tokens in training text; token folders of then are not those of now.
+        described += "control tokens are read as text"
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def check_same(manifest: dict, wanted: dict, source: Source, folder: Path) -> None:

@@ -5,18 +5,17 @@ plain data only. The environment is the one templates are written for, that of P
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
-from pathlib import Path
 
 import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from deepseek_jax.small_files import read_text
-
 # Names a message's chain of thought goes by; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+# Names that transformers gives a meaning where a checkpoint has several templates.
+DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 class TokenizerError(ValueError):
@@ -24,25 +23,36 @@ class TokenizerError(ValueError):
 
 
 class ChatTemplate:
-    """A compiled template; ``variables`` (bos_token, eos_token, ...) are there in every rendering.
+    """A checkpoint's templates, compiled; ``variables`` (bos_token, eos_token, ...) are there in every rendering.
+
+    ``sources``: the template, or several by name. Of several, ``tool_use`` renders chats with tools, where there is
+    one, and ``default`` all others, as in transformers. ``sorts_tools``: the entries of tools are sorted by name.
 
     Raises:
-        TokenizerError: the source is not a Jinja template.
+        TokenizerError: a source is not a Jinja template.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]):
-        try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise TokenizerError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
-        self._variables = dict(variables)
+    def __init__(self, sources: str | Mapping[str, str], variables: Mapping[str, str], sorts_tools: bool = False):
+        named = {DEFAULT: sources} if isinstance(sources, str) else dict(sources)
+        self._templates = {}
+        for name, source in named.items():
+            try:
+                self._templates[name] = _environment().from_string(source)
+            except (jinja2.TemplateError, RecursionError) as error:
+                which = "" if len(named) == 1 else f" {name!r}"
+                raise TokenizerError(f"The checkpoint's chat template{which} is not valid Jinja: {error}") from error
+        self._variables, self._sorts_tools = dict(variables), sorts_tools
 
-    def render(self, messages: Sequence[Mapping], **variables) -> str:
-        """The text of ``messages``.
+    def render(self, messages: Sequence[Mapping], *, chat_template: str | None = None, **variables) -> str:
+        """The text of ``messages``; ``chat_template``: the name of one of several templates.
+
+        An entry of a message that is null is not ``defined`` for the template and yet ``none``. Templates are written
+        for either: transformers 4 handed null on, which V3's own asks for (``content is none`` is its branch for calls
+        of tools without text), transformers 5 takes such entries out, so that V3's own template fails there.
 
         Raises:
             ValueError: there are no messages, or one is not made of plain data.
-            TokenizerError: the template refuses them, or fails.
+            TokenizerError: no template of that name or for such a chat; or it refuses the messages, or fails.
         """
         if not messages:
             raise ValueError("A chat needs at least one message.")
@@ -50,9 +60,12 @@ class ChatTemplate:
             if not isinstance(message, Mapping):
                 raise ValueError(f"A chat message is a mapping with a role and a content, not {message!r}.")
         known = _plain({"tools": None, "documents": None, **self._variables, **variables})
+        if self._sorts_tools:
+            known["tools"] = _sorted(known["tools"])
         messages = [_message(m) for m in messages]
+        template = self._choose(chat_template, known["tools"] is not None)
         try:
-            return self._template.render(messages=messages, **known)
+            return template.render(messages=messages, **known)
         except jinja2.TemplateError as error:
             raise TokenizerError(f"The checkpoint's chat template refuses this chat: {error}") from error
         except Exception as error:  # the template is a program, and may fail in any way
@@ -60,32 +73,16 @@ class ChatTemplate:
                 f"The checkpoint's chat template fails on this chat: {type(error).__name__}: {error}"
             ) from error
 
-
-def read_template(folder: Path, config: Mapping) -> str | None:
-    """The template's source: ``chat_template.jinja``, else ``chat_template`` of tokenizer_config.json.
-
-    Of several named templates, the one called ``default``.
-
-    Raises:
-        TokenizerError: several templates and none of them the default, or no template where one should be.
-    """
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return read_text(file)
-        except ValueError as error:
-            raise TokenizerError(str(error)) from None
-    template, where = config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template"
-    if template is None or isinstance(template, str):
-        return template
-    entries = template if isinstance(template, list) else []
-    texts = [(entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None,) for entry in entries]
-    if not texts or not all(isinstance(text, str) for pair in texts for text in pair):
-        raise TokenizerError(f"{where} must be text, or a list of objects with name and template, both text.")
-    named = dict(texts)
-    if "default" not in named:
-        raise TokenizerError(f"{where} has the templates {sorted(named)}, none the default.")
-    return named["default"]
+    def _choose(self, name: str | None, tools: bool) -> jinja2.Template:
+        if name is None:
+            name = TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
+        if name not in self._templates:
+            kind = "with" if tools else "without"
+            raise TokenizerError(
+                f"The checkpoint has no chat template {name!r}, for a chat {kind} tools, but "
+                f"{', '.join(map(repr, sorted(self._templates)))}: name one of these with chat_template=."
+            )
+        return self._templates[name]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -104,6 +101,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
@@ -118,14 +116,41 @@ def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
+class _Null(jinja2.Undefined):
+    """What a template finds under the name of an entry that is null: not defined, and none."""
+
+    __slots__ = ()
+    __hash__ = jinja2.Undefined.__hash__
+
+    def __eq__(self, other) -> bool:
+        return other is None or isinstance(other, _Null)
+
+
+class _Message(dict):
+    """A message for a template; ``nulls``: the entries of it that are null, and so are not among its keys."""
+
+    def __init__(self, entries: dict, nulls: Set[str]):
+        super().__init__(entries)
+        self._nulls = nulls
+
+    def __missing__(self, key):
+        if key in self._nulls:
+            return _Null(f"the message's {key!r} is null")
+        raise KeyError(key)
+
+
 def _message(message: Mapping) -> dict:
-    """A message without its empty (None) entries, its reasoning under the name that templates read."""
-    message = _plain({key: value for key, value in message.items() if value is not None})
-    given = [message[name] for name in REASONING if name in message]
+    """A message's entries, its reasoning under the name that templates read; a call of tools may have no content."""
+    entries = _plain({key: value for key, value in message.items() if value is not None})
+    nulls = {str(key) for key, value in message.items() if value is None}
+    if "tool_calls" in entries and "content" not in entries:
+        nulls.add("content")
+    given = [entries[name] for name in REASONING if name in entries]
     if given:
-        message["reasoning_content"] = given[0]
-        message.setdefault("thinking", given[0])
-    return message
+        entries["reasoning_content"] = given[0]
+        entries.setdefault("thinking", given[0])
+    nulls -= set(entries)
+    return _Message(entries, nulls) if nulls else entries
 
 
 def _plain(value):
@@ -137,3 +162,10 @@ def _plain(value):
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise ValueError(f"A chat holds text, numbers, lists and mappings, not a {type(value).__name__}.")
+
+
+def _sorted(value):
+    """Plain data with every object's entries in the order of their names."""
+    if isinstance(value, dict):
+        return {key: _sorted(item) for key, item in sorted(value.items())}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value

@@ -1,19 +1,25 @@
 """A checkpoint's own tokenizer: text to ids and back, by its ``tokenizer.json``, and text as it streams.
 
-Chats are rendered by the checkpoint's own template, see ``chat.py``.
+Chats are rendered by the checkpoint's own template, see ``chat.py``; ``tiktoken.py`` reads ``tiktoken.model``.
+
+A *control token* is one that the file adds to its vocabulary (``added_tokens``): a chat's tags, BOS, EOS, the marks of
+thoughts and tools. Whether it is ``special``, which DeepSeek's own files say of some only, decides what decoding may
+leave out, and nothing else.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from deepseek_jax.notes import shown
-from deepseek_jax.small_files import LARGE, read_json, read_text
-from deepseek_jax.text.chat import ChatTemplate, TokenizerError, read_template
+from deepseek_jax.notes import note, shown
+from deepseek_jax.small_files import LARGE
+from deepseek_jax.text import files, tiktoken
+from deepseek_jax.text.chat import ChatTemplate, TokenizerError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -21,16 +27,33 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """Text to token ids and back.
 
+    ``template``: the chat template's source, or several by name; ``sorts_tools``: whether it is given ``tools`` with
+    their entries sorted by name, as Kimi-K2's own code does. Truncation and padding that ``backend`` holds are
+    settings of a call, left there by a training tool: they are switched off.
+
     Attributes:
         backend: the ``tokenizers.Tokenizer`` that does the work.
         bos_token, eos_token, pad_token: the tokens' text, or None.
         bos_id, eos_id, pad_id: their ids, or None.
         add_bos: whether ``encode`` puts the BOS token first, as ``tokenizer_config.json`` says.
+        folder: what it was loaded from, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict | None = None, template: str | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict | None = None,
+        template: str | Mapping[str, str] | None = None,
+        sorts_tools: bool = False,
+        folder: Path | None = None,
+    ):
         config = config or {}
-        self.backend = backend
+        self.backend, self.folder = backend, folder
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            note(f"the tokenizer's dropout of {backend.model.dropout:g} is left out: a text has one reading here.")
+            backend.model.dropout = None
         special = {name: _token_text(config, name) for name in ("bos_token", "eos_token", "pad_token")}
         self.bos_token, self.eos_token, self.pad_token = special.values()
         self.bos_id, self.eos_id, self.pad_id = (self._id(name, text) for name, text in special.items())
@@ -57,7 +80,7 @@ class Tokenizer:
             )
             if (text := _token_text(config, name)) is not None
         }
-        self._template = ChatTemplate(template, variables) if template is not None else None
+        self._template = ChatTemplate(template, variables, sorts_tools) if template else None
 
     @property
     def has_template(self) -> bool:
@@ -66,37 +89,49 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: ids are below it, unless the file leaves gaps."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """Number of ids: the largest one and 1. A model may have rows for more."""
+        return max(self._known, default=-1) + 1
 
-    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises TokenizerError, naming a token, where an id has no row in a model of ``vocab_size`` rows."""
+        if self.vocab_size <= vocab_size:
+            return
+        beyond = sorted(i for i in self._known if i >= vocab_size)
+        more = f" ({len(beyond)} such tokens)" if len(beyond) > 1 else ""
+        raise TokenizerError(
+            f"The tokenizer's token {shown(self.backend.id_to_token(beyond[0]))} has the id {beyond[0]}, beyond the "
+            f"model's vocab_size of {vocab_size}{more}: take the token out of the tokenizer's files, or add rows to "
+            "the model's embedding and head."
+        )
+
+    def encode(self, text: str, add_bos: bool | None = None, *, special_tokens: bool = True) -> list[int]:
         """The ids of ``text``; ``add_bos`` None puts BOS first where the checkpoint's configuration says so.
+
+        The name of a control token in ``text`` becomes that token, so that prompts may be written out by hand, as in
+        transformers; with ``special_tokens`` False it is read as any other text, as training text is.
 
         Raises:
             ValueError: ``add_bos`` is true and there is no BOS token.
         """
-        return self.encode_batch([text], add_bos)[0]
+        return self.encode_batch([text], add_bos, special_tokens=special_tokens)[0]
 
     def encode_batch(
         self, texts: Sequence[str], add_bos: bool | None = None, *, special_tokens: bool = True
     ) -> list[list[int]]:
-        """``encode`` of many texts at once, on all cores.
-
-        ``special_tokens`` False reads a special token's name in the text as any other text.
-        """
+        """``encode`` of many texts at once, on all cores."""
         add_bos = self.add_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
             raise ValueError("This tokenizer has no BOS token: tokenizer_config.json names none.")
         first = [self.bos_id] if add_bos else []
-        self.backend.encode_special_tokens = not special_tokens
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self.backend if special_tokens else self._without_control
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [first + encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of ``ids``.
 
-        Bytes that are not whole UTF-8 characters become U+FFFD, and so does an id without a token: models
-        have rows for more ids than their tokenizer has tokens.
+        Bytes that are not whole UTF-8 characters become U+FFFD, and so does an id without a token: models have rows
+        for more ids than their tokenizer has tokens, and may sample one of these.
         """
         text = []
         for known, run in itertools.groupby(map(int, ids), key=self._known.__contains__):
@@ -110,7 +145,9 @@ class Tokenizer:
         Args:
             messages: ``{"role": ..., "content": ...}``, and whatever else the template reads.
             add_generation_prompt: whether the text ends where the assistant begins to answer.
-            **variables: more of the template's variables, such as ``tools`` or ``thinking``.
+            **variables: more of the template's variables, such as ``tools`` or ``thinking``; ``chat_template``: the
+                name of one of several templates, which are otherwise chosen as in transformers: with ``tools`` the one
+                called tool_use, where there is one, else the default.
 
         Raises:
             ValueError: the checkpoint has no template, or the template refuses these messages.
@@ -137,7 +174,7 @@ class Tokenizer:
                 "Bytes per token are known for byte-level tokenizers only; the decoder of this one is "
                 f"{type(self.backend.decoder).__name__}."
             )
-        size_V = np.zeros(max(self._known) + 1, np.int32)
+        size_V = np.zeros(self.vocab_size, np.int32)
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
             size_V[i] = len(token)  # one character of the byte-level alphabet stands for one byte
         for i, added in self.backend.get_added_tokens_decoder().items():
@@ -148,13 +185,20 @@ class Tokenizer:
     def _known(self) -> frozenset[int]:
         return frozenset(self.backend.get_vocab(with_added_tokens=True).values())
 
+    @cached_property
+    def _without_control(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its control tokens: the same normalisation, pieces and merges on any text."""
+        # Not the backend's `encode_special_tokens`: it lets tokens that are not marked special through.
+        described = json.loads(self.backend.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(described | {"added_tokens": [], "post_processor": None}))
+
     def _id(self, name: str, text: str | None) -> int | None:
         if text is None:
             return None
         found = self.backend.token_to_id(text)
         if found is None:
             raise TokenizerError(
-                f"tokenizer_config.json names {name} {shown(text)}, which tokenizer.json does not have."
+                f"tokenizer_config.json names {name} {shown(text)}, which the tokenizer does not have."
             )
         return found
 
@@ -192,34 +236,28 @@ class Stream:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder: its ``tokenizer.json``, configuration and chat template.
+    """The tokenizer of a checkpoint's folder: ``tokenizer.json``, or else the ranks of ``tiktoken.model``, with its
+    configuration and chat templates.
 
     Raises:
-        TokenizerError: a ValueError; ``tokenizer.json`` is missing or a file is damaged.
+        TokenizerError: a ValueError; neither file is there, or a file is damaged.
     """
     folder = Path(path)
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise TokenizerError(f"{folder} has no tokenizer.json; without it, give and take token ids instead of text.")
-    try:
-        text = read_text(file, LARGE)
-    except ValueError as error:
-        raise TokenizerError(str(error)) from None
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{file} is not a tokenizer: {shown(str(error), quoted=False)}") from error
-    config = _read_config(folder / "tokenizer_config.json")
-    return Tokenizer(backend, config, read_template(folder, config))
-
-
-def _read_config(file: Path) -> dict:
-    if not file.exists():
-        return {}
-    try:
-        return read_json(file)
-    except ValueError as error:
-        raise TokenizerError(str(error)) from None
+    file, config, code = folder / files.FAST, files.read_config(folder / "tokenizer_config.json"), tiktoken.Code()
+    if file.exists():
+        text = files.read_whole(file, LARGE)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} is not a tokenizer: {shown(str(error), quoted=False)}") from error
+    elif (folder / files.RANKS).exists():
+        code = tiktoken.read_code(folder)
+        backend = tiktoken.read(folder, config, code)
+    else:
+        raise TokenizerError(
+            f"{folder} has no {files.FAST}; without it or a {files.RANKS}, give and take token ids instead of text."
+        )
+    return Tokenizer(backend, config, files.read_templates(folder, config), code.sorts_tools, folder)
 
 
 def _token_text(config: dict, name: str) -> str | None:

@@ -8,7 +8,8 @@ from datetime import datetime
 import pytest
 
 from deepseek_jax.text import bpe
-from deepseek_jax.text.chat import TokenizerError, read_template
+from deepseek_jax.text.chat import TokenizerError
+from deepseek_jax.text.files import copy_tokenizer, tokenizer_files
 from deepseek_jax.text.tokenizer import load_tokenizer
 
 # In the manner of the reasoning models: earlier thoughts are dropped, tools are written out as JSON, and the
@@ -101,11 +102,109 @@ def test_date_is_todays(tmp_path):
     assert ours.render([USER]) == datetime.now().strftime("%Y")
 
 
-def test_default_of_several_named_templates(tmp_path):
-    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    assert read_template(tmp_path, {"chat_template": named}) == "b"
-    with pytest.raises(ValueError, match="none the default"):
-        read_template(tmp_path, {"chat_template": named[:1]})
+NAMED = {"default": "plain {{ messages[0].content }}", "tool_use": "TOOLS{{ tools | tojson }}", "rag": "documents"}
+
+
+def with_templates(folder, how, names):
+    """A folder with templates of these names, in the ways that they are kept in."""
+    config = json.loads((make(folder) / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    if how == "list":
+        config["chat_template"] = [{"name": name, "template": NAMED[name]} for name in names]
+    elif how == "files":
+        (folder / "additional_chat_templates").mkdir()
+        for name in names:
+            file = f"additional_chat_templates/{name}.jinja" if name != "default" else "chat_template.jinja"
+            (folder / file).write_text(NAMED[name])
+        # What stands in files takes the place of this, as in transformers.
+        config["chat_template"] = [{"name": "tool_use", "template": "old"}]
+    elif how == "processor":
+        (folder / "processor_config.json").write_text(json.dumps({"chat_template": NAMED["default"]}))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["list", "files"])
+@pytest.mark.parametrize(
+    "names", [("default", "tool_use"), ("tool_use",), ("default", "rag"), ("rag", "tool_use")], ids=str
+)
+def test_named_templates_are_chosen_as_transformers_does(tmp_path, how, names):
+    from transformers import AutoTokenizer
+
+    folder = with_templates(tmp_path, how, names)
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for more in ({}, {"tools": TOOLS}, {"tools": []}, {"chat_template": names[-1]}):
+        try:
+            expected = reference.apply_chat_template([USER], tokenize=False, **more)
+        except ValueError:
+            with pytest.raises(
+                TokenizerError, match=f"no chat template 'default', for a chat .*{names[0]!r}.*name one"
+            ):
+                ours.render([USER], **more)
+        else:
+            assert ours.render([USER], **more) == expected
+
+
+def test_a_processors_template_is_the_last_resort(tmp_path):
+    folder = with_templates(tmp_path, "processor", ("default",))
+    assert load_tokenizer(folder).render([{"role": "user", "content": "hi"}]) == "plain hi"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "legacy"}))
+    assert load_tokenizer(folder).render([USER]) == "legacy"
+
+
+def test_a_template_named_twice_or_of_an_unknown_name_is_refused(tmp_path):
+    folder = with_templates(tmp_path, "list", ("default", "rag", "rag"))
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat_template names a template twice"):
+        load_tokenizer(folder)
+    with pytest.raises(TokenizerError, match=r"no chat template .other..*.default."):
+        load_tokenizer(make(tmp_path)).render([USER], chat_template="other")
+
+
+def test_copies_take_all_templates_along_byte_for_byte(tmp_path):
+    folder = with_templates(tmp_path / "a", "files", ("default", "tool_use", "rag"))
+    copy_tokenizer(folder, tmp_path / "b")
+    names = tokenizer_files(folder)
+    assert len(names) == 5
+    assert names == tokenizer_files(tmp_path / "b")
+    assert all((folder / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert load_tokenizer(tmp_path / "b").render([USER], tools=[1]) == "TOOLS[1]"
+
+
+# As V3's: written when null was handed on, where transformers 5 takes the entry out.
+NULL = (
+    "{% for m in messages %}{% if m['content'] is none %}CALL{% for t in m.tool_calls %} {{ t.name }}{% endfor %}"
+    "{% else %}{{ m['content'] + '' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}], ids=["null", "absent"])
+def test_a_call_without_text_takes_the_branch_that_its_template_has_for_it(tmp_path, content):
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}], **content}
+    assert load_tokenizer(make(tmp_path, NULL)).render([USER, call], False) == USER["content"] + "CALL f"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ m.content is none }} {{ m.content is not none }} {{ m.content == none }} {{ none != m.content }}", None),
+        ("{{ m.content is defined }} {{ 'content' in m }} {{ m | tojson }}", "False False {'role': 'assistant'}"),
+        ("{{ m.content or 'empty' }} {{ m.content | default('empty') }}[{{ m.content }}]", "empty empty[]"),
+        (
+            "{{ m.get('content') }} {{ m.get('name', 'x') }} {{ m.name is none }} {{ m.name == none }}",
+            "None x False False",
+        ),
+    ],
+)
+def test_a_null_entry_is_none_and_not_defined(tmp_path, source, text):
+    template = "{% set m = messages[0] %}" + source
+    found = load_tokenizer(make(tmp_path, template)).render([{"role": "assistant", "content": None}], False)
+    assert found.replace('"', "'") == (text or "True False True False")
+
+
+def test_a_users_null_content_is_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="message's 'content' is null"):
+        load_tokenizer(make(tmp_path)).render([{"role": "user", "content": None}])
 
 
 @pytest.mark.parametrize(

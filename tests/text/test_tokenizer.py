@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.notes import CheckpointWarning
 from deepseek_jax.text import bpe
 from deepseek_jax.text.tokenizer import Stream, Tokenizer, TokenizerError, load_tokenizer
 
@@ -96,6 +97,83 @@ def test_special_tokens_can_be_read_as_text(tokenizer):
     assert 1 not in ids
     assert tokenizer.decode(ids) == bpe.EOS
     assert tokenizer.encode(bpe.EOS, add_bos=False) == [1]
+
+
+def edited(folder, target, change):
+    """A copy of the folder whose tokenizer.json is changed."""
+    file = changed(folder, target) / "tokenizer.json"
+    described = json.loads(file.read_text())
+    change(described)
+    file.write_text(json.dumps(described))
+    return target
+
+
+def test_truncation_and_padding_that_a_training_tool_left_are_not_applied(folder, tokenizer, tmp_path):
+    def leave(j):
+        j["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+        j["padding"] = {
+            "strategy": {"Fixed": 64},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": bpe.PAD,
+        }
+
+    left = load_tokenizer(edited(folder, tmp_path / "left", leave))
+    for special_tokens in (True, False):
+        for text in (SAMPLE, "a"):
+            expected = tokenizer.encode(text, special_tokens=special_tokens)
+            assert left.encode(text, special_tokens=special_tokens) == expected
+    assert left.chat([{"role": "user", "content": SAMPLE}]) == tokenizer.chat([{"role": "user", "content": SAMPLE}])
+
+
+def test_dropout_that_a_training_tool_left_is_named_and_left_out(folder, tokenizer, tmp_path):
+    target = edited(folder, tmp_path / "left", lambda j: j["model"].update(dropout=0.9))
+    with pytest.warns(CheckpointWarning, match=r"dropout of 0\.9 is left out"):
+        left = load_tokenizer(target)
+    assert left.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+    assert left.encode(SAMPLE, special_tokens=False) == tokenizer.encode(SAMPLE, special_tokens=False)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_control_tokens_name_in_plain_text_is_text_whatever_the_file_marks(folder, tmp_path, special):
+    def mark(j):
+        for added in j["added_tokens"]:
+            added["special"] = special
+        # One that takes white space along, and one that is found in normalised text only.
+        for i, more in enumerate(({"lstrip": True, "rstrip": True}, {"normalized": True})):
+            j["added_tokens"].append(
+                {**j["added_tokens"][0], "id": 400 + i, "content": f"<t{i}>", "special": special, **more}
+            )
+
+    ours = load_tokenizer(edited(folder, tmp_path / "marked", mark))
+    for text in (f"say {bpe.USER}", " <t0> x", "<t1>\n", f"{bpe.BOS}{bpe.USER} a{bpe.EOS}"):
+        ids = ours.encode(text, add_bos=False, special_tokens=False)
+        assert ids == ours.encode_batch([text], add_bos=False, special_tokens=False)[0]
+        assert not set(ids) & set(ours.backend.get_added_tokens_decoder())
+        assert ours.decode(ids) == text
+        control = ours.encode(text, add_bos=False)
+        assert set(control) & set(ours.backend.get_added_tokens_decoder())
+
+
+def test_plain_text_is_normalised_and_cut_as_the_tokenizer_does(folder, tmp_path):
+    target = edited(folder, tmp_path / "lower", lambda j: j.update(normalizer={"type": "Lowercase"}))
+    ours = load_tokenizer(target)
+    assert ours.encode("NAÏVE Words 12345", special_tokens=False) == ours.encode("naïve words 12345")
+
+
+def test_ids_beyond_the_models_rows_are_refused_by_name(folder, tokenizer, tmp_path):
+    tokenizer.check_fits(400)
+    tokenizer.check_fits(129_280)
+    with pytest.raises(
+        TokenizerError, match=r"token '.*' has the id 398, beyond the model's vocab_size of 398 \(2 such"
+    ):
+        tokenizer.check_fits(398)
+    gap = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a")))
+    assert gap.vocab_size == 8
+    with pytest.raises(TokenizerError, match=r"'b' has the id 7, beyond the model's vocab_size of 7: take"):
+        gap.check_fits(7)
 
 
 def test_bytes_of_tokens_add_up_to_the_text(tokenizer):
