@@ -1,15 +1,16 @@
 """Chats to tokens and a mask of those the assistant says, by the checkpoint's own template.
 
 The template is a program that nobody can read the turns out of, so they are found by rendering: a chat is rendered
-again with each assistant message replaced by a mark. What stands before the mark is what the message is put into, and
-what stands behind it is what follows; both must be parts of the whole rendering, and what lies between them is what the
-template makes of the message, whatever it strips (the thoughts of former turns) or adds. The turn begins where the
-generation prompt ends, and ends with its end token.
+again with a mark in the place of each assistant message's text, or of the name of what it calls. What stands before the
+mark is what the message is put into, and what stands behind it is what follows; both must be parts of the whole
+rendering, and what lies between them is what the template makes of the message, whatever it strips (the thoughts of
+former turns) or adds. The turn begins where the generation prompt ends, or where it leaves it, at a whole token (a
+prompt may open a thought where the history closes one), and ends with its end token. Control tokens are never cut.
 
 Legend: n tokens of a chat.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -57,9 +58,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping], **variables) 
     if not turns:
         raise ValueError("no message of the assistant, so there is nothing to learn")
     text = tokenizer.render(messages, add_generation_prompt=False, **variables)
+    control = _control_spans(tokenizer, text)
     edges, stripped = [0], 0
     for turn in turns:
-        start, stop = _find(tokenizer, text, messages, turn, variables)
+        start, stop = (_outside(control, at) for at in _find(tokenizer, text, messages, turn, variables))
         if start < edges[-1]:
             raise UnsuitableTemplate(f"The chat template renders message {turn} before the end of one ahead of it.")
         edges += [start, stop]
@@ -85,9 +87,11 @@ def _find(
 
     before = list(messages[:turn])
     mark = _mark(text)
-    marked = {**messages[turn], "content": mark}
-    found = render([*before, marked, *messages[turn + 1 :]])
-    if found.count(mark) != 1:
+    for marked in _marked(messages[turn], mark):
+        found = render([*before, marked, *messages[turn + 1 :]])
+        if found.count(mark) == 1:
+            break
+    else:
         raise UnsuitableTemplate(
             f"The chat template writes message {turn} of the assistant {found.count(mark)} times instead of once, so "
             "its tokens cannot be told from the others'."
@@ -108,7 +112,7 @@ def _find(
                 "there, so its beginning cannot be found."
             )
         start = head.rindex(prompt)
-    start += _common(head[start:], prompted[len(opening) :])
+    start += _shared(tokenizer, head[start:] + mark, prompted[len(opening) :])
     if not text.startswith(found[:start]) or not text.endswith(behind) or len(text) < start + len(behind):
         raise UnsuitableTemplate(
             f"The chat template changes other parts of the text with the content of message {turn}, so the message's "
@@ -120,6 +124,20 @@ def _find(
     return start, len(text) - len(behind) + _end(tokenizer, closing)
 
 
+def _marked(message: Mapping, mark: str) -> Iterator[dict]:
+    """The message with a mark in it, in the ways that a template may show it."""
+    calls = message.get("tool_calls")
+    if message.get("content") is None and isinstance(calls, list) and calls and isinstance(calls[0], Mapping):
+        # A template may have another branch for calls without text, which a text would leave.
+        call = calls[0]
+        function = call.get("function")
+        named = {"function": {**function, "name": mark}} if isinstance(function, Mapping) else {"name": mark}
+        yield {**message, "tool_calls": [{**call, **named}, *calls[1:]]}
+    yield {**message, "content": mark}
+    if calls:
+        yield {"role": ASSISTANT, "content": mark}
+
+
 def _prompt(render, before: list[Mapping]) -> tuple[str, str]:
     """The text of the messages before a turn, without and with the generation prompt."""
     plain, prompted = render(before), render(before, prompt=True)
@@ -127,6 +145,33 @@ def _prompt(render, before: list[Mapping]) -> tuple[str, str]:
         # The prompt takes something back, such as an end of the conversation.
         plain = plain[: _common(plain, prompted)]
     return plain, prompted
+
+
+def _shared(tokenizer: Tokenizer, turn: str, prompt: str) -> int:
+    """How much of the generation prompt a turn's text begins with: all of it, or the tokens up to where it differs."""
+    if turn.startswith(prompt):
+        return len(prompt)
+    ids, prompted = tokenizer.encode_batch([turn, prompt], add_bos=False)
+    return min(len(tokenizer.decode(ids[: _common(ids, prompted)])), _common(turn, prompt))
+
+
+def _control_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, int]]:
+    """Each control token's beginning in ``text``, the end of its name, and that of the white space it takes along."""
+    control, found = tokenizer.backend.get_added_tokens_decoder(), []
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        if i in control:
+            name = text.find(control[i].content, start, stop)
+            found.append((start, stop if name < 0 else name + len(control[i].content), stop))
+    return found
+
+
+def _outside(control: list[tuple[int, int, int]], at: int) -> int:
+    """``at``, or where the control token that it lies in begins; behind one, where its white space ends."""
+    for start, name, stop in control:
+        if start < at < stop:
+            return start if at < name else stop
+    return at
 
 
 def _end(tokenizer: Tokenizer, closing: str) -> int:
@@ -153,6 +198,6 @@ def _mark(text: str) -> str:
     return mark
 
 
-def _common(a: str, b: str) -> int:
-    """The length of what two texts begin with."""
+def _common(a: Sequence, b: Sequence) -> int:
+    """How much of two texts, or two lists of ids, is the same from the beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

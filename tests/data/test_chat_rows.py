@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from deepseek_jax.data.chat import UnsuitableTemplate, encode_chat
 from deepseek_jax.data.chat_rows import ChatConfig, load_chats
@@ -154,6 +155,74 @@ def test_a_token_never_reaches_over_the_edge_of_a_turn(tokenizer):
     chat = encode_chat(tok, [user(word[:1]), says(word[1:])])
     assert said(tok, chat) == [word[1:]]
     assert tok.decode(chat.ids_n) == word
+
+
+# Tokens of control that DeepSeek's files do not mark special; the last one takes white space along.
+CONTROL = ("<think>", "</think>", "<call>", "<|assistant|>")
+
+
+def controlled(tokenizer, template):
+    tok = tokenizer(template)
+    tok.backend.add_tokens([AddedToken(t, special=False, normalized=False, rstrip=t == CONTROL[3]) for t in CONTROL])
+    return tok
+
+
+# The prompt opens a thought, and the history closes one (V3.2), calls a tool (R1's distilled models) or says nothing.
+OPENING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% elif m.tool_calls %}<A><call>"
+    "{{ m.tool_calls[0].name }}" + END + "{% else %}<A></think>{{ m.content }}" + END + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+EDGES = {
+    "closed where the prompt opens": (OPENING, [user("1+1?"), says("2")], ["</think>2$"]),
+    "an empty answer": (OPENING, [user("1+1?"), says("")], ["</think>$"]),
+    "a call where the prompt opens": (
+        OPENING,
+        [user("q"), says(None, tool_calls=[{"name": "f"}]), user("r"), says("a")],
+        ["<call>f$", "</think>a$"],
+    ),
+    "a call without text": (
+        OPENING.replace("{% elif m.tool_calls %}", "{% elif m['content'] is none %}")
+        .replace("a }}", "a + '' }}")
+        .replace("name }}" + END, "name }}</think>"),
+        [user("q"), says(None, tool_calls=[{"name": "f"}]), user("r"), says("a")],
+        ["<call>f</think>", "</think>a$"],
+    ),
+    "closed in both": (OPENING.replace("<think>\n", "</think>"), [user("q"), says("a")], ["a$"]),
+    "white space that a token takes along": (
+        LAST.replace("<|{{ m.role }}|>\n", "<|{{ m.role }}|>{{ '\n' }}").replace("|>\n{% endif %}", "|>{% endif %}"),
+        [user("q"), says("old"), user("r"), says("new", reasoning_content="why")],
+        ["old$", "<think>\nwhy\n</think>\nnew$"],
+    ),
+    "what follows begins like what closes": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if loop.last %}<call>{% else %}</think>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        [user("q"), says("a"), user("r"), says("b")],
+        ["a", "b<call>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_no_edge_of_a_turn_lies_inside_a_control_token(tokenizer, name):
+    template, messages, expected = EDGES[name]
+    tok = controlled(tokenizer, template)
+    chat = encode_chat(tok, messages)
+    assert chat.ids_n.tolist() == tok.chat(messages, add_generation_prompt=False)
+    assert said(tok, chat) == [run.replace("$", tok.eos_token) for run in expected]
+
+
+def test_a_turn_that_leaves_the_prompt_in_ordinary_text_begins_at_a_whole_token(tmp_path):
+    """The tags are ordinary text here, which share the character ``<`` and no token."""
+    tags = bpe.train_tokenizer([inspect.getsource(textwrap) + "<think>\n</think>" * 500], 300)
+    bpe.save_tokenizer(tags, tmp_path, version="0")
+    (tmp_path / "chat_template.jinja").write_text(OPENING.replace("<A>", "{{ 'A\\n' }}"))
+    tok, messages = load_tokenizer(tmp_path), [user("q"), says("a")]
+    opened, closed = (tok.encode(tag, add_bos=False) for tag in ("<think>", "</think>"))
+    assert opened[0] != closed[0]
+    chat = encode_chat(tok, messages)
+    assert said(tok, chat) == ["</think>a" + tok.eos_token]
+    assert chat.ids_n.tolist() == tok.chat(messages, add_generation_prompt=False)
 
 
 def test_thoughts_left_out_are_counted(tokenizer):
