@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,14 @@ class Checkpoints:
     """The checkpoints of one run, in ``folder``, which several processes share; these make the same calls.
 
     ``keep_last``, ``keep_best``: how many of the newest, and of those with the lowest measure (held-out bits per
-    byte), stay; others are removed when a newer one is whole. ``files``: copied into every checkpoint
-    (config.json, the tokenizer), so that it can be used by itself.
+    byte), stay; others are removed when a newer one is whole. ``files``: copied into every checkpoint under these
+    names (config.json, the tokenizer), so that it can be used by itself.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, files: Sequence[Path] = ()):
+    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, files: Mapping[str, Path] | None = None):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last must be at least 1 and keep_best 0, not {keep_last} and {keep_best}.")
-        self.folder, self.files = Path(folder).resolve(), tuple(files)
+        self.folder, self.files = Path(folder).resolve(), dict(files or {})
         self.kept = _Kept(keep_last, keep_best)
         self._manager: ocp.CheckpointManager | None = None
         self._pending: tuple[int, dict] | None = None
@@ -192,8 +192,9 @@ class Checkpoints:
         """Called by Orbax on the first process when all arrays are written, before the folder takes its name."""
         step, record = self._pending
         (folder,) = self._unfinished(step)
-        for file in self.files:
-            shutil.copyfile(file, folder / file.name)
+        for name, file in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
         write_record(folder, record)
 
     def _unfinished(self, step: int | None = None) -> list[Path]:

@@ -26,6 +26,7 @@ from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import first_then_all, from_first, is_first, wait_for_all
+from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import Result, check_fit, fit, open_run
@@ -34,7 +35,7 @@ from deepseek_jax.train.metrics import Reporter, Reporters
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.run_folder import RunFolder, copy_tokenizer
+from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.step import State
 from deepseek_jax.train.trainer import Progress
 from deepseek_jax.train.tuning import LoRA, of_epochs
@@ -78,6 +79,7 @@ def fine_tune(
     check_fit(cfg, recipe, options, ctx)
     _check(data, epochs, patterns, lora, ctx)
     words = load_tokenizer(source)
+    words.check_fits(cfg.vocab_size)
     view = Reporters([view] if view is not None and is_first() else [])
     if isinstance(data, DataConfig):
         data = replace(data, fim_rate=recipe.fim_rate, sample_masks=recipe.sample_masks)

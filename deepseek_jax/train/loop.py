@@ -28,14 +28,15 @@ from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_groups, row_share
 from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first, wait_for_all
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
+from deepseek_jax.text.files import FAST, RANKS, copy_tokenizer, tokenizer_files
 from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.train.balance_loss import check_devices
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.evaluate import evaluate, trigram_bits_per_byte
-from deepseek_jax.train.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, plain
+from deepseek_jax.train.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, number, plain
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.run_folder import RunFolder, copy_tokenizer
+from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.signals import StopSignals
 from deepseek_jax.train.step import State
 from deepseek_jax.train.throughput import Throughput
@@ -90,11 +91,11 @@ def train(
 
     ``text``: the recipe's FIM rate and sample masks take the place of its own. ``tokenizer``: a folder with a
     tokenizer.json, or the vocabulary size of one to be trained on the text; the model's vocabulary becomes the
-    tokenizer's. ``source``: a checkpoint to continue from; ``cfg`` is then its config and ``tokenizer`` must have its
-    vocabulary. ``resume``: go on with the run in ``folder``, from its newest whole checkpoint, bit for bit as if it had
-    never stopped (on a GPU with ``--xla_gpu_deterministic_ops=true`` in XLA_FLAGS). ``view``: sees what is reported.
-    ``began``: `time.monotonic()` at which the run counts as begun. ``command``, ``arguments``: what started the run,
-    for run.json.
+    tokenizer's. ``source``: a checkpoint to continue from; ``cfg`` is then its config, which may have rows for more
+    ids than ``tokenizer`` has. ``resume``: go on with the run in ``folder``, from its newest whole checkpoint, bit for
+    bit as if it had never stopped (on a GPU with ``--xla_gpu_deterministic_ops=true`` in XLA_FLAGS). ``view``: sees
+    what is reported. ``began``: `time.monotonic()` at which the run counts as begun. ``command``, ``arguments``: what
+    started the run, for run.json.
 
     ``ctx``: with a mesh the model is made or loaded in its shards and trained there; a run may be resumed on another
     mesh and by another number of processes. Several processes (`parallel.processes.join`) all call this, with a mesh
@@ -116,18 +117,15 @@ def train(
         "model": asdict(cfg),
         "recipe": asdict(recipe),
         "text": {k: v for k, v in asdict(text).items() if k not in ("workers", "token_folder")},
-        "tokenizer": tokenizer if isinstance(tokenizer, int) else _hash(tokenizer / "tokenizer.json"),
+        "tokenizer": tokenizer if isinstance(tokenizer, int) else _hash(tokenizer),
         "from": None if source is None else str(source),
     }
     about = {"jax": jax.__version__, "command": command, "arguments": arguments}
     with open_run(folder, settings, about, resume) as run:
         words = make_tokenizer(run, tokenizer, text, cfg.max_length)
-        if source is not None and words.vocab_size != cfg.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {words.vocab_size} tokens, but {source} was trained with {cfg.vocab_size}: leave "
-                "--tokenizer out to use its own."
-            )
-        cfg = replace(cfg, vocab_size=words.vocab_size)
+        if source is None:
+            cfg = replace(cfg, vocab_size=words.vocab_size)
+        words.check_fits(cfg.vocab_size)
         published = config_to_json(cfg)  # refuses, before the work, what could not be saved
         if ctx.mesh is not None:
             shardings(abstract(cfg), ctx)
@@ -292,9 +290,9 @@ def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[
         tokens=progress.tokens,
         interrupted=stop.settled(),
         minutes=journal.minutes(),
-        model_bits=found.get("bits_per_byte"),
-        trigram_bits=found.get("trigram_bits_per_byte"),
-        ema_bits=found.get("ema_bits_per_byte"),
+        model_bits=number(found.get("bits_per_byte")),
+        trigram_bits=number(found.get("trigram_bits_per_byte")),
+        ema_bits=number(found.get("ema_bits_per_byte")),
         crossed_at=progress.crossed_at,
         draft_agreement=found.get("draft_agreement"),
         stored_bits=stored,
@@ -356,9 +354,11 @@ def _make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max
         part.replace(run.tokenizer)
 
 
-def _model_files(run: RunFolder) -> list[Path]:
-    return [run.config, *sorted(run.tokenizer.iterdir())]
+def _model_files(run: RunFolder) -> dict[str, Path]:
+    words = {str(name): run.tokenizer / name for name in tokenizer_files(run.tokenizer)}
+    return {run.config.name: run.config, **words}
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _hash(tokenizer: Path) -> str:
+    file = next((file for name in (FAST, RANKS) if (file := tokenizer / name).is_file()), tokenizer / FAST)
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -211,7 +211,7 @@ def describe(record: Record) -> str:
     parts = [
         f"{label} {form(value)}"
         for name, label, form in _LABELS[kind]
-        if (value := _number(record.get(name))) is not None
+        if (value := number(record.get(name))) is not None
     ]
     return f"step {step:,}: {', '.join(parts)}"
 
@@ -247,8 +247,9 @@ _LABELS = {
 }
 
 
-def _number(value: Any) -> float | None:
-    """A record's value as one number: lists, which hold a value a layer, by their mean."""
+def number(value: Any) -> float | None:
+    """A record's value as one number, also one that is not finite and so a text; lists, a value a layer, by their
+    mean."""
     if value is None or value == []:
         return None
     return float(np.mean([float(v) for v in value])) if isinstance(value, list) else float(value)

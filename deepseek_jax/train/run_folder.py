@@ -20,8 +20,6 @@ from pathlib import Path
 from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.version import __version__
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
 
 class RunFolder:
     """Paths of a run; made by `opened`. ``writes``: False in all but the first of several processes, which share the
@@ -123,12 +121,6 @@ def check_same(path: Path, begun: Mapping, now: Mapping) -> None:
             f"{path} was begun with {name} = {json.dumps(was)}, not {json.dumps(is_now)}: resume it as it was begun, "
             "or choose another folder."
         )
-
-
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
 
 
 def write_whole(path: Path, text: str) -> None:

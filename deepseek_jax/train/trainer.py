@@ -18,7 +18,7 @@ from deepseek_jax.train import optim
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.feed import Fed, Feed
 from deepseek_jax.train.guards import Skips, Spikes, TrainingStopped
-from deepseek_jax.train.metrics import Reporter, plain
+from deepseek_jax.train.metrics import Reporter, number, plain
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.signals import StopSignals
@@ -181,7 +181,7 @@ class Trainer:
         progress.evaluation = {"step": progress.step, "tokens": progress.tokens, **found}
         self.journal.record("evaluation", **progress.evaluation)
         trigram = found.get("trigram_bits_per_byte")
-        if trigram is not None and progress.crossed_at is None and found["bits_per_byte"] < trigram:
+        if trigram is not None and progress.crossed_at is None and number(found["bits_per_byte"]) < number(trigram):
             progress.crossed_at = self.journal.minutes()
             self.journal.say(f"the model is better than the trigram after {progress.crossed_at:.1f} minutes")
         self.throughput.restart()
@@ -193,7 +193,7 @@ class Trainer:
         progress.skipped_in_a_row, progress.skipped = self.skips.in_a_row, self.skips.total
         found, metric = progress.evaluation, None
         if found is not None and found["step"] == progress.step:
-            metric = found["ema_bits_per_byte" if self.options.export == "ema" else "bits_per_byte"]
+            metric = number(found["ema_bits_per_byte" if self.options.export == "ema" else "bits_per_byte"])
         self.checkpoints.save(progress.step, self.state, progress.data_state, asdict(progress), metric)
         self.saved = progress.step
         where = f"{self.checkpoints.folder.name}/{progress.step}"

@@ -93,7 +93,7 @@ def test_the_last_and_the_best_stay(tmp_path):
 
 def test_files_go_along(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    filled(tmp_path / "c", (1,), files=[tmp_path / "config.json"])
+    filled(tmp_path / "c", (1,), files={"config.json": tmp_path / "config.json"})
     assert (tmp_path / "c" / "1" / "config.json").read_text() == "{}"
 
 
@@ -218,7 +218,7 @@ def of_a_model(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config_to_json(model.cfg)))
     params, rest = dsj.partition(model)
     state = {"params": params, "rest": rest, "opt_state": {"m": jnp.ones(3)}, "step": jnp.asarray(5)}
-    checkpoints = Checkpoints(folder / "checkpoints", files=[folder / "config.json"])
+    checkpoints = Checkpoints(folder / "checkpoints", files={"config.json": folder / "config.json"})
     checkpoints.save(5, state, {}, {})
     checkpoints.close()
     return folder / "checkpoints" / "5", model

@@ -21,6 +21,7 @@ from deepseek_jax.convert.training import leaf_names, read_leaves, read_record
 from deepseek_jax.data.chat_rows import ChatConfig
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.text import bpe
+from deepseek_jax.train import loop
 from deepseek_jax.train.finetune import fine_tune
 from deepseek_jax.train.lora import adapt, load_adapter, merge
 from deepseek_jax.train.metrics import Reporter
@@ -196,6 +197,51 @@ def test_settings_that_do_not_fit_are_refused(source, chats, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             fine_tune(**{"source": source, "recipe": RECIPE, "data": chats, "folder": tmp_path / "run", **arguments})
         assert not (tmp_path / "run").exists(), match
+
+
+@pytest.fixture
+def beyond(source, tmp_path):
+    """The source with a token that the model has no row for."""
+    folder = shutil.copytree(source, tmp_path / "beyond")
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["added_tokens"].append({**described["added_tokens"][0], "id": 280, "content": "<tool>", "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_is_refused_by_name(beyond, chats, tmp_path, capsys):
+    said = "token '<tool>' has the id 280, beyond the model's vocab_size of 280"
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=said):
+        fine_tune(beyond, RECIPE, chats, out)
+    for words in (
+        ["train", str(out), "--from", str(beyond), "--sft", str(chats)],
+        ["train", str(out), "--from", str(beyond), "--data", f"t={beyond}", "--tokens", "4096", "--length", "64"],
+        ["generate", str(beyond), "--prompt", "x"],
+        ["generate", str(beyond), "--prompt", "x", "--chat"],
+        ["score", str(beyond), str(chats)],
+    ):
+        assert main(words) != 0
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_a_model_with_rows_for_more_ids_than_its_tokenizer_is_trained_further(source, tmp_path, monkeypatch):
+    """As V3: 129,280 rows and 128,815 tokens."""
+    cfg = replace(dsj.load_pretrained(source).cfg, vocab_size=300)
+    dsj.save_pretrained(random_model(cfg), tmp_path / "rows")
+    shutil.copytree(source.parent / "words", tmp_path / "rows", dirs_exist_ok=True)
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"say {ANSWER} {i} " * 20)
+    text = DataConfig(data=(f"t={tmp_path / 'text'}",), workers=0)
+    monkeypatch.setattr(
+        loop, "fit", lambda run, make, recipe, batches, *_, **more: (make().cfg, next(batches)["tokens"])
+    )
+    for folder in (tmp_path / "rows", source.parent / "words"):
+        found, tokens = loop.train(cfg, RECIPE, text, folder, tmp_path / f"run-{folder.name}", source=tmp_path / "rows")
+        assert found.vocab_size == 300
+        assert tokens.max() < 280
 
 
 def test_recipes_follow_the_data():

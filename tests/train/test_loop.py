@@ -1,6 +1,7 @@
 """Whole runs on a little text: files, figures, resuming bit for bit, damage, guards, interruption."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -22,11 +23,12 @@ from deepseek_jax.train import loop as loop_module
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped
 from deepseek_jax.train.loop import check_fit, train
+from deepseek_jax.train.metrics import JsonLines, Reporters, TextLog
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
 from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.signals import StopSignals
-from deepseek_jax.train.trainer import fresh
+from deepseek_jax.train.trainer import Journal, Progress, Throughput, Trainer, fresh
 
 CFG = tiny_config()
 # Batches of 2, then of 4 rows: 6 steps, of which the last 3 take two micro-batches.
@@ -300,6 +302,30 @@ def test_spikes_and_skips():
     skips = Skips(2)
     assert [skips.see(x) for x in (True, False, True, True)] == [False, False, False, True]
     assert (skips.in_a_row, skips.total) == (2, 3)
+
+
+def test_figures_that_are_not_finite_stop_no_save(tmp_path):
+    found = {"bits_per_byte": math.nan, "ema_bits_per_byte": math.inf, "trigram_bits_per_byte": 3.0}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    trainer = Trainer(
+        {"a": jnp.ones(2)},
+        None,
+        None,
+        lambda state, progress: found,
+        recipe=RECIPE,
+        options=Options(export="ema"),
+        checkpoints=checkpoints,
+        journal=Journal(Reporters([JsonLines(tmp_path / "metrics.jsonl"), TextLog(tmp_path / "log")]), 0.0),
+        throughput=Throughput(1.0, None),
+        progress=Progress(step=4),
+    )
+    trainer.evaluate()
+    trainer.save()
+    checkpoints.close()
+    record = read_record(tmp_path / "checkpoints/4")
+    assert record["metric"] is None
+    assert record["extra"]["evaluation"]["bits_per_byte"] == "nan"
+    assert trainer.progress.crossed_at is None
 
 
 def test_a_second_interrupt_is_raised():
