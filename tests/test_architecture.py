@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": {"text"},
     "model": {"configs", "core"},
     "parallel": {"configs", "core"},
-    "convert": {"configs", "core", "model", "parallel"},
+    "convert": {"configs", "core", "model", "parallel", "text"},
     "analysis": {"configs", "core", "model"},
     "generation": {"configs", "core", "model", "text", "parallel"},
     "train": {"configs", "core", "model", "text", "data", "convert", "analysis", "parallel"},

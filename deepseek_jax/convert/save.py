@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,11 @@ from deepseek_jax.core.params import Adapter, RouterBias, map_variables, variabl
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first
+from deepseek_jax.text.files import copy_tokenizer, tokenizer_folder
 from deepseek_jax.version import __version__
+
+if TYPE_CHECKING:
+    from deepseek_jax.text.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 COPIED_FILES = (
@@ -40,6 +45,8 @@ COPIED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
     "generation_config.json",
     "*.tiktoken",
     "*.model",
@@ -51,7 +58,11 @@ Spec = tuple[np.dtype, tuple[int, ...]]
 
 
 def save_pretrained(
-    model: Transformer, path: str | Path, quantize: str | None = None, like: str | Path | None = None
+    model: Transformer,
+    path: str | Path,
+    quantize: str | None = None,
+    like: str | Path | None = None,
+    tokenizer: "str | Path | Tokenizer | None" = None,
 ) -> None:
     """Writes ``config.json`` and safetensors files, with an index when there are several.
 
@@ -59,6 +70,7 @@ def save_pretrained(
     block of the published matrix, all else bfloat16, the router bias float32. None: as the model holds it.
     ``like``: a published folder whose dtypes, scales, file split, tokenizer files and further config fields
     are taken; a block that its values still represent keeps its scale and bytes.
+    ``tokenizer``: a folder, or a tokenizer loaded from one, whose tokenizer and templates are copied, byte for byte.
 
     Of a model in shards one published tensor after the other is gathered. Several processes all call this; the first
     one writes, and the others return when they have given their part.
@@ -73,8 +85,11 @@ def save_pretrained(
         raise ValueError("the model has adapters: merge them (train.lora.merge), or write them apart (save_adapter).")
     template = _Template(like, model.cfg) if like is not None else None
     _config_fields(model.cfg, template)
+    words = None if tokenizer is None else tokenizer_folder(tokenizer)
     with new_folder(path) if is_first() else nullcontext() as folder:
         _write(model, folder, quantize, template)
+        if words is not None and folder is not None:
+            copy_tokenizer(words, folder)
 
 
 @contextmanager
@@ -341,7 +356,9 @@ def copy_files(source: Path, destination: Path) -> None:
     for pattern in COPIED_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
-                shutil.copyfile(file, destination / file.name)
+                copy = destination / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def write_json(path: Path, data: dict) -> None:

@@ -21,6 +21,7 @@ from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.core.params import RouterBias, is_variable
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
+from deepseek_jax.text.tokenizer import Tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -264,6 +265,21 @@ def test_casting_to_the_template(fp32, fp8, tmp_path):
     assert {entry.dtype for entry in Checkpoint(tmp_path / "b").entries.values()} == {np.dtype(np.float32)}
     assert_same_model(dsj.load_pretrained(tmp_path / "b", jnp.float32), dsj.load_pretrained(fp8, jnp.float32))
     assert "quantization_config" not in json.loads((tmp_path / "b/config.json").read_text())
+
+
+def test_a_tokenizer_goes_along_byte_for_byte(fp32, tmp_path, root):
+    words, model = root / "checkpoints/tiny-v3", dsj.load_pretrained(fp32)
+    for number, given in enumerate((words, str(words), dsj.load_tokenizer(words))):
+        dsj.save_pretrained(model, tmp_path / str(number), tokenizer=given)
+        copies = {file.name: file.read_bytes() for file in (tmp_path / str(number)).glob("tokenizer*")}
+        assert copies == {file.name: file.read_bytes() for file in words.glob("tokenizer*")}
+    for given, match in (
+        (tmp_path, "has no tokenizer.json"),
+        (Tokenizer(dsj.load_tokenizer(words).backend), "in memory"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dsj.save_pretrained(model, tmp_path / "none", tokenizer=given)
+    assert not (tmp_path / "none").exists()
 
 
 def test_shards_and_template_files(fp8, tmp_path, monkeypatch):
