@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax.train.norms import scaled
+
 # X <- a X + b (X X^T) X + c (X X^T)^2 X: eight rounds that bring every singular value near 1 fast, two that end there.
 FAST, EXACT = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 ROUNDS = (FAST,) * 8 + (EXACT,) * 2
@@ -50,13 +52,15 @@ def _order(shape: tuple[int, ...], axes: Axes) -> tuple[list[int], list[int]]:
 def orthogonalised(x_nm: jax.Array) -> jax.Array:
     """float32 [..., n, m]: the nearest matrix with singular values 1, by hybrid Newton-Schulz iterations.
 
-    Singular values of x under about 1e-3 of its Frobenius norm end below 1; zero gives zero.
+    Singular values of x under about 1e-3 of its Frobenius norm end below 1; the size of x does not matter. Zero gives
+    zero, and so does a matrix whose entries all lie below 1.2e-38; entries that are not finite give NaN.
     """
     tall = x_nm.shape[-2] > x_nm.shape[-1]
     x = x_nm.astype(jnp.float32)
     x = x.mT if tall else x
-    # The Frobenius norm bounds the largest singular value.
-    x = x / jnp.maximum(jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True)), 1e-30)
+    x, _ = scaled(x, (-2, -1))
+    # The Frobenius norm, now about 1 or more of any matrix but zero, bounds the largest singular value.
+    x = x / jnp.maximum(jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True)), 0.5)
 
     def iterate(x, coefficients):
         a, b, c = coefficients

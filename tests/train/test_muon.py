@@ -38,8 +38,46 @@ def test_the_iteration_is_the_papers_polynomial_on_singular_values():
     assert expected[:4].min() > 0.99
 
 
-def test_a_zero_gradient_gives_a_zero_step():
-    np.testing.assert_array_equal(orthogonalised(jnp.zeros((2, 3, 4))), 0)
+def test_the_step_does_not_depend_on_the_matrices_size():
+    """Squares of the small ones vanish in float32, of the large ones they overflow; each matrix counts by itself."""
+    sizes = np.array([1, 1e-10, 1e-19, 1e-25, 1e-30, 1.2e-38, 1e20, 3.4e38], np.float32)[:, None, None]
+    found = np.asarray(jax.jit(orthogonalised)(sizes * np.eye(4, 8, dtype=np.float32)))
+    assert 0.98 < found[0].max() < 1.02
+    np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), atol=1e-6)
+    x = RNG.normal(size=(6, 5)).astype(np.float32)
+    small, usual = (np.asarray(orthogonalised(x * np.float32(size))) for size in (1e-36, 1))
+    np.testing.assert_allclose(small, usual, atol=1e-4)
+
+
+def test_nothing_gives_a_zero_step_and_what_is_not_finite_is_not_hidden():
+    """Below the smallest normal number, where accelerators have only 0, is nothing."""
+    x = np.zeros((5, 3, 4), np.float32)
+    x[1], x[2] = 1e-45, 1e-39
+    np.testing.assert_allclose(orthogonalised(x[:3]), 0, atol=1e-30)
+    x[3, 0, 0], x[4, 0, 0] = np.nan, np.inf
+    found = np.asarray(orthogonalised(x))
+    assert np.isfinite(found[:3]).all()
+    assert np.isnan(found[3:]).any((1, 2)).all()
+
+
+def test_a_matrix_whose_gradients_stop_stays_finite():
+    """Its momentum falls through all of float32; its steps keep their size until there is nothing left of it."""
+    rule = scale_by_muon({"w": Axes((-2,), (-1,))}, 0.95, 0.18)
+    g = {"w": RNG.normal(size=(4, 8)).astype(np.float32)}
+    _, state = rule.update(g, rule.init(g))
+
+    @jax.jit
+    def go(state):
+        def one(state, _):
+            step, state = rule.update({"w": jnp.zeros((4, 8))}, state)
+            return state, jnp.sqrt(jnp.square(step["w"]).mean())
+
+        return jax.lax.scan(one, state, None, length=2000)
+
+    state, sizes = go(state)
+    assert np.isfinite(sizes).all()
+    np.testing.assert_allclose(sizes[:1500], sizes[0], rtol=1e-3)
+    np.testing.assert_allclose(sizes[-100:], 0, atol=1e-30)
 
 
 @pytest.mark.parametrize(
