@@ -70,7 +70,8 @@ class Train:
     """What becomes of a chat longer than a row: its beginning is kept, or it is left out. Both are counted."""
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
     """Train these parts of --from only, by patterns of parameter paths: 'stacks.*.ffn.router.*', 'layers.58-60.*',
-    head, 'mtp.*'. All else stays bit-equal."""
+    head, 'mtp.*'. All else stays bit-equal. A router bias that a pattern matches is moved by the load balance at
+    --bias-speed, any other stays."""
     lora: LoRA = field(default_factory=lambda: LoRA(rank=0))
     """Adapters."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

@@ -81,6 +81,10 @@ def is_trained(x) -> bool:
     return isinstance(x, nnx.Param) and not isinstance(x.get_value(), Quantized)
 
 
+def has_adapters(model) -> bool:
+    return any(isinstance(v, Adapter) for v in variables(model))
+
+
 Trained = Callable[[str], bool | Sequence[int]]
 
 
@@ -97,7 +101,7 @@ def partition(model: Tree, trained: Trained | None = None) -> tuple[Tree, Tree]:
     Raises ValueError when ``trained`` asks for a quantised leaf, or for layers that a leaf does not have.
     """
     if trained is None:
-        kind = Adapter if any(isinstance(v, Adapter) for v in variables(model)) else nnx.Param
+        kind = Adapter if has_adapters(model) else nnx.Param
         return _split(model, lambda path, v: isinstance(v, kind) and is_trained(v))
 
     def chosen(path, v) -> bool | tuple[int, ...]:

@@ -5,15 +5,19 @@ Suffixes: L MoE layers, E experts, P MTP modules.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.params import RouterBias, Trained, map_variables
 
 
-def update_router_bias(rest, load: jax.Array, mtp_load: jax.Array | None, speed: float | jax.Array):
+def update_router_bias(
+    rest, load: jax.Array, mtp_load: jax.Array | None, speed: float | jax.Array, moved: Trained | None = None
+):
     """``rest`` with every bias moved by ``speed`` towards balance: up where an expert got less than the mean.
 
     ``load``, ``mtp_load``: int [L, E] and [P, E], counts over the *global* batch (`Output.aux.load` and
-    `Output.mtp_aux.load`); None for MTP leaves those biases. Called once an optimizer step, after it. Pure.
+    `Output.mtp_aux.load`); None for MTP leaves those biases. ``moved``: says of a bias's dotted path whether it moves,
+    or which of its stacked layers do; None: all. Called once an optimizer step, after it. Pure.
 
     Raises ValueError for loads of other routers than the model's.
     """
@@ -30,13 +34,20 @@ def update_router_bias(rest, load: jax.Array, mtp_load: jax.Array | None, speed:
     def move(path, variable):
         if not isinstance(variable, RouterBias) or (path[0] == "mtp" and mtp_load is None):
             return variable
+        layers = True if moved is None else moved(".".join(map(str, path)))
+        if layers is False:
+            return variable
         bias = variable.get_value()
         if path[0] == "mtp":
             counts = mtp_load[path[1]]
         else:
             counts = load[starts[path[1]] : starts[path[1]] + bias.shape[0]]
         counts = counts.astype(jnp.float32)
-        return variable.replace(bias + speed * jnp.sign(counts.mean(-1, keepdims=True) - counts))
+        new = bias + speed * jnp.sign(counts.mean(-1, keepdims=True) - counts)
+        if layers is not True:
+            chosen = np.isin(np.arange(len(bias)), layers)
+            new = jnp.where(chosen[:, None], new, bias)
+        return variable.replace(new)
 
     return map_variables(move, rest)
 

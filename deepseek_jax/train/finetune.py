@@ -77,7 +77,7 @@ def fine_tune(
     lora = lora if lora is not None and lora.rank else None
     cfg, _ = read_config(source)
     check_fit(cfg, recipe, options, ctx)
-    _check(data, epochs, patterns, lora, ctx)
+    _check(recipe, data, epochs, patterns, lora, ctx)
     words = load_tokenizer(source)
     words.check_fits(cfg.vocab_size)
     view = Reporters([view] if view is not None and is_first() else [])
@@ -152,7 +152,7 @@ def _keep_tokenizer(source: Path, run: RunFolder) -> None:
     copy_tokenizer(source, run.tokenizer)
 
 
-def _check(data, epochs, patterns, lora, ctx: Context) -> None:
+def _check(recipe: Recipe, data, epochs, patterns, lora, ctx: Context) -> None:
     if ctx.mesh is not None and (patterns or lora is not None):
         raise ValueError(
             "a part of a model and adapters are trained on one device: leave the mesh out, or train all of the model."
@@ -161,6 +161,9 @@ def _check(data, epochs, patterns, lora, ctx: Context) -> None:
         raise ValueError(
             "patterns of trained parameters and LoRA exclude each other: its targets say what gets adapters."
         )
+    for pattern in patterns:
+        if pattern.endswith("router.bias") and not recipe.bias_speed:
+            raise ValueError(f"{pattern!r} asks for router biases to move, but the recipe's bias_speed is 0: give one.")
     if epochs is not None and isinstance(data, DataConfig):
         raise ValueError("epochs count passes over chats; the length of a run on text is given in tokens.")
 

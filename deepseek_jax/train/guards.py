@@ -1,12 +1,15 @@
 """What a run watches on the host: losses that jump, steps that are skipped. Loads no JAX.
 
-The compiled step leaves everything as it was where a loss or gradient is not finite; here such steps are counted.
+The compiled step leaves everything as it was where a loss, a gradient or an update is not finite; here such steps are
+counted, and their cause is named.
 """
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 WINDOW, FEWEST, SIGMAS = 100, 20, 5.0
 
@@ -41,8 +44,39 @@ class Spikes:
         return message
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a step changed nothing: ``what`` is not finite, and what a run may do about it."""
+
+    what: str
+    advice: str
+
+
+def fault(found: Mapping[str, Any], names: Callable[[], Mapping[str, list[str]]]) -> Fault:
+    """The cause of a skipped step, from `train_step`'s metrics; ``names``: `norms.fault_names`."""
+    loss, at = float(found["loss"]), found["fault"]
+    if at["loss"]:
+        return Fault(
+            f"the loss is {loss:g}",
+            "look at the text of these steps, or continue from it with a lower learning rate or a dtype of float32",
+        )
+    if at["gradient"] >= 0 or not math.isfinite(found["grad_norm"]):
+        part = f"the gradient of {names()['gradient'][at['gradient']]}"
+        where = part if at["gradient"] >= 0 else "the gradient's norm"
+        return Fault(
+            f"{where} is not finite, though the loss is {loss:g}",
+            "continue from it with smaller weights of the loss's terms, a lower learning rate or a dtype of float32",
+        )
+    return Fault(
+        f"the update of {names()['update'][at['update']]} is not finite, though the loss, {loss:g}, and its gradient "
+        "are",
+        "the text is not the cause: continue from it with a lower learning rate or weight decay, or AdamW's moments in "
+        "float32",
+    )
+
+
 class Skips:
-    """Counts steps that changed nothing because their loss or gradient was not finite."""
+    """Counts steps that changed nothing because something in them was not finite."""
 
     def __init__(self, most: int, in_a_row: int = 0, total: int = 0):
         self.most, self.in_a_row, self.total = most, in_a_row, total

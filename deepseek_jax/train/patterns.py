@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from flax import nnx
 
-from deepseek_jax.core.params import Trained, map_variables
+from deepseek_jax.core.params import RouterBias, Trained, map_variables
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
 
@@ -22,10 +22,13 @@ def select(model: Transformer, patterns: Sequence[str]) -> Trained:
     ``mtp.*``. Layers of the main model, from 0 and across stacks, are named by ``layers``: ``layers.60.*``, a range
     with both ends ``layers.58-60.*``, ``layers.*.attn.o``. Layers that are not chosen stay bit-equal.
 
-    Raises ValueError for a pattern that matches no parameter, with the names that come close, and for one that matches
-    a quantised leaf. Router biases are no parameters: their own update moves them.
+    A router bias is no parameter. One that a pattern matches is moved by the load balance at the recipe's bias speed,
+    as in training of the whole model; any other stays.
+
+    Raises ValueError for a pattern that matches nothing, with the names that come close, for one that matches a
+    quantised leaf, and where router biases alone are chosen.
     """
-    known, frozen = paths(model), quantised(model)
+    known, frozen = paths(model, biases=True), quantised(model)
     for pattern in patterns:
         hit = [path for path in matches(model, [pattern], known) if path in frozen]
         if hit:
@@ -34,6 +37,11 @@ def select(model: Transformer, patterns: Sequence[str]) -> Trained:
                 f"{hit[0]}: load the model with a dtype, adapt them with LoRA, or name others."
             )
     chosen = matches(model, patterns, known)
+    if not chosen.keys() & paths(model).keys():
+        raise ValueError(
+            f"the patterns {', '.join(map(repr, patterns))} match router biases alone, which the load balance moves "
+            "and gradients do not reach: name a parameter beside them."
+        )
 
     def trained(path: str) -> bool | tuple[int, ...]:
         return chosen.get(path, False)
@@ -41,12 +49,13 @@ def select(model: Transformer, patterns: Sequence[str]) -> Trained:
     return trained
 
 
-def paths(model: Transformer) -> dict[str, int]:
-    """Every parameter's dotted path, and how many layers it stacks: 0 outside the stacks."""
-    found = {}
+def paths(model: Transformer, biases: bool = False) -> dict[str, int]:
+    """Every parameter's dotted path, and every router bias's if asked for, and how many layers it stacks: 0 outside the
+    stacks."""
+    found, kinds = {}, (nnx.Param, RouterBias) if biases else nnx.Param
 
     def note(path, variable):
-        if isinstance(variable, nnx.Param):
+        if isinstance(variable, kinds):
             found[".".join(map(str, path))] = stack_size(model, path[1]) if path[0] == "stacks" else 0
 
     map_variables(note, model)
@@ -108,8 +117,6 @@ def _layers(pattern: str, path: str, first: dict[int, int], size: int) -> set[in
 
 
 def _hint(pattern: str, among: dict[str, int], layers: int) -> str:
-    if pattern.endswith("router.bias"):
-        return "router biases are moved by the load balance, not by gradients"
     names = list(among)
     if pattern.startswith("layers."):
         names = [re.sub(r"stacks\.\d+", "layers.*", path) for path, size in among.items() if size]

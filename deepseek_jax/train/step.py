@@ -18,6 +18,7 @@ from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy, update_router_bias
 from deepseek_jax.train.loss import Counts, check_entries, count, mtp_depth, objective
+from deepseek_jax.train.norms import first_fault, gradient_norms, norm
 from deepseek_jax.train.recipe import LossWeights
 from deepseek_jax.train.schedule import Setting
 
@@ -98,6 +99,7 @@ def train_step(
     ctx: Context,
     clip: float = 1.0,
     ema_decay: float = 0.0,
+    biases: Trained | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Gradient of the whole batch, optimizer update, router bias from the batch's counts, moving average.
 
@@ -105,15 +107,19 @@ def train_step(
     A > 1 they run one after the other, in a loop whose length is no part of the compiled program. ``optimizer`` gives
     the change of the parameters for a learning rate of 1. ``weights.mtp`` matters only for whether it is 0:
     `Knobs.mtp_weight` weighs the term. ``clip``: largest global norm of the gradient. ``ema_decay``: of `State.ema`.
+    ``biases``: which router biases move (`update_router_bias`); None: all.
 
-    Where the loss or the gradient's norm is not finite the parameters, the optimizer's state, the router biases and
-    the average stay as they were; the step is counted all the same.
+    Where the loss, the gradient's norm, a parameter after its update or the optimizer's state is not finite the
+    parameters, the optimizer's state, the router biases and the average stay as they were; the step is counted all the
+    same.
 
     Returns the next state and the metrics. Scalars: "loss", "main", "mtp" (nats), "balance" {term: scalar}, "tokens"
-    (targets), "grad_norm" (before the clip), "skipped" (0 or 1), "dropped". "gradient_norms" {"embed", "layer.0", ...,
-    "mtp.0", "head" (with the final norm): scalar}. "activation_norm" float32 [layers]: root mean square of the
-    residual stream after each block. A row an MoE layer, float32 [L] unless said otherwise: "load" int32 [L, E],
-    "bias" [L, E] (after the step), "bias_min", "bias_max", "max_violation", "routing_entropy" (nats).
+    (targets), "grad_norm" (before the clip), "skipped" (0 or 1), "dropped". "fault": what is not finite, {"loss": bool,
+    "gradient", "update": int32, the number of the first such parameter or layer in `norms.fault_names`, -1 for none}.
+    "gradient_norms" {"embed", "layer.0", ..., "mtp.0", "head" (with the final norm): scalar}. "activation_norm" float32
+    [layers]: root mean square of the residual stream after each block. A row an MoE layer, float32 [L] unless said
+    otherwise: "load" int32 [L, E], "bias" [L, E] (after the step), "bias_min", "bias_max", "max_violation",
+    "routing_entropy" (nats).
 
     Raises ValueError for a batch without tokens or with unknown entries.
     """
@@ -141,24 +147,34 @@ def train_step(
         )
 
     norms = gradient_norms(gradients, model, trained_layers(state.params))
-    norm = jnp.sqrt(sum(jnp.square(n) for n in norms.values()))
-    good = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
-    factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
+    size = norm(jnp.stack(list(norms.values())))
+    factor = jnp.where(size > clip, clip / size, 1.0)
     values = named(state.params)
     clipped = {n: g * factor for n, g in gradients.items()}
-    changes, _ = optimizer.update(clipped, state.opt_state, values)
-    # Added in float32 and rounded once, where parameters are kept in less.
-    moved = {n: (v.astype(jnp.float32) + knobs.lr * changes[n]).astype(v.dtype) for n, v in values.items()}
-    # The optimizer's state only after the parameters, so that each array is overwritten in its place. Computed
-    # together, both from the old state, they would need a copy of it.
-    held, moved = jax.lax.optimization_barrier((state.opt_state, moved))
+
+    def apply(changes):
+        # Added in float32 and rounded once, where parameters are kept in less.
+        return {n: (v.astype(jnp.float32) + knobs.lr * changes[n]).astype(v.dtype) for n, v in values.items()}
+
+    changes, opt_state = optimizer.update(clipped, state.opt_state, values)
+    fault = {
+        "loss": ~jnp.isfinite(sums["loss"]),
+        "gradient": first_fault(gradients, model),
+        "update": first_fault((apply(changes), opt_state), model),
+    }
+    good = ~fault["loss"] & jnp.isfinite(size) & (fault["update"] < 0)
+    # Only what the optimizer made is kept until all of it is known to be finite; what follows from it is computed
+    # again. And the optimizer's state only after the parameters. So each array is overwritten in its place: computed
+    # together, all from the old state, they would need a copy of it.
+    good, changes, held = jax.lax.optimization_barrier((good, changes, state.opt_state))
+    held, moved = jax.lax.optimization_barrier((held, apply(changes)))
     _, opt_state = optimizer.update(clipped, held, values)
     values = moved
 
     load, mtp_load = sums.get("load"), sums.pop("mtp_load", None)
     rest = state.rest
     if load is not None:
-        rest = update_router_bias(rest, load, mtp_load, knobs.bias_speed)
+        rest = update_router_bias(rest, load, mtp_load, knobs.bias_speed, biases)
     ema = state.ema
     if ema is not None:
         ema = {n: ema_decay * e + (1 - ema_decay) * values[n].astype(jnp.float32) for n, e in ema.items()}
@@ -170,9 +186,10 @@ def train_step(
 
     metrics = sums | {
         "activation_norm": jnp.sqrt(sums["activation_norm"]),
-        "grad_norm": norm,
+        "grad_norm": size,
         "gradient_norms": norms,
         "skipped": 1 - good.astype(jnp.int32),
+        "fault": fault,
     }
     if load is not None:
         bias = router_bias(state.rest)
@@ -184,34 +201,6 @@ def train_step(
             "bias_max": bias.max(-1),
         }
     return state, metrics
-
-
-def gradient_norms(
-    gradients: dict[str, jax.Array], model: Transformer, layers: dict[str, tuple[int, ...]] | None = None
-) -> dict[str, jax.Array]:
-    """float32 norms by group: "embed", "layer.0", ..., "mtp.0", ..., "head" (with the final norm).
-
-    ``layers``: of stacked parameters of which single layers are trained, which ones.
-    """
-    first, starts = 0, []
-    for stack in model.stacks:
-        starts.append(first)
-        first += stack.attn_norm.weight.get_value().shape[0]
-    squares: dict[str, jax.Array] = {}
-
-    def add(group, value):
-        squares[group] = squares[group] + value if group in squares else value
-
-    for name, g in gradients.items():
-        top, *below = name.split(".")
-        square = jnp.square(g.astype(jnp.float32))
-        if top == "stacks":
-            by_layer = square.sum(tuple(range(1, g.ndim)))
-            for i, layer in enumerate((layers or {}).get(name, range(g.shape[0]))):
-                add(f"layer.{starts[int(below[0])] + layer}", by_layer[i])
-        else:
-            add({"mtp": f"mtp.{below[0]}" if below else "", "embed": "embed"}.get(top, "head"), square.sum())
-    return {group: jnp.sqrt(s) for group, s in squares.items()}
 
 
 def _used(batch: dict[str, jax.Array], micro_batches) -> dict[str, jax.Array]:

@@ -11,14 +11,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import Trained, map_variables, named, partition
+from deepseek_jax.core.params import Trained, has_adapters, map_variables, named, partition
+from deepseek_jax.model.arguments import check_ids
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.parallel.placement import place_batch, settle
 from deepseek_jax.train import optim
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.feed import Fed, Feed
-from deepseek_jax.train.guards import Skips, Spikes, TrainingStopped
+from deepseek_jax.train.guards import Skips, Spikes, TrainingStopped, fault
 from deepseek_jax.train.metrics import Reporter, number, plain
+from deepseek_jax.train.norms import fault_names
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.signals import StopSignals
@@ -67,8 +69,16 @@ class Journal:
 
 
 def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None):
-    """The optimizer of a recipe for a model, and `train_step` with all but state, batch and knobs given."""
+    """The optimizer of a recipe for a model, and `train_step` with all but state, batch and knobs given.
+
+    Of a model that is trained in part those router biases move that ``trained`` chooses, beside adapters none.
+    """
     optimizer = optim.make(recipe.optimizer, named(partition(model, trained)[0]))
+
+    def nothing(path: str) -> bool:
+        return False
+
+    biases = nothing if trained is None and has_adapters(model) else trained
     return optimizer, partial(
         train_step,
         optimizer=optimizer,
@@ -76,6 +86,7 @@ def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained 
         ctx=ctx,
         clip=recipe.optimizer.clip,
         ema_decay=recipe.ema_decay,
+        biases=biases,
     )
 
 
@@ -148,6 +159,7 @@ class Trainer:
         self.throughput, self.progress, self.ctx = throughput, progress, ctx
         self.spikes = Spikes(progress.recent_losses)
         self.skips = Skips(recipe.max_skipped, progress.skipped_in_a_row, progress.skipped)
+        self.vocab_size = state.rest.cfg.vocab_size
         self.saved = progress.step if progress.step else None
         self._unseen: tuple[int, dict] | None = None
 
@@ -202,6 +214,10 @@ class Trainer:
 
     def _take(self, fed: Fed, compiled: bool) -> dict:
         progress, began = self.progress, time.monotonic()
+        # Here they are known; in the compiled step an id without an embedding could only make the loss NaN.
+        check_ids(
+            f"tokens of step {progress.step + 1}", fed.batch["tokens"], fed.batch.get("segments"), self.vocab_size
+        )
         self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
         if not compiled:
             jax.block_until_ready(metrics["loss"])
@@ -212,7 +228,7 @@ class Trainer:
             fed.data_state,
         )
         self._look()
-        self._unseen = (progress.step, {name: metrics[name] for name in ("loss", "skipped")})
+        self._unseen = (progress.step, {name: metrics[name] for name in ("loss", "grad_norm", "skipped", "fault")})
         if compiled:
             self.throughput.step(tokens, fed.waited)
         else:
@@ -230,17 +246,17 @@ class Trainer:
         if message := self.spikes.see(float(found["loss"])):
             self.journal.event("spike", message, at)
         too_many = self.skips.see(bool(found["skipped"]))
-        if self.skips.in_a_row:
-            loss = float(found["loss"])
-            count = f"{self.skips.in_a_row} of {self.skips.most} in a row"
-            self.journal.event("skipped", f"loss {loss:g}, or its gradient, is not finite; {count}", at)
+        if not self.skips.in_a_row:
+            return
+        cause = fault(found, lambda: fault_names(self.state))
+        self.journal.event("skipped", f"{cause.what}; {self.skips.in_a_row} of {self.skips.most} in a row", at)
         if too_many:
             self.checkpoints.wait()
             good = self.checkpoints.newest()
             raise TrainingStopped(
-                f"{self.skips.in_a_row} steps in a row had a loss or gradient that is not finite, the last of them "
-                f"step {step}. The last good checkpoint is {good or 'none'}: continue from it with another recipe "
-                "(train --from), such as a lower learning rate, or look at the text."
+                f"{self.skips.in_a_row} steps in a row changed nothing; in the last of them, step {step}, "
+                f"{cause.what}. The last good checkpoint is {good or 'none'} (train --from continues from one): "
+                f"{cause.advice}."
             )
 
     def _log(self, fed: Fed, metrics: dict) -> None:
@@ -248,6 +264,8 @@ class Trainer:
         metrics = jax.device_get(metrics)
         now, progress = fed.setting, self.progress
         metrics["targets"] = metrics.pop("tokens")
+        # The event of a skipped step has it in words.
+        del metrics["fault"]
         self.journal.record(
             "step",
             step=progress.step,

@@ -21,7 +21,7 @@ from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train import loop as loop_module
 from deepseek_jax.train.checkpoint import Checkpoints
-from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped
+from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
 from deepseek_jax.train.loop import check_fit, train
 from deepseek_jax.train.metrics import JsonLines, Reporters, TextLog
 from deepseek_jax.train.options import Options
@@ -280,12 +280,31 @@ def test_steps_that_are_not_finite_stop_the_run(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop_module, "begin", broken)
     recipe = replace(RECIPE, max_skipped=3)
-    with pytest.raises(TrainingStopped, match=r"3 steps in a row.*step 5.*last good checkpoint is .*checkpoints/4"):
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row.*step 5, the loss is nan\..*checkpoints/4"):
         train(CFG, recipe, text, VOCABULARY, tmp_path / "run", options=OPTIONS)
     skipped = [r for r in records(tmp_path / "run", "event") if r["event"] == "skipped"]
-    assert [r["step"] for r in skipped] == [3, 4, 5]
+    assert [(r["step"], r["message"]) for r in skipped] == [
+        (2 + i, f"the loss is nan; {i} of 3 in a row") for i in (1, 2, 3)
+    ]
     two, four = (dsj.load_pretrained(tmp_path / "run" / "checkpoints" / n, dtype=None) for n in "24")
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (two, four)), strict=True))
+
+
+def test_a_skipped_steps_cause_is_named_and_the_advice_fits_it():
+    names = {"gradient": ["embed", "layers.0.attn.o"], "update": ["embed", "layers.0.attn.o"]}
+
+    def cause(nats=2.0, norm=1.0, **at):
+        at = {"loss": False, "gradient": -1, "update": -1, **at}
+        return fault({"loss": nats, "grad_norm": norm, "skipped": 1, "fault": at}, lambda: names)
+
+    # What comes first in a step is what the rest follows from.
+    loss = cause(float("inf"), float("nan"), loss=True, gradient=0, update=0)
+    assert (loss.what, "the text" in loss.advice) == ("the loss is inf", True)
+    assert "the gradient of layers.0.attn.o is not finite" in cause(norm=float("nan"), gradient=1, update=0).what
+    assert "the gradient's norm is not finite" in cause(norm=float("inf")).what
+    update = cause(update=1)
+    assert "the update of layers.0.attn.o is not finite" in update.what
+    assert "the text is not the cause" in update.advice
 
 
 def test_spikes_and_skips():

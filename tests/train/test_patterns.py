@@ -51,13 +51,22 @@ def test_patterns_name_leaves_layers_and_ranges():
         ("stacks.*.ffn.ruoter.*", r"'stacks\.\*\.ffn\.ruoter\.\*' matches no .*near names are .*router\.weight"),
         ("layers.4.*", r"layers are 0 to 3"),
         ("layers.5-9.attn.*", r"layers are 0 to 3"),
-        ("stacks.*.ffn.router.bias", "moved by the load balance"),
+        ("stacks.*.ffn.router.gain", r"near names are .*router\.bias"),
         ("heads", "near names are head"),
     ],
 )
 def test_a_pattern_that_matches_nothing_names_what_comes_close(pattern, match):
     with pytest.raises(ValueError, match=match):
         select(MODEL, ["embed", pattern])
+
+
+def test_a_pattern_chooses_router_biases_as_it_does_parameters():
+    chosen = select(MODEL, ["layers.2-3.ffn.*", "head"])
+    paths = ("stacks.1.ffn.router.bias", "mtp.0.block.ffn.router.bias", "stacks.1.ffn.router.weight")
+    assert [chosen(path) for path in paths] == [(1, 2), False, (1, 2)]
+    assert not select(MODEL, ["*.router.weight"])("stacks.1.ffn.router.bias")
+    with pytest.raises(ValueError, match=r"'\*\.router\.bias' match router biases alone"):
+        select(MODEL, ["*.router.bias"])
 
 
 @pytest.mark.parametrize(

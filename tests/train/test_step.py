@@ -13,8 +13,10 @@ from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import named, partition
+from deepseek_jax.core.params import named, partition, renamed
 from deepseek_jax.train import optim
+from deepseek_jax.train.guards import fault
+from deepseek_jax.train.norms import fault_names, first_fault, gradient_norms, parts
 from deepseek_jax.train.recipe import Optimizer
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import Knobs, start, train_step
@@ -176,13 +178,27 @@ def test_the_average_follows_the_parameters(model, large):
         _ = start(model, PLAIN).averaged
 
 
-@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e37])
+BAD = {
+    "loss inf": ({"mtp_weight": np.inf}, "the loss is inf"),
+    "loss nan": ({"mtp_weight": np.nan}, "the loss is nan"),
+    "gradient": ({"mtp_weight": 3e37}, "the gradient"),
+    "update": ({"lr": np.inf}, "the update of embed is not finite"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(step, large, bad):
-    """With the last one the loss is finite and its gradient's norm is not."""
-    state = large[0]
-    once, metrics = step(state, parted(rows(), 1), knobs(mtp_weight=bad))
-    assert np.isfinite(metrics["loss"]) == (bad == 1e37)
-    twice, _ = step(once, parted(rows(), 1), knobs(mtp_weight=bad))
+    """In the third the loss is finite, in the last one the gradient too."""
+    state, (turned, cause) = large[0], BAD[bad]
+    if bad == "gradient":
+        # Norms divide an embedding by its size, and so multiply its gradient.
+        values = named(state.params)
+        state = replace(state, params=renamed(state.params, values | {"embed": values["embed"] * 0.01}))
+    once, metrics = step(state, parted(rows(), 1), knobs(**turned))
+    assert np.isfinite(metrics["loss"]) == (not bad.startswith("loss"))
+    assert np.isfinite(metrics["grad_norm"]) == (bad == "update")
+    assert fault(jax.device_get(metrics), lambda: fault_names(state)).what.startswith(cause)
+    twice, _ = step(once, parted(rows(), 1), knobs(**turned))
     assert (int(metrics["skipped"]), int(once.skipped), int(twice.skipped), int(twice.step)) == (1, 1, 2, 3)
     for part in ("params", "rest", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(twice, part), getattr(state, part))
@@ -190,6 +206,29 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(step, large, b
     assert (int(after.skipped), int(metrics["skipped"])) == (0, 0)
     assert not np.array_equal(after.params.embed.get_value(), state.params.embed.get_value())
     assert all(np.isfinite(v).all() for v in named(after.params).values())
+
+
+def test_the_first_part_that_is_not_finite_is_named(model):
+    """Of parameters and, in an optimizer's state, of what belongs to them: by layer where they are stacked."""
+    every = named(partition(model)[0])
+    values = {n: every[n] for n in ("stacks.0.attn.kv_a", "stacks.1.attn.kv_a", "norm.weight")}
+    names = [name for found, _, _ in parts((values, [values]), model) for name in found]
+    assert names[:4] == ["norm.weight", "layers.0.attn.kv_a", "layers.1.attn.kv_a", "layers.2.attn.kv_a"]
+    assert int(first_fault((values, [values]), model)) == -1
+    broken = {**values, "stacks.1.attn.kv_a": values["stacks.1.attn.kv_a"].at[1, 3, 0].set(np.nan)}
+    assert names[first_fault((broken, [values]), model)] == "layers.2.attn.kv_a"
+    assert first_fault((values, [broken]), model) == 4 + 3
+    assert [n for found, _, _ in parts(values, model, {"stacks.1.attn.kv_a": (1,)}) for n in found][2:] == [
+        "layers.2.attn.kv_a"
+    ]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e25, 1e36])
+def test_norms_are_exact_over_all_of_float32(model, size):
+    gradients = {name: jnp.full(v.shape, size, jnp.float32) for name, v in named(partition(model)[0]).items()}
+    norms = gradient_norms({n: g for n, g in gradients.items() if n in ("embed", "head", "norm.weight")}, model)
+    expected = {"embed": size * (256 * 64) ** 0.5, "head": size * (256 * 64 + 64) ** 0.5}
+    assert {name: float(v) for name, v in norms.items()} == {n: pytest.approx(v, rel=1e-5) for n, v in expected.items()}
 
 
 def test_turning_knobs_compiles_nothing(step, large, accumulated):
