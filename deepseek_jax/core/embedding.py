@@ -21,15 +21,18 @@ def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
     its part up for all tokens of the devices that share the table, and they exchange these. So neither a whole table
     nor all devices' tokens are in memory; the gradient takes the same way back.
 
+    An id outside the table gives NaN: under jit nothing can be raised, and it should not pass for another token.
+
     Raises LayoutError where the batch does not divide over the mesh.
     """
     table = held(table_VD)
     # Looked up in the table's own dtype, which its gradient, a sum over all of a token's places, then has as well.
     table = table if isinstance(table, jax.Array) else dense(table, dtype)
     if ctx.mesh is None:
-        return table[tokens_BT].astype(dtype)
+        rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.astype(dtype)
     rest = parameter_sharding(AXES, table.shape, ctx).spec
-    vocabulary, width = parts(rest)
+    (vocabulary, width), size = parts(rest), table.shape[0]
     shape = (*tokens_BT.shape, table.shape[1])
     token, out = (
         spec(axes, shape[: len(axes)], ctx.layout.use, ctx.mesh, "a batch of tokens")
@@ -40,6 +43,7 @@ def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
     width, gathered = width[:whole], width[whole:]
 
     def local(table, tokens):
+        inside = ((tokens >= 0) & (tokens < size))[..., None]
         for axis in reversed(gathered):
             table = jax.lax.all_gather(table, axis, axis=1, tiled=True)
         tokens = jax.lax.all_gather(tokens, width) if width else tokens[None]
@@ -49,6 +53,6 @@ def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
             x_GBTD = jnp.where(((row >= 0) & (row < table.shape[0]))[..., None], x_GBTD, 0)
         if width:
             x_GBTD = jax.lax.all_to_all(x_GBTD, width, split_axis=0, concat_axis=3, tiled=True)
-        return jax.lax.psum(x_GBTD[0], vocabulary)
+        return jnp.where(inside, jax.lax.psum(x_GBTD[0], vocabulary), jnp.nan)
 
     return jax.shard_map(local, mesh=ctx.mesh, in_specs=(rest, token), out_specs=out, check_vma=False)(table, tokens_BT)

@@ -10,6 +10,7 @@ import numpy as np
 from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH
+from deepseek_jax.generation.arguments import check_count, check_model, check_prompts, check_stops
 from deepseek_jax.generation.layers import unstacked
 from deepseek_jax.generation.loop import State, compiled
 from deepseek_jax.generation.sampling import Sampling, make_sampling
@@ -57,8 +58,10 @@ def generate(
     """Continues prompts (lists of token ids, of any lengths); returns the new tokens of each, and `Info`.
 
     ``temperature`` (0: greedy), ``top_k`` (0: all), ``top_p``, ``min_p`` and ``seed`` are numbers, or one for
-    each row. A row's random numbers depend on its seed, its place in the batch and the position only. The
-    filters act in the order temperature, top-k, top-p, min-p.
+    each row. A row's random numbers depend on its seed, its place in the batch and the position only. Its
+    logits depend on no other row, but products over a batch of another size are rounded otherwise: a prompt
+    among others and alone have the same log-probabilities to about 2e-6 (float32), the same tokens up to
+    near-ties. The filters act in the order temperature, top-k, top-p, min-p.
 
     ``use_mtp``: the MTP modules draft ``cfg.mtp_depth`` tokens a step (V3 §5.4.3). The distribution of the
     output stays the same; greedy output is the same up to near-ties. ``stop_ids``: tokens that end a row
@@ -115,7 +118,9 @@ def stream(
     Arguments and errors are those of `generate`, and are checked here, before the first item. Leaving the
     iteration at any time (Ctrl-C too) loses nothing that came: ``result()`` has it.
     """
-    cfg, ctx = model.cfg, ctx or DEFAULT
+    check_model(model, ctx)
+    # Calls are of few tokens, a row's on one device: the MTP modules' too, which are run by themselves.
+    cfg, ctx = model.cfg, (ctx or DEFAULT).whole_rows()
     prompts = check_prompts(prompts, cfg.vocab_size)
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("steps", steps)):
         check_count(name, value)
@@ -132,7 +137,7 @@ def stream(
         sampling = jax.tree.map(lambda a: a[np.arange(batch) % rows], sampling)
     known = np.pad(lengths, (0, batch - rows), constant_values=1)
     stop_V = np.zeros(cfg.vocab_size, bool)
-    stop_V[_check_stops(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)] = True
+    stop_V[check_stops(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)] = True
 
     dtype = model.compute_dtype(ctx)
     tokens_BS = np.zeros((batch, capacity), np.int32)
@@ -230,38 +235,6 @@ def _placed(state: State, sampling: Sampling, stop_V: np.ndarray, ctx: Context):
     placed, sampling = jax.jit(lambda a: a, out_shardings=jax.tree.map(place, rest))(rest)
     everywhere = activation_sharding((None,), stop_V.shape, ctx)
     return replace(placed, cache=state.cache), sampling, jax.device_put(stop_V, everywhere)
-
-
-def check_prompts(prompts, vocab_size: int) -> list[list[int]]:
-    rows = list(prompts)
-    if not rows:
-        raise ValueError("there is no prompt: give a list with at least one list of token ids.")
-    checked = []
-    for row, prompt in enumerate(rows):
-        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
-            raise ValueError(f"prompt {row} is {prompt!r}: prompts must be a list of lists of token ids.")
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {row} is empty: give at least one token, such as the model's bos.")
-        checked.append([_check_id(f"prompt {row}", i, vocab_size) for i in prompt])
-    return checked
-
-
-def _check_stops(stop_ids, vocab_size: int) -> list[int]:
-    ids = [stop_ids] if isinstance(stop_ids, int | np.integer) else list(stop_ids)
-    return [_check_id("stop_ids", i, vocab_size) for i in ids]
-
-
-def _check_id(where: str, i, vocab_size: int) -> int:
-    if isinstance(i, bool) or not hasattr(i, "__index__"):
-        raise ValueError(f"{where} holds {i!r}: token ids must be integers.")
-    if not 0 <= int(i) < vocab_size:
-        raise ValueError(f"{where} holds id {int(i)}, outside the vocabulary of {vocab_size}.")
-    return int(i)
-
-
-def check_count(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least 1.")
 
 
 def _capacity(cfg, longest: int, new: int, depth: int, cache_length: int | None) -> int:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.generation.engine import MIN_CACHE, check_count, check_prompts
+from deepseek_jax.generation.arguments import check_count, check_ids, check_model
+from deepseek_jax.generation.engine import MIN_CACHE
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import fetch, place, row_groups
@@ -36,8 +37,9 @@ def score(
     Raises ValueError for fewer than two tokens, ids outside the vocabulary, and a window that the model
     cannot hold.
     """
+    check_model(model, ctx)
     cfg, ctx = model.cfg, ctx or DEFAULT
-    (tokens,) = check_prompts([ids], cfg.vocab_size)
+    tokens = check_ids("ids", ids, cfg.vocab_size)
     if len(tokens) < 2:
         raise ValueError("one token alone has no log-probability: give at least two.")
     window = cfg.max_length if window is None else window

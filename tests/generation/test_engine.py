@@ -209,8 +209,19 @@ def test_weights_that_are_not_finite_are_one_error(model, prompts, plain):
     [
         ({"prompts": []}, "no prompt"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [1, 2]}, "list of lists"),
+        ({"prompts": [1, 2]}, r"prompt 0 is 1, not a list of token ids\. dsj\.load_tokenizer"),
+        ({"prompts": ["text"]}, r"prompt 0 is 'text', not a list of token ids"),
         ({"prompts": "text"}, "list of lists"),
+        ({"prompts": 5}, "list of lists"),
+        ({"prompts": [np.ones((2, 2), np.int32)]}, "not a list of token ids"),
+        ({"prompts": [np.ones(3)]}, "must be integers"),
+        ({"prompts": [[np.float32(1)]]}, "must be integers"),
+        ({"prompts": [[True]]}, "must be integers"),
+        ({"stop_ids": 1.5}, "stop_ids holds 1.5"),
+        ({"temperature": "0.5"}, "must be a number"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 of row 0"),
+        ({"temperature": None}, "must be a number"),
+        ({"top_p": [[0.5], [0.5, 0.6]]}, "must be a number"),
         ({"prompts": [[1, 256]]}, "id 256, outside the vocabulary of 256"),
         ({"prompts": [[-1]]}, "id -1"),
         ({"prompts": [[1.5]]}, "must be integers"),
@@ -236,6 +247,12 @@ def test_weights_that_are_not_finite_are_one_error(model, prompts, plain):
 def test_bad_arguments_are_one_clear_error(model, changes, message):
     with pytest.raises(ValueError, match=message):
         dsj.generate(model, **{"prompts": [[1, 2]], **changes})
+
+
+@pytest.mark.parametrize("model", ["checkpoints/tiny-v3", None])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(ValueError, match=r"must be one that dsj\.init or dsj\.load_pretrained gave, not"):
+        dsj.generate(model, [[1, 2]])
 
 
 def test_drafts_need_mtp_modules():

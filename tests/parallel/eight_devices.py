@@ -20,6 +20,7 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
+from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
 from deepseek_jax.generation.engine import stream
@@ -291,10 +292,17 @@ def born(case: str) -> dict:
     ours, theirs = dsj.init(CFG, key, ctx=ctx), dsj.init(CFG, key)
     shards = {n: a.addressable_shards[0].data.size / a.size for n, a in named(partition(ours)[0]).items()}
     wanted = {n: a.sharding.spec for n, a in named(partition(place(MODEL, ctx))[0]).items()}
+    ids = jnp.asarray([[0, -1, CFG.vocab_size - 1, CFG.vocab_size]] * ROWS)
+    try:
+        refused = dsj.generate(ours, [[1]])
+    except ValueError as found:
+        refused = str(found)
     return {
         "values": worst(named(partition(ours)[0]), named(partition(theirs)[0])),
         "shares": shards,
         "as_placed": all(a.sharding.spec == wanted[n] for n, a in named(partition(ours)[0]).items()),
+        "looked_up": jnp.isnan(lookup(ours.embed, ids, jnp.float32, ctx)).all(-1).tolist(),
+        "without_mesh": refused,
     }
 
 

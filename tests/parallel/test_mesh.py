@@ -21,8 +21,8 @@ SNAPSHOT = MIXED[0]
 HERE = Path(__file__).parent
 # Decoding over the other axes is the forward pass's layout once more, or repeats work: it waits for the slow tests.
 DECODED, DECODED_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
-# Experts apart, rows filled up; and heads and vocabulary apart.
-WRITTEN, WRITTEN_SLOWLY = "expert=8", "tensor=4"
+# Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
+WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
 DEFAULT = [
     *(f"{what}|{axis}" for axis in AXES for what in ("sgd", "forward")),
     *(f"generated|{axis}" for axis in DECODED),
@@ -39,7 +39,7 @@ DEFAULT = [
 SLOW = [
     *(f"generated|{axis}" for axis in DECODED_SLOWLY),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
-    *(f"text|{case}" for case in (WRITTEN_SLOWLY, *MIXED[:2])),
+    *(f"text|{case}" for case in WRITTEN_SLOWLY),
     *(f"adamw|{case}" for case in MIXED[:2]),
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
     f"attention|{MIXED[4]}",
@@ -142,7 +142,7 @@ def test_text_greedy_and_sampled_with_drafts(default):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [WRITTEN_SLOWLY, *MIXED[:2]])
+@pytest.mark.parametrize("case", WRITTEN_SLOWLY)
 def test_text_on_other_meshes(slow, case):
     check_text(slow[f"text|{case}"])
 
@@ -209,6 +209,9 @@ def test_a_model_is_born_in_its_shards(default):
     matrices = {name: share for name, share in found["shares"].items() if not name.endswith("norm.weight")}
     assert max(matrices.values()) <= 1 / 4
     assert matrices["stacks.0.ffn.gate_up"] == 1 / 8
+    # An id without a row is NaN on a mesh too, and a mesh that is left out is asked for.
+    assert found["looked_up"] == [[False, True, False, True]] * 8
+    assert found["without_mesh"] == "the model lies on 8 devices: give ctx=dsj.Context(mesh=...), with its mesh."
 
 
 def test_published_weights_are_read_straight_into_their_shards(default):

@@ -1,0 +1,63 @@
+"""What `generate`, `stream` and `score` are given, checked before anything runs."""
+
+from operator import index
+
+import jax
+import numpy as np
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.notes import shown
+
+ENCODE = "dsj.load_tokenizer(FOLDER).encode makes ids of text."
+
+
+def check_model(model, ctx: Context | None) -> None:
+    """Raises ValueError for what is no model, and for one that lies on several devices without a context that says
+    so."""
+    if not isinstance(model, Transformer):
+        raise ValueError(f"the model must be one that dsj.init or dsj.load_pretrained gave, not {shown(model)}.")
+    place = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    devices = 1 if place is None else len(place.device_set)
+    if devices > 1 and (ctx is None or ctx.mesh is None):
+        raise ValueError(f"the model lies on {devices} devices: give ctx=dsj.Context(mesh=...), with its mesh.")
+
+
+def check_prompts(prompts, vocab_size: int) -> list[list[int]]:
+    if isinstance(prompts, str) or not hasattr(prompts, "__iter__"):
+        raise ValueError(f"prompts is {shown(prompts)}: it must be a list of lists of token ids. {ENCODE}")
+    rows = list(prompts)
+    if not rows:
+        raise ValueError("there is no prompt: give a list with at least one list of token ids.")
+    return [check_ids(f"prompt {row}", prompt, vocab_size) for row, prompt in enumerate(rows)]
+
+
+def check_ids(name: str, ids, vocab_size: int) -> list[int]:
+    """Token ids as a list. Raises ValueError for anything else, none at all, and ids outside the vocabulary."""
+    if isinstance(ids, str) or not hasattr(ids, "__len__") or (hasattr(ids, "ndim") and ids.ndim != 1):
+        raise ValueError(f"{name} is {shown(ids)}, not a list of token ids. {ENCODE}")
+    if len(ids) == 0:
+        raise ValueError(f"{name} is empty: give at least one token, such as the model's bos.")
+    return [_check_id(name, i, vocab_size) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+
+
+def check_stops(stop_ids, vocab_size: int) -> list[int]:
+    ids = list(stop_ids) if hasattr(stop_ids, "__iter__") else [stop_ids]
+    return [_check_id("stop_ids", i, vocab_size) for i in ids]
+
+
+def _check_id(where: str, i, vocab_size: int) -> int:
+    try:
+        found = None if isinstance(i, bool) else index(i)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"{where} holds {shown(i)}: token ids must be integers.")
+    if not 0 <= found < vocab_size:
+        raise ValueError(f"{where} holds id {found}, outside the vocabulary of {vocab_size}.")
+    return found
+
+
+def check_count(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be an integer of at least 1.")
