@@ -7,8 +7,15 @@ config that exists is one that can be built.
 from dataclasses import dataclass
 
 from deepseek_jax.configs.checks import ConfigError, check_types, require
+from deepseek_jax.configs.numbers import LARGEST, complaint
 
 __all__ = ["MLA", "ConfigError", "MoE", "ModelConfig", "Rope", "Yarn"]
+
+
+def _require_number(owner, *names: str, low: float = 0.0) -> None:
+    for name in names:
+        if problem := complaint(getattr(owner, name), low):
+            raise ConfigError(f"{type(owner).__name__} {name} {problem}.")
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Yarn:
 
     def __post_init__(self):
         check_types(self, finite=True)
+        _require_number(self, "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", low=-LARGEST)
         require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
         require(self.original_length > 0, f"YaRN original_length must be positive, not {self.original_length}.")
         require(
@@ -46,6 +54,7 @@ class Rope:
 
     def __post_init__(self):
         check_types(self, finite=True)
+        _require_number(self, "theta")
         require(self.theta > 1, f"RoPE theta must exceed 1, not {self.theta}.")
 
 
@@ -90,6 +99,7 @@ class MoE:
         check_types(self, finite=True)
         for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
             require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
+        _require_number(self, "scale", low=-LARGEST)
         require(self.n_shared >= 0, f"MoE n_shared must not be negative, as {self.n_shared} is.")
         require(
             self.n_experts % self.n_groups == 0,
@@ -150,6 +160,7 @@ class ModelConfig:
             self.moe is not None or self.n_dense_layers == self.n_layers,
             f"{self.n_layers - self.n_dense_layers} layers are neither dense nor have a MoE config.",
         )
+        _require_number(self, "norm_eps", "init_std", low=-LARGEST)
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
         require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
         for name, ids in (

@@ -41,7 +41,7 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, seed) -> Samplin
     """
     top = np.iinfo(np.int32).max
     values = {
-        "temperature": _rows("temperature", temperature, batch, np.float32, 0, np.inf, "finite and at least 0"),
+        "temperature": _rows("temperature", temperature, batch, np.float32, 0, np.inf, "at least 0 and below 3.4e38"),
         "top_k": _rows("top_k", top_k, batch, np.int32, 0, top + 1, "an integer of at least 0 (0: no limit)"),
         "top_p": _rows("top_p", top_p, batch, np.float32, np.nextafter(0, 1), 1.5, "in (0, 1]", last=1),
         "min_p": _rows("min_p", min_p, batch, np.float32, 0, 1.5, "in [0, 1]", last=1),
@@ -53,15 +53,21 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, seed) -> Samplin
 
 def _rows(name: str, value, batch: int, dtype, low, below, meaning: str, last=None) -> np.ndarray:
     try:
-        given = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be a number, or one for each row; {name} is {meaning}.") from None
+        given = np.asarray(value)
+    except ValueError:  # rows of unequal length
+        given = np.asarray(None)
+    if given.dtype.kind not in "iuf":
+        raise ValueError(f"{name}={value!r} must be a number, or one for each row; {name} must be {meaning}.")
+    given = given.astype(np.float64)
     if given.shape not in ((), (batch,)):
         raise ValueError(f"{name} has shape {given.shape}; give one number, or one for each of {batch} rows.")
     rows = np.broadcast_to(given, (batch,))
     bad = ~((rows >= low) & (rows < below)) if last is None else ~((rows >= low) & (rows <= last))
     if np.issubdtype(dtype, np.integer):
         bad |= rows != np.floor(rows)
+    else:
+        # As it is used: what float32 cannot hold, it takes for inf.
+        bad |= np.abs(rows) > np.finfo(dtype).max
     if bad.any():
         row = int(np.argmax(bad))
         raise ValueError(f"{name}={rows[row]:g} of row {row}: {name} must be {meaning}.")
@@ -97,7 +103,8 @@ def _filter(scaled_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     kept = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)
     p_BTV = jax.nn.softmax(jnp.where(kept, jnp.take_along_axis(scaled_BTV, order, axis=-1), -jnp.inf), axis=-1)
     before = jnp.pad(jnp.cumsum(p_BTV, axis=-1)[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    kept &= ((before < top_p) | (top_p >= 1)) & (p_BTV >= min_p * p_BTV[..., :1])
+    # The likeliest token reaches any top_p that float32 takes for 0.
+    kept &= ((before < top_p) | (top_p >= 1) | (jnp.arange(V) == 0)) & (p_BTV >= min_p * p_BTV[..., :1])
     kept = jnp.take_along_axis(jnp.broadcast_to(kept, order.shape), jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(kept, scaled_BTV, -jnp.inf)
 

@@ -7,6 +7,7 @@ schedule is a number of tokens seen: rows times length, padding included.
 from dataclasses import dataclass, field, fields, replace
 
 from deepseek_jax.configs.checks import check_types
+from deepseek_jax.configs.numbers import LARGEST, ONE, complaint
 from deepseek_jax.train.schedule import count_steps
 
 B, T = 10**9, 10**12
@@ -17,15 +18,26 @@ ENOUGH_STEPS = 1000
 FEWEST_ROWS = 8
 # A sigmoid score lies within 1, so a bias that travels 8 can cross the scores' range several times.
 REACH = 8.0
+AT_ZERO = {
+    "eps": "a parameter without a gradient, such as an unseen token's embedding, is divided by 0",
+    "clip": "no gradient is left",
+}
 # 2408.15664 figure 4: at 0.01 the balance oscillates late in the run.
 FASTEST_BIAS = 0.01
 
 
 def _within(owner, low: float, high: float, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not low <= value <= high:
-            raise ValueError(f"{name} must lie between {low:g} and {high:g}, not {value}.")
+        if problem := complaint(getattr(owner, name), low, high):
+            raise ValueError(f"{name} {problem}.")
+
+
+def _below_one(owner, *names: str) -> None:
+    """Of averages: at 1 they never take anything in, and what corrects their beginning divides by 0."""
+    _within(owner, 0, 1, *names)
+    for name in names:
+        if getattr(owner, name) >= ONE:
+            raise ValueError(f"{name} must be at least 0 and below 1 as float32, not {getattr(owner, name)}.")
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,6 @@ class LossWeights:
 
     mtp: float = 0.3
     """Multi-token prediction: lambda of V3 section 2.2, before `Recipe.mtp_change`. 0: the modules are not run."""
-    mtp_over: str = "targets"
-    """What a module's summed cross-entropy is divided by: its own "targets", so that it is a mean, or "tokens", all of
-    the batch that are no padding: T of V3 equation 24. A module that looks further ahead weighs less then."""
     balance: float = 1e-4
     """Sequence-wise balance: alpha of V3 section 2.1.2, equation 17."""
     batch_balance: float = 0.0
@@ -54,7 +63,7 @@ class LossWeights:
     def __post_init__(self):
         check_types(self, ValueError)
         weights = [f.name for f in fields(self) if f.name not in ("devices", "mtp_over")]
-        _within(self, 0, float("inf"), *weights)
+        _within(self, 0, LARGEST, *weights)
         if self.mtp_over not in ("targets", "tokens"):
             raise ValueError(f"mtp_over must be targets or tokens, not {self.mtp_over!r}.")
         if self.devices is not None and self.devices < 1:
@@ -80,7 +89,7 @@ class LearningRate:
 
     def __post_init__(self):
         check_types(self, ValueError)
-        _within(self, 0, float("inf"), "peak", "warmup_steps", "decay_to")
+        _within(self, 0, LARGEST, "peak", "warmup_steps", "decay_to")
         if self.decay_from is not None and not 0 <= self.decay_from < self.decay_until:
             raise ValueError(
                 f"the rate cannot fall from {self.decay_from} to {self.decay_until} tokens: decay_from must not be "
@@ -89,6 +98,9 @@ class LearningRate:
         starts = [tokens for tokens, _ in self.drops]
         if starts != sorted(starts) or any(tokens < 0 or rate < 0 for tokens, rate in self.drops):
             raise ValueError(f"drops must be pairs of tokens, in rising order, and a rate, not {self.drops}.")
+        for _, rate in self.drops:
+            if problem := complaint(rate):
+                raise ValueError(f"a rate of drops {problem}.")
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class Optimizer:
     weight_decay: float = 0.1
     """Times the learning rate; on matrices only, not on norms."""
     clip: float = 1.0
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; inf for none."""
     moments: str = "bfloat16"
     """How AdamW's two moments are kept: bfloat16 (V3 section 3.3) or float32. Muon's momentum is kept in float32."""
     momentum: float = 0.95
@@ -117,8 +129,12 @@ class Optimizer:
 
     def __post_init__(self):
         check_types(self, ValueError)
-        _within(self, 0, float("inf"), "eps", "weight_decay", "clip", "update_rms")
-        _within(self, 0, 1, "b1", "b2", "momentum")
+        _within(self, 0, LARGEST, "eps", "weight_decay", "update_rms")
+        _within(self, 0, float("inf"), "clip")
+        for name in ("eps", "clip"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive: at 0 {AT_ZERO[name]}.")
+        _below_one(self, "b1", "b2", "momentum")
         if self.moments not in DTYPES:
             raise ValueError(f"moments must be one of {', '.join(DTYPES)}, not {self.moments!r}.")
 
@@ -169,7 +185,7 @@ class Recipe:
     ema_decay: float = 0.999
     """Decay a step of the parameters' moving average, which V3 keeps without stating its decay. 0: none is kept."""
     max_skipped: int = 5
-    """Steps in a row whose loss or gradient is not finite after which a run stops."""
+    """Steps in a row whose loss, gradient or update is not finite after which a run stops."""
     evaluate_every: int = 1000
     """Steps between measurements on the held-out text."""
     log_every: int = 10
@@ -182,14 +198,15 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.length < 3:
             raise ValueError(f"length must be at least 3 tokens, not {self.length}.")
-        _within(self, 0, float("inf"), "ramp_tokens", "mtp_later", "bias_speed", "init_std")
-        if self.embed_std is not None and not (self.init_std > 0 and 0 < self.embed_std < float("inf")):
-            raise ValueError(
-                f"embed_std must be positive and finite, and init_std not 0, not {self.embed_std} and {self.init_std}."
-            )
+        _within(self, 0, LARGEST, "ramp_tokens", "mtp_later", "bias_speed", "init_std")
+        if self.embed_std is not None:
+            _within(self, 0, LARGEST, "embed_std")
+            if not (self.init_std and self.embed_std):
+                raise ValueError(
+                    f"embed_std must be positive, and init_std not 0, not {self.embed_std} and {self.init_std}."
+                )
         _within(self, 0, 1, "fim_rate")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}.")
+        _below_one(self, "ema_decay")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
         if not 1 <= self.start_rows <= self.batch_rows:

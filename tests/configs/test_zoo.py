@@ -186,6 +186,10 @@ def test_unknown_and_unbuilt_names_say_so():
             lambda: Yarn(factor=2, original_length=4096, beta_fast=1, beta_slow=2),
             "YaRN needs beta_fast >= beta_slow > 0, not 1.0 and 2.0",
         ),
+        # Fine as Python's numbers, not as float32's.
+        (lambda: replace(V3, norm_eps=1e-46), "norm_eps is used as float32, where 1e-46 counts as 0"),
+        (lambda: replace(V3, init_std=1e39), "init_std must be finite, not 1e[+]39"),
+        (lambda: Rope(theta=1e300), "Rope theta must be finite"),
         (lambda: Rope(theta=1), "RoPE theta must exceed 1, not 1.0"),
     ],
 )

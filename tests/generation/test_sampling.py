@@ -106,10 +106,17 @@ def test_equal_logits_are_kept_in_order_of_their_ids():
     np.testing.assert_allclose(p[:, 0], [[0.5, 0.5, 0, 0, 0], [1, 0, 0, 0, 0]], atol=1e-7)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-6])
-def test_a_tiny_temperature_is_greedy(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "min_p"),
+    [
+        *((t, 1.0, 0.0) for t in (1e-300, 1e-40, 1e-38, 1.2e-38, 1e-30, 1e-6)),
+        *((1.0, p, 0.0) for p in (5e-324, 1e-300, 1e-45, 1e-40, 1.2e-38, 1e-30)),
+        (1.0, 1.0, 1.0),
+    ],
+)
+def test_the_smallest_settings_are_greedy_below_float32s_range_too(temperature, top_p, min_p):
     logits = np.random.default_rng(0).normal(0, 3, (1, 4, 9)).astype(np.float32)
-    p = jax.jit(distribution)(logits, make_sampling(1, temperature, 0, 1.0, 0.0, 0))
+    p = jax.jit(distribution)(logits, make_sampling(1, temperature, 0, top_p, min_p, 0))
     np.testing.assert_array_equal(np.argmax(p, -1), logits.argmax(-1))
     np.testing.assert_allclose(np.max(p, -1), 1.0, atol=1e-6)
 

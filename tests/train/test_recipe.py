@@ -165,6 +165,22 @@ def test_an_unknown_name_is_refused():
         (lambda: LearningRate(drops=((20, 1e-5), (10, 1e-6))), "rising order"),
         (lambda: LearningRate(peak=-1.0), "peak"),
         (lambda: Optimizer(b1=2.0), "b1 must lie between 0 and 1"),
+        # What float32, in which they are used, takes for 0, 1 or infinity.
+        (lambda: Optimizer(b1=1 - 1e-9), "b1 must be at least 0 and below 1 as float32"),
+        (lambda: Optimizer(b2=1), "b2 must be at least 0 and below 1"),
+        (lambda: Optimizer(momentum=1.0), "momentum must be at least 0 and below 1"),
+        (lambda: Optimizer(eps=1e-45), "eps is used as float32, where 1e-45 counts as 0"),
+        (lambda: Optimizer(eps=0), "eps must be positive"),
+        (lambda: Optimizer(clip=0.0), "clip must be positive"),
+        (lambda: Optimizer(clip=1e-300), "clip is used as float32"),
+        (lambda: Optimizer(weight_decay=1e39), "weight_decay must be finite and at least 0, not 1e[+]39"),
+        (lambda: LearningRate(peak=float("inf")), "peak must be finite"),
+        (lambda: LearningRate(peak=1e-60), "peak is used as float32"),
+        (lambda: LearningRate(peak="fast"), "peak must be a number, not 'fast'"),
+        (lambda: LearningRate(drops=((10, 1e300),)), "a rate of drops must be finite"),
+        (lambda: LossWeights(balance=1e-46), "balance is used as float32"),
+        (lambda: Recipe(bias_speed=float("inf")), "bias_speed must be finite"),
+        (lambda: Recipe(ema_decay=0.999999999), "ema_decay must be at least 0 and below 1 as float32"),
         (lambda: Optimizer(moments="fp8"), "moments must be one of float32, bfloat16"),
         (lambda: replace(recipe("tiny"), batch_rows=3), "does not divide"),
     ],
@@ -172,3 +188,8 @@ def test_an_unknown_name_is_refused():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_float32_holds_is_taken():
+    Optimizer(clip=float("inf"), eps=1.2e-38, b1=0, b2=1 - 1e-7, weight_decay=0)
+    LearningRate(peak=1e-37, warmup_steps=0, decay_to=0)
