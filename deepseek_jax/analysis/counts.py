@@ -7,6 +7,7 @@ parameters on the real model's tree.
 from dataclasses import asdict, dataclass
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.notes import shown
 
 BF16_BYTES = 2
 
@@ -77,10 +78,12 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     Conventions: V3 §4.2 for parameters, V2 table 1 for the cache. The FLOP formula is the one that gives the
     250 GFLOPs a token of V3 in "Insights into DeepSeek-V3" (2505.09343, table 2).
 
-    Raises ValueError for a context that is not positive.
+    Raises ValueError for what is no config and for a context that is not positive.
     """
-    if context < 1:
-        raise ValueError(f"context must be a positive number of tokens, not {context}.")
+    if not isinstance(cfg, ModelConfig):
+        raise ValueError(f"counts are of a ModelConfig, such as dsj.zoo('deepseek-v3'), not {shown(cfg)}.")
+    if not isinstance(context, int) or context < 1:
+        raise ValueError(f"context must be a positive number of tokens, not {shown(context)}.")
     a, moe = cfg.attention, cfg.moe
     embedding = cfg.vocab_size * cfg.dim
     attention = _attention(cfg)

@@ -6,21 +6,27 @@ import jax
 import numpy as np
 
 from deepseek_jax.core.context import Context
+from deepseek_jax.model.arguments import check_context
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.notes import shown
 
 ENCODE = "dsj.load_tokenizer(FOLDER).encode makes ids of text."
 
 
-def check_model(model, ctx: Context | None) -> None:
-    """Raises ValueError for what is no model, and for one that lies on several devices without a context that says
-    so."""
+def check_model(model, ctx: Context | None) -> Context:
+    """The context, by default that of one device.
+
+    Raises ValueError for what is no model or context, and for a model on several devices without a context that says
+    so.
+    """
     if not isinstance(model, Transformer):
         raise ValueError(f"the model must be one that dsj.init or dsj.load_pretrained gave, not {shown(model)}.")
     place = getattr(jax.tree.leaves(model)[0], "sharding", None)
     devices = 1 if place is None else len(place.device_set)
-    if devices > 1 and (ctx is None or ctx.mesh is None):
+    ctx = check_context(ctx)
+    if devices > 1 and ctx.mesh is None:
         raise ValueError(f"the model lies on {devices} devices: give ctx=dsj.Context(mesh=...), with its mesh.")
+    return ctx
 
 
 def check_prompts(prompts, vocab_size: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.axes import activation_sharding
-from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.generation.arguments import check_count, check_model, check_prompts, check_stops
 from deepseek_jax.generation.layers import unstacked
@@ -118,9 +118,9 @@ def stream(
     Arguments and errors are those of `generate`, and are checked here, before the first item. Leaving the
     iteration at any time (Ctrl-C too) loses nothing that came: ``result()`` has it.
     """
-    check_model(model, ctx)
     # Calls are of few tokens, a row's on one device: the MTP modules' too, which are run by themselves.
-    cfg, ctx = model.cfg, (ctx or DEFAULT).whole_rows()
+    ctx = check_model(model, ctx).whole_rows()
+    cfg = model.cfg
     prompts = check_prompts(prompts, cfg.vocab_size)
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("steps", steps)):
         check_count(name, value)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.context import Context
 from deepseek_jax.generation.arguments import check_count, check_ids, check_model
 from deepseek_jax.generation.engine import MIN_CACHE
 from deepseek_jax.model.cache import Cache
@@ -37,8 +37,8 @@ def score(
     Raises ValueError for fewer than two tokens, ids outside the vocabulary, and a window that the model
     cannot hold.
     """
-    check_model(model, ctx)
-    cfg, ctx = model.cfg, ctx or DEFAULT
+    ctx = check_model(model, ctx)
+    cfg = model.cfg
     tokens = check_ids("ids", ids, cfg.vocab_size)
     if len(tokens) < 2:
         raise ValueError("one token alone has no log-probability: give at least two.")

@@ -21,8 +21,9 @@ from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import drawn, map_variables, param, parameter_dtype, unstack
 from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import cache as cache_module
+from deepseek_jax.model.arguments import check_call, check_context, check_init, check_new_config
 from deepseek_jax.model.attention import Span
-from deepseek_jax.model.block import CAPTURABLE, Block
+from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.mtp import MTP
 from deepseek_jax.model.outputs import Aux, Output
@@ -47,6 +48,11 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else param(dtype, (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
         self.mtp = nnx.List(MTP(cfg, dtype) for _ in range(cfg.mtp_depth))
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "cfg" and "cfg" in vars(self):
+            check_new_config(self.cfg, value)
+        super().__setattr__(name, value)
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
         """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
@@ -79,11 +85,17 @@ class Transformer(nnx.Module):
         choosing, -1 for none. ``logits``: "all", "last" (of each row's last real token; MTP logits stay whole) or
         "none" (MTP logits neither). ``capture``: names of activations to return.
 
-        Raises ValueError for arguments that do not fit the model, and for more tokens than the cache has room for;
-        under jit the room that is left cannot be checked, and tokens beyond it are lost.
+        Raises ValueError for arguments that do not fit the model, ids outside the vocabulary (padding apart), experts
+        that there are not, and for more tokens than the cache has room for. Under jit values cannot be checked: an id
+        outside the vocabulary makes its row NaN, and tokens beyond the cache's room are lost.
         """
-        ctx = ctx or DEFAULT
-        self._check(tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture)
+        ctx = check_context(ctx)
+        tokens_BT, positions, segments, next_tokens, routing = check_call(
+            self.cfg, tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture
+        )
+        if segments is not None:
+            # What stands at padding is never looked up.
+            tokens_BT = jnp.where(segments != 0, tokens_BT, 0)
         if cache is not None:
             ctx = ctx.whole_rows()
         span, cache = self._span(tokens_BT, positions, segments, cache, ctx)
@@ -262,48 +274,6 @@ class Transformer(nnx.Module):
             hidden, ctx = jnp.take_along_axis(hidden, last[:, None, None], axis=1), ctx.whole_rows()
         return self.unembed(hidden, ctx)
 
-    def _check(self, tokens, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture):
-        cfg = self.cfg
-        if jnp.ndim(tokens) != 2 or 0 in jnp.shape(tokens):
-            raise ValueError(f"tokens must have shape [batch, length] with both positive, not {jnp.shape(tokens)}.")
-        for name, array in (("positions", positions), ("segments", segments)):
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name} must have the tokens' shape {tokens.shape}, not {array.shape}.")
-        if with_mtp and not cfg.mtp_depth:
-            raise ValueError(f"with_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
-        if next_tokens is not None and not with_mtp:
-            raise ValueError("next_tokens are for the MTP modules: give with_mtp=True as well.")
-        if next_tokens is not None and next_tokens.shape != (*tokens.shape, cfg.mtp_depth):
-            raise ValueError(f"next_tokens must have shape {(*tokens.shape, cfg.mtp_depth)}, not {next_tokens.shape}.")
-        if routing is not None:
-            expected = (cfg.n_moe_layers, *tokens.shape, cfg.moe.top_k if cfg.moe else 0)
-            if routing.shape != expected:
-                raise ValueError(f"routing must have shape {expected}, not {routing.shape}.")
-        if logits not in ("all", "last", "none"):
-            raise ValueError(f'logits={logits!r}: choose "all", "last" or "none".')
-        offered = CAPTURABLE if cfg.n_moe_layers else tuple(n for n in CAPTURABLE if n != "router_scores")
-        if isinstance(capture, str) or any(name not in offered for name in capture):
-            raise ValueError(f"capture={capture!r}: give a sequence of names; {cfg.name} offers {', '.join(offered)}.")
-        if cache is not None:
-            self._check_cache(cache, tokens, segments)
-
-    def _check_cache(self, cache: Cache, tokens, segments):
-        cfg, (B, T) = self.cfg, tokens.shape
-        width = cfg.attention.kv_rank + cfg.attention.rope_dim
-        expected = ((cfg.n_layers, B, cache.capacity, width), (cfg.mtp_depth, B, cache.capacity, width))
-        found = (cache.latent.shape, cache.mtp_latent.shape)
-        if found != expected:
-            raise ValueError(f"the cache's arrays have shapes {found}, this model and {B} rows need {expected}.")
-        if segments is None and cache.capacity < T:
-            raise ValueError(f"{T} tokens a row exceed the cache's length of {cache.capacity}.")
-        arrays = (cache.length, *(() if segments is None else (segments,)))
-        if not any(isinstance(a, jax.core.Tracer) for a in arrays):
-            new = T if segments is None else (segments != 0).sum(-1)
-            if (cache.length + new).max() > cache.capacity:
-                raise ValueError(
-                    f"the cache holds {cache.length.tolist()} tokens of {cache.capacity} a row; {T} more do not fit."
-                )
-
 
 def _remat(f, ctx: Context):
     """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
@@ -366,12 +336,14 @@ def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | Non
     have equal values in all that they share. On a mesh every device makes its own shards; the numbers are those of one
     device.
 
-    Raises LayoutError where the context's layout does not divide the model.
+    Raises ValueError for what is no config, key or dtype of weights, LayoutError where the context's layout does not
+    divide the model.
     """
+    dtype = check_init(cfg, key, dtype)
     if ctx is None or ctx.mesh is None:
-        return _init(cfg, key, jnp.dtype(dtype))
+        return _init(cfg, key, dtype)
     places = shardings(abstract(cfg, dtype), ctx)
-    return jax.jit(_init, static_argnums=(0, 2), out_shardings=places)(cfg, key, jnp.dtype(dtype))
+    return jax.jit(_init, static_argnums=(0, 2), out_shardings=places)(cfg, key, dtype)
 
 
 def abstract(cfg: ModelConfig, dtype=jnp.float32) -> Transformer:

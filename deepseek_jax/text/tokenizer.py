@@ -9,6 +9,7 @@ leave out, and nothing else.
 
 import itertools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +123,7 @@ class Tokenizer:
         add_bos = self.add_bos if add_bos is None else add_bos
         if add_bos and self.bos_id is None:
             raise ValueError("This tokenizer has no BOS token: tokenizer_config.json names none.")
+        _check_texts(texts)
         first = [self.bos_id] if add_bos else []
         backend = self.backend if special_tokens else self._without_control
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -134,7 +136,7 @@ class Tokenizer:
         for more ids than their tokenizer has tokens, and may sample one of these.
         """
         text = []
-        for known, run in itertools.groupby(map(int, ids), key=self._known.__contains__):
+        for known, run in itertools.groupby(_token_ids(ids), key=self._known.__contains__):
             run = list(run)
             text.append(self.backend.decode(run, skip_special_tokens) if known else REPLACEMENT * len(run))
         return "".join(text)
@@ -201,6 +203,24 @@ class Tokenizer:
                 f"tokenizer_config.json names {name} {shown(text)}, which the tokenizer does not have."
             )
         return found
+
+
+def _check_texts(texts) -> None:
+    """Raises ValueError for what is no text: of a list, or of a text's characters, ids would come without a word."""
+    if isinstance(texts, str):
+        raise ValueError("encode_batch takes a list of texts; encode takes a single one.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"a text to encode must be a string, not {shown(text)}; encode_batch takes a list of them."
+            )
+
+
+def _token_ids(ids) -> list[int]:
+    try:
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise ValueError(f"ids to decode must be a list of integers, not {shown(ids)}.") from None
 
 
 class Stream:

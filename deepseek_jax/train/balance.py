@@ -28,8 +28,11 @@ def update_router_bias(
             first += stack.ffn.router.bias.get_value().shape[0]
     n_experts = rest.cfg.moe.n_experts if rest.cfg.moe else 0
     for name, counts, layers in (("load", load, first), ("mtp_load", mtp_load, len(rest.mtp))):
-        if counts is not None and counts.shape != (layers, n_experts):
-            raise ValueError(f"{name} must have shape {(layers, n_experts)}, a row a router; it has {counts.shape}.")
+        if counts is not None and jnp.shape(counts) != (layers, n_experts):
+            raise ValueError(
+                f"{name} must have shape {(layers, n_experts)}, a row a router; it has {jnp.shape(counts)}."
+            )
+    load, mtp_load = jnp.asarray(load), None if mtp_load is None else jnp.asarray(mtp_load)
 
     def move(path, variable):
         if not isinstance(variable, RouterBias) or (path[0] == "mtp" and mtp_load is None):

@@ -6,6 +6,7 @@ add up to those of the large batch, and their gradients do.
 Suffixes: B batch, T tokens, V vocabulary, L MoE layers, P targets ahead (the model's own, then one an MTP module).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -67,12 +68,6 @@ def count(batch: dict[str, jax.Array], depth: int) -> Counts:
     )
 
 
-def mtp_divisors(counts: Counts, weights: LossWeights) -> jax.Array:
-    """float32 [D]: what each MTP module's summed cross-entropy is divided by (V3 eq. 24; `LossWeights.mtp_over`)."""
-    targets_D = counts.targets[1:]
-    return targets_D if weights.mtp_over == "targets" else jnp.full_like(targets_D, counts.tokens[0])
-
-
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(target) in nats and the number of targets; a target of -1 takes no part."""
     known_BT = target_BT >= 0
@@ -104,17 +99,22 @@ def loss(
     ``batch``: "tokens" int32 [B, T]; optional "segments" and "positions" int32 [B, T], as the model takes them;
     optional "loss_mask" [B, T], 1 where that token is to be predicted, 0 where it is only read (all by default).
     A row's tokens stand in the order of their positions.
-    Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d (whose
-    sum `LossWeights.mtp_over` divides by all tokens instead).
+    Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d.
     ``losses``: "main", "mtp" (mean over the modules), "balance" (`balance_losses`), all unweighted, and "tokens",
     the targets counted.
 
     With ``ctx.loss_chunk`` the output has no logits. On a mesh that splits rows the tokens of ``hidden``, the logits
     and ``aux`` stand in `core.layout.balanced_order`.
 
-    Raises ValueError for a batch without tokens or with unknown entries.
+    Raises ValueError for a batch without tokens, with unknown entries or shapes, and, where values are known, for ids
+    outside the vocabulary; under jit such an id makes the loss NaN.
     """
     weights = weights or LossWeights()
+    if not isinstance(model, Transformer) or not isinstance(weights, LossWeights):
+        raise ValueError(
+            f"loss is of a model, a batch and LossWeights(...), not of {type(model).__name__} and "
+            f"{type(weights).__name__}."
+        )
     check_entries(batch)
     depth = mtp_depth(model, weights)
     return objective(model, batch, count(batch, depth), weights, weights.mtp, ctx)
@@ -155,8 +155,7 @@ def objective(
     losses = {"main": nats[0] / counts.targets[0], "tokens": (target_BTP[..., 0] >= 0).sum()}
     total = losses["main"]
     if depth:
-        over_D = mtp_divisors(counts, weights)
-        losses["mtp"] = sum(nats[1 + d] / over_D[d] for d in range(depth)) / depth
+        losses["mtp"] = sum(nats[1 + d] / counts.targets[1 + d] for d in range(depth)) / depth
         total = total + mtp_weight * losses["mtp"]
     if out.aux is not None or out.mtp_aux is not None:
         balance, losses["balance"] = balance_losses(out, model.cfg.moe, weights, counts.rows, counts.tokens)
@@ -179,9 +178,23 @@ def _balanced(batch: dict[str, jax.Array], depth: int, target_BTP: jax.Array, ct
 
 
 def check_entries(batch: dict[str, jax.Array]) -> None:
-    """Raises ValueError for a batch without tokens or with unknown entries."""
+    """Raises ValueError for a batch without tokens, with unknown entries, or with ones of other shapes or kinds."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a dict of arrays, 'tokens' among them, not {type(batch).__name__}.")
     if "tokens" not in batch or not set(batch) <= ENTRIES:
-        raise ValueError(f"a batch needs 'tokens' and may have {sorted(ENTRIES - {'tokens'})}, not {sorted(batch)}.")
+        hint = "; a loss_mask of 0 says what labels of -100 do" if "labels" in batch else ""
+        raise ValueError(
+            f"a batch needs 'tokens' and may have {sorted(ENTRIES - {'tokens'})}, not {sorted(map(str, batch))}{hint}."
+        )
+    for name, a in batch.items():
+        if not hasattr(a, "dtype"):
+            raise ValueError(f"a batch's entries are arrays, but {name} is {type(a).__name__}.")
+        kinds = (jnp.integer, *((jnp.bool_,) if name in ("segments", "loss_mask") else ()))
+        kinds += (jnp.floating,) if name == "loss_mask" else ()
+        if not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
+            raise ValueError(f"a batch's {name} are integers, not {a.dtype}.")
+        if a.shape != batch["tokens"].shape:
+            raise ValueError(f"a batch's {name} have shape {a.shape}, its tokens {batch['tokens'].shape}.")
 
 
 def mtp_depth(model: Transformer, weights: LossWeights) -> int:

@@ -1,12 +1,18 @@
 """Padding, packing, positions, next tokens and the other arguments of the model's call."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import forward, full, pair, relative
 from test_parity import CONFIGS
+from tiny import random_model
 
-from deepseek_jax.model.transformer import shifted
+from deepseek_jax.configs.schema import Rope
+from deepseek_jax.model.arguments import check_call
+from deepseek_jax.model.transformer import init, shifted
 
 TINY = CONFIGS["tiny-v3"][0]
 TWO = CONFIGS["two mtp modules"][0]
@@ -152,8 +158,37 @@ def test_logits_of_the_last_real_token():
     assert forward(p.model, p.tokens, logits="none").logits is None
 
 
+IDS, PADDED = np.arange(2 * T).reshape(2, T) % 200, np.arange(T)[None] < np.array([[T], [60]])
+
+
+def with_id(at, value) -> np.ndarray:
+    ids = IDS.copy()
+    ids[at] = value
+    return ids
+
+
+def routing(value) -> np.ndarray:
+    index = np.zeros((2, 2, T, 2), np.int32)
+    index[1, 0, 5, 1] = value
+    return index
+
+
 BAD = {
     "tokens must have shape": {"tokens": jnp.zeros(3, jnp.int32)},
+    "tokens is text: give token ids": {"tokens": "text"},
+    "tokens is text: give token": {"tokens": [["a", "b"]]},
+    "tokens must be an array of integers .*, not int": {"tokens": 3},
+    "tokens must be integers .*, not float32": {"tokens": jnp.zeros((2, 3))},
+    "tokens must be integers .*, not float64": {"tokens": [[1.5, 2.0]]},
+    "rows of unequal length: pad them": {"tokens": [[1, 2], [3]]},
+    r"tokens\[1, 9\] is 256, outside the vocabulary of 256": {"tokens": with_id((1, 9), 256)},
+    r"tokens\[0, 3\] is -1, outside the vocabulary of 256\.": {"tokens": with_id((0, 3), -1)},
+    r"tokens\[0, 3\] is -100.*a loss_mask of 0": {"tokens": with_id((0, 3), -100)},
+    "segments must be integers": {"segments": jnp.ones((2, T))},
+    "next_tokens hold 256, outside": {"next_tokens": jnp.full((2, T, 1), 256), "with_mtp": True},
+    r"routing\[1, 0, 5, 1\] is expert 8, but there are 8, from 0": {"routing": routing(8)},
+    "is expert -2": {"routing": routing(-2)},
+    "cache must be what model.init_cache": {"cache": {}},
     "positions must have the tokens' shape": {"positions": jnp.zeros((2, 3), jnp.int32)},
     "segments must have the tokens' shape": {"segments": jnp.zeros((1, 96), jnp.int32)},
     "next_tokens must have shape": {"next_tokens": jnp.zeros((2, 96, 2), jnp.int32), "with_mtp": True},
@@ -169,6 +204,60 @@ def test_wrong_arguments_are_named(message):
     arguments = dict(BAD[message])
     with pytest.raises(ValueError, match=message):
         p.model(arguments.pop("tokens", p.tokens), **arguments)
+
+
+def test_lists_are_ids_and_padding_may_be_anything():
+    """-100, which other libraries pad labels with, and ids that there are not, stand at padding only."""
+    p = pair(TINY)
+    padded = jnp.asarray(PADDED, jnp.int32)
+    expected = forward(p.model, jnp.asarray(IDS), segments=padded)
+    for value in (-100, 256, 2**31 - 1):
+        ids = np.where(PADDED, IDS, value).astype(np.int32)
+        check_call(TINY, ids, None, padded, None, None, None, False, "all", ())
+        found = forward(p.model, jnp.asarray(ids), segments=padded)
+        np.testing.assert_array_equal(np.asarray(found.logits)[PADDED], np.asarray(expected.logits)[PADDED])
+    (ids, *_) = check_call(TINY, IDS.tolist(), None, None, None, None, None, False, "all", ())
+    np.testing.assert_array_equal(ids, IDS)
+
+
+@pytest.mark.parametrize("value", [-1, -100, 256, 2**31 - 1])
+def test_under_jit_an_id_that_is_none_makes_its_row_nan_and_no_other(value):
+    p = pair(TINY)
+    good, bad = (np.asarray(full(replace(p, tokens=jnp.asarray(ids))).logits) for ids in (IDS, with_id((1, 40), value)))
+    assert np.isnan(bad[1, 40:]).all()
+    np.testing.assert_array_equal(bad[0], good[0])
+
+
+def test_a_config_that_layers_have_built_in_cannot_be_assigned():
+    model = random_model(TINY)
+    for changes, fixed in (
+        ({"norm_eps": 1e-5}, "norm_eps"),
+        ({"moe": replace(TINY.moe, top_k=1), "max_length": 64}, "moe"),
+        ({"attention": replace(TINY.attention, rope=Rope())}, "attention"),
+    ):
+        with pytest.raises(ValueError, match=f"^{fixed} cannot be changed in a model"):
+            model.cfg = replace(TINY, **changes)
+        assert model.cfg == TINY
+    with pytest.raises(ValueError, match="must be a ModelConfig, not dict"):
+        model.cfg = {}
+    # What no layer has is taken.
+    model.cfg = replace(TINY, eos_ids=(7,), name="other")
+    assert model.cfg.eos_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tiny-v3", jax.random.key(0)), r"made from a ModelConfig, such as .*not 'tiny-v3'"),
+        ((TINY, 0), r"key must be a random key, such as jax\.random\.key\(0\), not 0"),
+        ((TINY, jax.random.key(0), "float8"), "dtype must be one of float32, bfloat16, float16, not 'float8'"),
+        ((TINY, jax.random.key(0), jnp.int32), "dtype must be one of .*, not int32"),
+        ((TINY, jax.random.key(0), np.float64), "dtype must be one of .*, not float64"),
+    ],
+)
+def test_a_model_is_made_of_a_config_and_a_key(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        init(*arguments)
 
 
 def test_mtp_of_a_model_without_modules():

@@ -49,6 +49,23 @@ def test_ids_equal_those_of_transformers(folder, tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
 
 
+def test_what_is_no_text_or_no_id_is_refused(tokenizer):
+    """A list's ids, or those of a text's characters, would come without a word."""
+    for call, message in (
+        (lambda: tokenizer.encode(["a", "b"]), r"must be a string, not \['a', 'b'\]; encode_batch takes a list"),
+        (lambda: tokenizer.encode(5), "must be a string, not 5"),
+        (lambda: tokenizer.encode(None), "must be a string, not None"),
+        (lambda: tokenizer.encode_batch("text"), "encode takes a single one"),
+        (lambda: tokenizer.encode_batch([b"a"]), "must be a string, not b'a'"),
+        (lambda: tokenizer.decode("12"), "must be a list of integers, not '12'"),
+        (lambda: tokenizer.decode([1.5]), "must be a list of integers"),
+        (lambda: tokenizer.decode(3), "must be a list of integers, not 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert tokenizer.decode(np.asarray(tokenizer.encode("ab"))) == tokenizer.decode(tokenizer.encode("ab"))
+
+
 def test_bos_follows_the_configuration_and_the_argument(folder, tokenizer, tmp_path):
     plain = load_tokenizer(changed(folder, tmp_path / "plain", add_bos_token=False))
     assert tokenizer.encode("a")[0] == 0

@@ -138,3 +138,39 @@ def test_chunks_never_hold_all_logits(model):
 def test_a_batch_needs_tokens(model):
     with pytest.raises(ValueError, match="needs 'tokens'"):
         dsj.loss(model, {"ids": random_tokens(CFG, 1, 4)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": np.full((1, 4), -100)},
+            r"not \['labels', 'tokens'\]; a loss_mask of 0 says what labels of -100 do",
+        ),
+        ({"tokens": [[1, 2, 3, 4]]}, "entries are arrays, but tokens is list"),
+        ({"tokens": np.ones((1, 4), np.float32)}, "tokens are integers, not float32"),
+        ({"tokens": np.full((1, 4), -100)}, "is -100, outside the vocabulary of 256: .*loss_mask"),
+        ({"tokens": np.full((1, 4), 256)}, "is 256, outside the vocabulary"),
+        ({"segments": np.ones((1, 3), np.int32)}, r"segments have shape \(1, 3\), its tokens \(1, 4\)"),
+        ({"segments": np.ones((1, 4))}, "segments are integers, not float64"),
+        ({"loss_mask": np.array([["a"] * 4])}, "loss_mask are integers"),
+    ],
+)
+def test_a_batch_of_other_things_is_refused(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dsj.loss(model, {"tokens": np.ones((1, 4), np.int32), **changes})
+
+
+def test_arguments_of_other_kinds_are_named(model):
+    batch = {"tokens": np.ones((1, 4), np.int32)}
+    for call, message in (
+        (lambda: dsj.loss(model, [1, 2]), "a dict of arrays, 'tokens' among them, not list"),
+        (lambda: dsj.loss("tiny-v3", batch), "not of str and LossWeights"),
+        (lambda: dsj.loss(model, batch, {"mtp": 0.3}), "not of Transformer and dict"),
+        (lambda: model(batch["tokens"], ctx="cpu"), r"ctx must be a dsj\.Context\(\.\.\.\).*not str"),
+        (lambda: dsj.generate(model, [[1]], ctx=jax.devices()), r"ctx must be a dsj\.Context.*not list"),
+        (lambda: dsj.counts("tiny-v3"), r"such as dsj\.zoo\('deepseek-v3'\), not 'tiny-v3'"),
+        (lambda: dsj.counts(CFG, context=1.5), "context must be a positive number of tokens, not 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
