@@ -19,7 +19,7 @@ from deepseek_jax.data.packing import Layout, best_fit
 from deepseek_jax.data.pipeline import Batches, Shard
 from deepseek_jax.data.records import json_objects
 from deepseek_jax.data.rows import Epochs
-from deepseek_jax.data.shuffle import ORDER, ROWS, name_key, seed_key, shuffled
+from deepseek_jax.data.shuffle import ORDER, ROWS, seed_key, shuffled, text_key
 from deepseek_jax.text.tokenizer import Tokenizer
 
 TOO_LONG = ("cut", "drop")
@@ -138,7 +138,7 @@ class ChatData:
     label: str = "chats"
 
     def __post_init__(self):
-        keys = np.asarray([name_key(chat.ids_n.tobytes().hex()) for chat in self.chats], np.uint64)
+        keys = np.asarray([text_key(chat.ids_n.tobytes().hex()) for chat in self.chats], np.uint64)
         # Of equal chats all are on one side, so that none of the measured ones is learned.
         ranked = np.unique(keys)
         held_out = ranked[: max(1, round(self.config.held_out_share * len(ranked)))]

@@ -36,7 +36,7 @@ class DataConfig:
     sample_masks: Fixed[bool] = False
     """Documents of a row do not see each other (V4); off: rows are cut from one stream without masks (V3)."""
     held_out_share: float = 0.05
-    """Share of the documents, by a hash of their names, that are never trained on."""
+    """Share of the documents, by a hash of their text, that are never trained on; near-duplicates stay together."""
     held_out_bytes: int = 2_000_000
     """Most UTF-8 bytes of held-out text that are measured in each source; the documents come by their hash."""
     damaged_share: float = 0.01

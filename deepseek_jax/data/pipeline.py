@@ -23,8 +23,8 @@ from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.mixture import Mixture
 from deepseek_jax.data.readers import open_source, read_documents
 from deepseek_jax.data.rows import SourceRows
-from deepseek_jax.data.shuffle import hash_fraction
-from deepseek_jax.data.tokens import TokenFile, find_threshold, token_file
+from deepseek_jax.data.split import find_split
+from deepseek_jax.data.tokens import TokenFile, token_file
 from deepseek_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     """
     sources = [open_source(spec, config.text_field) for spec in config.sources()]
     for source in sources:
-        threshold, left = find_threshold(source, config.held_out_share), TOKENIZER_BYTES // len(sources)
+        held_out_D, left = find_split(source, config.held_out_share).held_out_D, TOKENIZER_BYTES // len(sources)
         damage = Damage()
-        for document in read_documents(source, damage):
-            if hash_fraction(document.name) >= threshold:
+        for document, held_out in zip(read_documents(source, damage), held_out_D, strict=False):
+            if not held_out:
                 yield document.text
                 left -= len(document.text.encode())
                 if left <= 0:

@@ -7,22 +7,17 @@ import hashlib
 
 import numpy as np
 
-ORDER, ROWS, FIM, CUT = range(4)  # what a hash is for; two uses never share one
+ORDER, ROWS, FIM, CUT, SPLIT = range(5)  # what a hash is for; two uses never share one
 
 
-def name_key(name: str) -> int:
-    """A document's 64-bit key, from its name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def hash_fraction(name: str) -> float:
-    """A number in [0, 1) that depends on ``name`` alone."""
-    return (name_key(name) >> 16) / 2**48
+def text_key(text: str) -> int:
+    """64 bits of a text's sha256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def seed_key(*parts: int | str) -> int:
     """One 64-bit seed from several values."""
-    return name_key(":".join(map(str, parts)))
+    return text_key(":".join(map(str, parts)))
 
 
 def mixed(keys_n: np.ndarray, seed: int) -> np.ndarray:

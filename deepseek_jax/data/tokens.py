@@ -3,9 +3,10 @@
 A token folder holds, all little-endian:
 
 - ``tokens.bin``: every document as BOS, its tokens, EOS, one after the other; uint16, or uint32 for ids from 65536 on;
-- ``documents.bin``: a record a document: the end of its tokens, its key, UTF-8 bytes, split and part;
+- ``documents.bin``: a record a document: the end of its tokens, its key, UTF-8 bytes, family, part and split;
 - ``checks.bin``: a CRC-32 for each 64 KiB of ``tokens.bin``;
-- ``manifest.json``: format, tokenizer, source files with their sha256, counts, damage, the package's version.
+- ``manifest.json``: format, tokenizer, source files with their sha256, counts, damage, how the text
+  was split, the package's version.
 """
 
 import hashlib
@@ -24,16 +25,19 @@ import numpy as np
 from deepseek_jax.data.damage import Damage
 from deepseek_jax.data.manifest import TokenFileError, check_same, described, sha256, stamp, tokenizer_hash
 from deepseek_jax.data.readers import Document, Source, read_documents
-from deepseek_jax.data.shuffle import hash_fraction, name_key
+from deepseek_jax.data.shuffle import text_key
+from deepseek_jax.data.split import find_split
 from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 64 * 1024
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4 * 1024 * 1024
 REPORT_SECONDS = 20
-RECORD = np.dtype([("end", "<u8"), ("key", "<u8"), ("bytes", "<u8"), ("part", "<u2"), ("held_out", "?")])
+RECORD = np.dtype(
+    [("end", "<u8"), ("key", "<u8"), ("bytes", "<u8"), ("family", "<u8"), ("part", "<u2"), ("held_out", "?")]
+)
 
 
 class TokenFile:
@@ -42,8 +46,8 @@ class TokenFile:
     Attributes:
         folder: where it lies.
         manifest: the manifest, a dict.
-        documents_D: a record array over the documents in the source's order; fields end, key (uint64), bytes, part (an
-            index of ``manifest["parts"]``) and held_out.
+        documents_D: a record array over the documents in the source's order; fields end, key (uint64), bytes, family
+            (of near-duplicates, `split`), part (an index of ``manifest["parts"]``) and held_out.
 
     Raises:
         TokenFileError: the folder is not finished, of another format, or its files are damaged or cut off.
@@ -110,32 +114,6 @@ class TokenFile:
         return {**kept, "files": len(self.manifest["files"])}
 
 
-def find_threshold(source: Source, share: float) -> float:
-    """Documents whose `hash_fraction` is below this are held out: ``share``, unless all documents fell on one side.
-
-    Then the one with the lowest hash is held out, or the one with the highest is trained on. Documents are read only
-    until both sides have one.
-
-    Raises:
-        ValueError: there are fewer than two documents.
-    """
-    low, high, count, damage = 1.0, 0.0, 0, Damage()
-    for document in read_documents(source, damage):
-        found = hash_fraction(document.name)
-        low, high, count = min(low, found), max(high, found), count + 1
-        if low < share <= high:
-            return share
-    if low == high or count < 2:
-        way_out = "give a file of several lines and more than 16 KiB, or a folder with at least two text files"
-        if damage.damaged:
-            way_out = "mend its records, or name their text with --text-field"
-        raise ValueError(
-            f"{source.title} gives {count} document(s) of text; training and held-out text need one each: {way_out}."
-            f"{damage.summary()}"
-        )
-    return float(np.nextafter(low, 1)) if low >= share else high
-
-
 def token_file(
     source: Source,
     tokenizer: Tokenizer,
@@ -198,7 +176,8 @@ def token_file(
 
 
 def _write(source, tokenizer, folder, held_out_share, damaged_share, report) -> dict:
-    threshold = find_threshold(source, held_out_share)
+    split, number = find_split(source, held_out_share), 0
+    report(f"{source.label}: {split.line()}")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     damage, parts = Damage(), {}
     splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "held_out")}
@@ -214,12 +193,16 @@ def _write(source, tokenizer, folder, held_out_share, damaged_share, report) -> 
             encoded = tokenizer.encode_batch([d.text for d in batch], add_bos=True, special_tokens=False)
             records, pieces = [], [unchecked]
             for document, ids in zip(batch, encoded, strict=True):
+                if number == len(split.texts_D) or text_key(document.text) != split.texts_D[number]:
+                    raise TokenFileError(f"{document.name} of {source.title} changed while it was read: start again.")
                 pieces.append(np.asarray([*ids, tokenizer.eos_id], dtype).tobytes())
                 text, count = document.text.encode(), len(ids) + 1
                 tokens += count
-                name = "held_out" if hash_fraction(document.name) < threshold else "train"
+                name = "held_out" if split.held_out_D[number] else "train"
                 part = parts.setdefault(document.part, len(parts))
-                records.append((tokens, name_key(document.name), len(text), part, name == "held_out"))
+                key, family = split.keys_D[number], split.families_D[number]
+                records.append((tokens, key, len(text), family, part, name == "held_out"))
+                number += 1
                 hashes[name].update(text)
                 for key, value in (("documents", 1), ("tokens", count), ("bytes", len(text))):
                     splits[name][key] += value
@@ -243,6 +226,7 @@ def _write(source, tokenizer, folder, held_out_share, damaged_share, report) -> 
         **{name: {**split, "sha256": hashes[name].hexdigest()} for name, split in splits.items()},
         "parts": list(parts),
         "damage": vars(damage),
+        "split": split.record,
         "sha256": {name: sha256(folder / name) for name in ("documents.bin", "checks.bin")},
     }
 

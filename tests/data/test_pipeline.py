@@ -12,7 +12,8 @@ from deepseek_jax.data import readers
 from deepseek_jax.data.config import DataConfig, SourceSpec, parse_source
 from deepseek_jax.data.damage import DamagedSource
 from deepseek_jax.data.pipeline import load_data, training_texts
-from deepseek_jax.data.shuffle import hash_fraction
+from deepseek_jax.data.readers import open_source
+from deepseek_jax.data.split import find_split
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
 
@@ -77,6 +78,13 @@ def restored(documents, fim):
             ids = [ids[0], *ids[2:hole], *ids[end + 1 : -1], *ids[hole + 1 : end], ids[-1]]
         found.append(tuple(ids))
     return found
+
+
+def held_out_texts(home, label, texts, share):
+    """Of each held-out document its key and text."""
+    split = find_split(open_source(parse_source(str(home / label))), share)
+    found = zip(split.keys_D.tolist(), (texts[name] for name in sorted(texts)), split.held_out_D, strict=True)
+    return [(key, text) for key, text, held_out in found if held_out]
 
 
 def split_at_eos(stream, eos):
@@ -241,7 +249,7 @@ def test_held_out_text_has_a_domain_for_each_source(load, tokenizer, home):
     held_out = data.held_out(32)
     assert held_out.domains == ("code", "prose")
     texts = {
-        name: [text for path, text in texts.items() if hash_fraction(path) < 0.2]
+        name: [text for _, text in held_out_texts(home, name, texts, 0.2)]
         for name, texts in (("code", CODE), ("prose", PROSE))
     }
     for index, name in enumerate(held_out.domains):
@@ -261,8 +269,8 @@ def test_held_out_text_has_a_domain_for_each_source(load, tokenizer, home):
 def test_held_out_text_is_never_trained_on(load, tokenizer, home):
     config = DataConfig(data=(str(home / "code"), str(home / "prose")))
     learned = list(training_texts(config))
-    assert len(learned) == sum(hash_fraction(name) >= 0.05 for name in (*CODE, *PROSE))
     data = load()
+    assert len(learned) == sum(file.manifest["train"]["documents"] for file in data.files) < len({**CODE, **PROSE})
     held_out, _ = split_at_eos(data.held_out(32).stream_n.tolist(), tokenizer.eos_id)
     for label in data.labels:
         assert not {tuple(ids) for ids in held_out} & {tuple(ids) for ids in stored(data, label, tokenizer)}
@@ -272,22 +280,21 @@ def test_held_out_text_is_never_trained_on(load, tokenizer, home):
 def test_measured_text_is_bounded_by_the_lowest_hashes(load, tokenizer, home):
     data = load((str(home / "prose"),), held_out_share=0.5, held_out_bytes=1000, token_folder=home / "half")
     documents, _ = split_at_eos(data.held_out(32).stream_n.tolist(), tokenizer.eos_id)
-    ranked = sorted((name for name in PROSE if hash_fraction(name) < 0.5), key=hash_fraction)
     expected, size = [], 0
-    for name in ranked:
+    for _, text in sorted(held_out_texts(home, "prose", PROSE, 0.5)):
         if size < 1000:
-            expected.append(PROSE[name])
-        size += len(PROSE[name].encode())
+            expected.append(text)
+        size += len(text.encode())
     assert size > 5000
     assert sorted(tokenizer.decode(ids[1:-1]) for ids in documents) == sorted(expected)
 
 
 def test_the_standard_library_is_measured_by_package(tokenizer, tmp_path, monkeypatch):
-    root = tmp_path / "library"
+    root, rng = tmp_path / "library", np.random.default_rng(0)
     for package, count, size in ((".", 30, 3000), ("large", 30, 3000), ("small", 8, 300), ("tiny", 8, 30)):
         (root / package).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            (root / package / f"m{i}.py").write_text("x = 1\n" * (size // 6))
+            (root / package / f"m{i}.py").write_text("".join(f"x{rng.integers(10**9)}\n" for _ in range(size // 10)))
     monkeypatch.setattr(readers.sysconfig, "get_path", lambda name: str(root))
     data = load_data(DataConfig(held_out_share=0.5), tokenizer, tmp_path / "tokens")
     held_out = data.held_out(512)

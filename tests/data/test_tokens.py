@@ -7,11 +7,11 @@ import pytest
 
 from deepseek_jax.data import tokens
 from deepseek_jax.data.config import parse_source
-from deepseek_jax.data.damage import Damage, DamagedSource
+from deepseek_jax.data.damage import DamagedSource
 from deepseek_jax.data.manifest import TokenFileError
-from deepseek_jax.data.readers import open_source, read_documents
-from deepseek_jax.data.shuffle import hash_fraction
-from deepseek_jax.data.tokens import TokenFile, find_threshold, token_file
+from deepseek_jax.data.readers import open_source
+from deepseek_jax.data.split import find_split
+from deepseek_jax.data.tokens import TokenFile, token_file
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.version import __version__
@@ -45,15 +45,16 @@ def make(source, tokenizer, tmp_path):
     return make
 
 
-def test_every_document_is_there_between_bos_and_eos(make, tokenizer):
-    file = make()
+def test_every_document_is_there_between_bos_and_eos(make, source, tokenizer):
+    file, split = make(), find_split(source, 0.05)
     ends = file.documents_D["end"].tolist()
-    for (name, text), start, end, record in zip(TEXTS.items(), [0, *ends], ends, file.documents_D, strict=False):
+    for text, start, end, record in zip(TEXTS.values(), [0, *ends], ends, file.documents_D, strict=False):
         ids = file.read(start, end)
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert tokenizer.decode(ids[1:-1].tolist()) == text
         assert record["bytes"] == len(text.encode())
-        assert record["held_out"] == (hash_fraction(name) < 0.05)
+    for name, of in (("held_out", split.held_out_D), ("key", split.keys_D), ("family", split.families_D)):
+        assert np.array_equal(file.documents_D[name], of)
     assert len(file.documents_D) == len(TEXTS)
     assert file.read(0, 5).dtype == np.uint16
 
@@ -63,6 +64,7 @@ def test_the_manifest_says_what_it_is(make, tokenizer, source, tmp_path):
     assert manifest["deepseek_jax"] == __version__
     assert manifest["tokens"] == manifest["train"]["tokens"] + manifest["held_out"]["tokens"]
     assert manifest["train"]["documents"] + manifest["held_out"]["documents"] == len(TEXTS)
+    assert manifest["split"]["one_by_one"] == len(TEXTS)  # one template
     assert [entry["name"] for entry in manifest["files"]] == list(TEXTS)
     assert json.loads((tmp_path / "tokens" / "manifest.json").read_text()) == manifest
     assert "files" in make().record()
@@ -161,6 +163,12 @@ def test_a_file_that_changes_meanwhile_is_refused(make, source, monkeypatch, tmp
     monkeypatch.setattr(tokens, "_batches", change)
     with pytest.raises(TokenFileError, match=r"07\.txt changed while it was read"):
         make()
+    monkeypatch.setattr(tokens, "_batches", batches)
+    split = tokens.find_split(source, 0.05)
+    monkeypatch.setattr(tokens, "find_split", lambda source, share: split)
+    (source.root / "08.txt").write_text("changed after it was split")
+    with pytest.raises(TokenFileError, match=r"07\.txt of .*text changed while it was read"):
+        make()
     assert not (tmp_path / "tokens").exists()
 
 
@@ -177,31 +185,17 @@ def test_too_much_damage_stops_before_anything_is_kept(make, source, tmp_path):
         make(source=changed, damaged=0.01)
 
 
-def test_few_documents_still_have_both_splits(tmp_path):
-    names = sorted((f"{i}.txt" for i in range(100)), key=hash_fraction)
-    cases = ((names[50:53], names[50:51]), (names[:3], names[:2]), ([names[0], names[-1]], names[:1]))
-    for number, (kept, held_out) in enumerate(cases):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for name in kept:
-            (folder / name).write_text("text")
-        source = open_source(parse_source(str(folder)))
-        threshold = find_threshold(source, 0.05)
-        found = [d.name for d in read_documents(source, Damage()) if hash_fraction(d.name) < threshold]
-        assert sorted(found) == sorted(held_out)
-
-
 def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "one.txt").write_text("short")
     (tmp_path / "two.bin").write_bytes(b"\xff\0")
     (tmp_path / "three.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"1 document.*three\.txt: byte 0xff.*Not text: two\.bin"):
-        find_threshold(open_source(parse_source(str(tmp_path))), 0.05)
+        find_split(open_source(parse_source(str(tmp_path))), 0.05)
     with pytest.raises(ValueError, match="1 document"):
-        find_threshold(open_source(parse_source(str(tmp_path / "one.txt"))), 0.05)
+        find_split(open_source(parse_source(str(tmp_path / "one.txt"))), 0.05)
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"0 document.*--text-field.*no field 'text' among 'body'"):
-        find_threshold(open_source(parse_source(str(tmp_path / "other.jsonl"))), 0.05)
+        find_split(open_source(parse_source(str(tmp_path / "other.jsonl"))), 0.05)
 
 
 def test_a_folder_that_is_something_else_is_refused(make, tmp_path):
@@ -209,5 +203,5 @@ def test_a_folder_that_is_something_else_is_refused(make, tmp_path):
     with pytest.raises(TokenFileError, match="has no manifest"):
         make()
     (tmp_path / "tokens" / "manifest.json").write_text('{"format": 0}')
-    with pytest.raises(TokenFileError, match="not a token folder of format 1"):
+    with pytest.raises(TokenFileError, match="not a token folder of format 2"):
         TokenFile(tmp_path / "tokens")
