@@ -23,7 +23,7 @@ def texts(count, words=120, seed=0):
 def with_changes(text, every, seed=0):
     """A text of which every so-manieth word is another."""
     draw, words = random.Random(seed), text.split()
-    return " ".join(draw.choice(WORDS) if i % every == 0 else word for i, word in enumerate(words))
+    return " ".join(draw.choice(WORDS) if (i + seed) % every == 0 else word for i, word in enumerate(words))
 
 
 def split(folder, said, share=0.2, names=None):
@@ -109,13 +109,13 @@ def test_text_of_one_form_is_split_one_by_one_and_says_so(tmp_path):
     assert "101 are near-duplicates of one another, nearly all there is" in found.line()
 
 
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.29, 0.999])
 @pytest.mark.parametrize("counts", [(2,), (1, 1), (2, 1), (2, 2), (5, 3, 2)])
 def test_few_documents_still_have_both_splits(tmp_path, counts, share):
     said = [with_changes(text, 10, s) for text, n in zip(texts(3), counts, strict=False) for s in range(n)]
     found = split(tmp_path / "a", said, share)
     assert 0 < found.held_out_D.sum() < len(said)
-    if len(counts) > 1:
+    if len(counts) > 1 and share < 0.3:  # so that no family must be broken to fill the share
         assert len({*zip(found.families_D.tolist(), found.held_out_D.tolist(), strict=True)}) == len(counts)
 
 

@@ -167,7 +167,7 @@ def test_a_file_that_changes_meanwhile_is_refused(make, source, monkeypatch, tmp
     split = tokens.find_split(source, 0.05)
     monkeypatch.setattr(tokens, "find_split", lambda source, share: split)
     (source.root / "08.txt").write_text("changed after it was split")
-    with pytest.raises(TokenFileError, match=r"07\.txt of .*text changed while it was read"):
+    with pytest.raises(TokenFileError, match=r"08\.txt of .*text changed while it was read"):
         make()
     assert not (tmp_path / "tokens").exists()
 
