@@ -68,6 +68,12 @@ def count(batch: dict[str, jax.Array], depth: int) -> Counts:
     )
 
 
+def mtp_divisors(counts: Counts, weights: LossWeights) -> jax.Array:
+    """float32 [D]: what each MTP module's summed cross-entropy is divided by (V3 eq. 24; `LossWeights.mtp_over`)."""
+    targets_D = counts.targets[1:]
+    return targets_D if weights.mtp_over == "targets" else jnp.full_like(targets_D, counts.tokens[0])
+
+
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(target) in nats and the number of targets; a target of -1 takes no part."""
     known_BT = target_BT >= 0
@@ -99,7 +105,8 @@ def loss(
     ``batch``: "tokens" int32 [B, T]; optional "segments" and "positions" int32 [B, T], as the model takes them;
     optional "loss_mask" [B, T], 1 where that token is to be predicted, 0 where it is only read (all by default).
     A row's tokens stand in the order of their positions.
-    Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d.
+    Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d (whose
+    sum `LossWeights.mtp_over` divides by all tokens instead).
     ``losses``: "main", "mtp" (mean over the modules), "balance" (`balance_losses`), all unweighted, and "tokens",
     the targets counted.
 
@@ -155,7 +162,8 @@ def objective(
     losses = {"main": nats[0] / counts.targets[0], "tokens": (target_BTP[..., 0] >= 0).sum()}
     total = losses["main"]
     if depth:
-        losses["mtp"] = sum(nats[1 + d] / counts.targets[1 + d] for d in range(depth)) / depth
+        over_D = mtp_divisors(counts, weights)
+        losses["mtp"] = sum(nats[1 + d] / over_D[d] for d in range(depth)) / depth
         total = total + mtp_weight * losses["mtp"]
     if out.aux is not None or out.mtp_aux is not None:
         balance, losses["balance"] = balance_losses(out, model.cfg.moe, weights, counts.rows, counts.tokens)

@@ -46,6 +46,9 @@ class LossWeights:
 
     mtp: float = 0.3
     """Multi-token prediction: lambda of V3 section 2.2, before `Recipe.mtp_change`. 0: the modules are not run."""
+    mtp_over: str = "targets"
+    """What a module's summed cross-entropy is divided by: its own "targets", so that it is a mean, or "tokens", all of
+    the batch that are no padding: T of V3 equation 24. A module that looks further ahead weighs less then."""
     balance: float = 1e-4
     """Sequence-wise balance: alpha of V3 section 2.1.2, equation 17."""
     batch_balance: float = 0.0

@@ -35,6 +35,8 @@ ROPES = {
     "unequal mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=0.5)),
     "no mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=0.0, mscale_all_dim=0.0)),
     "other betas": Rope(50000.0, Yarn(8.0, 2048, beta_fast=16.0, beta_slow=2.0)),
+    # Its slowest pair turns more than once within 4096 tokens: the range ends at dim - 1.
+    "range cut off": Rope(10.0, Yarn(8.0, 4096)),
 }
 
 
@@ -86,6 +88,12 @@ def test_rope_tables(name):
         assert (difference <= 1e-6 + 2 * slack * position[..., None]).all()
 
 
+def test_pairs_are_rounded_to_float32_before_the_power():
+    # Of 64 dimensions every pair is a binary fraction, of 48 it is not.
+    pairs = torch.arange(0, 48, 2).float() / 48
+    np.testing.assert_array_max_ulp(inverse_frequencies(48, Rope()), (1 / 10000.0**pairs).numpy(), maxulp=1)
+
+
 def test_v3_yarn_numbers():
     assert yarn_range(64, 10000.0, YARN) == (10, 23)
     assert yarn_mscale(40.0, 1.0) == pytest.approx(1.368888, abs=5e-7)
@@ -118,6 +126,16 @@ def test_apply_rope(interleaved):
         # The reference takes interleaved pairs apart and leaves them so.
         a = np.concatenate([a[..., 0::2], a[..., 1::2]], -1) if interleaved else a
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_bfloat16_is_rotated_in_float32(interleaved):
+    x = jnp.asarray(np.random.default_rng(3).normal(0, 1, (1, 9, 64)), jnp.bfloat16)
+    cos, sin = rope_tables(jnp.arange(9)[None], 64, V3.rope)
+    found = apply_rope(x, cos, sin, interleaved)
+    assert found.dtype == jnp.bfloat16
+    exact = apply_rope(x.astype(jnp.float32), cos, sin, interleaved)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
 def test_interleaved_and_half_split_are_one_permutation_apart():

@@ -113,6 +113,15 @@ def test_replayed_experts_are_weighed_by_their_scores():
     np.testing.assert_allclose(result.weight_BTK, 2.5 * score / score.sum(-1, keepdims=True), rtol=1e-6)
 
 
+def test_scores_near_nothing_are_divided_as_the_reference_divides_them():
+    router = Router(MoE(n_experts=4, top_k=2, expert_dim=8, scale=2.5), 1, jnp.float32)
+    router.weight.set_value(jnp.full((1, 4), -46.0))
+    weight = call(router, jnp.ones((1, 1, 1)), jnp.ones((1, 1), jnp.int32)).weight_BTK
+    # Two sigmoids of 1.05e-20 and the 1e-20 that transformers adds to their sum.
+    score = np.exp(-46.0)
+    np.testing.assert_allclose(weight, np.full((1, 1, 2), 2.5 * score / (2 * score + 1e-20)), rtol=1e-5)
+
+
 def test_a_replayed_minus_one_is_no_expert():
     ours, _, x = make(GROUPED, 0.0)
     replay = jnp.broadcast_to(jnp.asarray([31, -1, 7, -1]), (4, 512, 4))

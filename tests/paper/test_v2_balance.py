@@ -44,6 +44,11 @@ def test_every_term_is_one_at_balance():
     }
 
 
+def test_a_row_of_one_token_counts_in_full():
+    # Its two experts have f = 8 / 2 and P = 1 / 8 each.
+    assert float(terms([[0, 2]], uniform(1))["expert"]) == pytest.approx(1)
+
+
 def test_collapse_onto_one_device_costs_what_the_papers_sums_say():
     # All tokens choose both experts of device 0, with all of the score: f is 8 / 2 there, f' 4, f'' 4 / 2.
     score = np.zeros((4, 8))

@@ -11,7 +11,14 @@ from deepseek_jax.configs.schema import Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import is_variable
-from deepseek_jax.core.rope import inverse_frequencies, softmax_scale, yarn_mscale, yarn_range
+from deepseek_jax.core.rope import (
+    apply_rope,
+    inverse_frequencies,
+    rope_tables,
+    softmax_scale,
+    yarn_mscale,
+    yarn_range,
+)
 from deepseek_jax.model.transformer import abstract
 
 V3 = zoo("deepseek-v3", mtp_depth=0)
@@ -68,11 +75,18 @@ def test_yarn_slows_the_slowest_pairs_by_the_factor():
 
 
 def test_scores_depend_on_position_differences_only():
-    rng = np.random.default_rng(0)
-    q, k = rng.normal(0, 1, (2, 32)) + 1j * rng.normal(0, 1, (2, 32))
-    frequency = inverse_frequencies(64, V3.attention.rope).astype(np.float64)
-    score = [
-        (q * np.exp(1j * t * frequency) * np.conj(k * np.exp(1j * s * frequency))).sum().real
-        for t, s in ((9, 2), (70_009, 70_002))
-    ]
-    assert score[0] == pytest.approx(score[1], abs=1e-6)
+    """Rotated by the package, a query and a key score what the difference of their positions gives in closed form."""
+    q, k = np.random.default_rng(0).normal(0, 1, (2, 64)).astype(np.float32)
+    pairs = (q[0::2] + 1j * q[1::2]) * np.conj(k[0::2] + 1j * k[1::2])
+    rope = V3.attention.rope
+    ratio = [1 / 40 if i >= 23 else 1 - max(i - 10, 0) / 13 * (1 - 1 / 40) for i in range(32)]
+    frequency = 10000.0 ** (-np.arange(32) / 32) * ratio
+
+    def rotated(x, position):
+        cos, sin = rope_tables(jnp.asarray([[position]]), 64, rope)
+        return np.asarray(apply_rope(jnp.asarray(x)[None, None], cos, sin, rope.interleaved), np.float64)
+
+    for t, s in ((9, 2), (309, 302), (2, 9), (300, 2)):
+        expected = (pairs * np.exp(1j * (t - s) * frequency)).sum().real
+        # float32 angles: 300 radians are kept to 2e-5.
+        assert (rotated(q, t) * rotated(k, s)).sum() == pytest.approx(expected, abs=2e-4)

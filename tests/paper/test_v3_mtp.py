@@ -12,6 +12,7 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.core.params import is_trained, is_variable, map_variables
 from deepseek_jax.model.transformer import abstract
+from deepseek_jax.train.loss import count, mtp_divisors
 from deepseek_jax.train.recipe import LossWeights
 
 CFG = tiny_config(mtp_depth=2)
@@ -86,6 +87,32 @@ def test_loss_is_the_papers(model, tokens):
     modules = [mean_nats(logits, 2 + depth) for depth, logits in enumerate(out.mtp_logits)]
     assert float(total) == pytest.approx(main + 0.3 / 2 * sum(modules), rel=1e-6)
     assert LossWeights().mtp == 0.3
+
+
+def test_the_papers_t_is_offered_beside_each_modules_own_targets():
+    """Equation 24 divides by T whatever the depth: of two packed texts each module has a target less in each."""
+    segments = jnp.asarray([[1] * 10 + [2] * 14, [1] * 20 + [0] * 4])
+    counts = count({"tokens": jnp.ones((2, 24), jnp.int32), "segments": segments}, 2)
+    np.testing.assert_array_equal(counts.targets, [44 - 3, 44 - 6, 44 - 9])
+    np.testing.assert_array_equal(mtp_divisors(counts, LossWeights()), [38, 35])
+    np.testing.assert_array_equal(mtp_divisors(counts, LossWeights(mtp_over="tokens")), [44, 44])
+    with pytest.raises(ValueError, match="mtp_over must be targets or tokens, not 'main'"):
+        LossWeights(mtp_over="main")
+
+
+@pytest.mark.slow
+def test_divided_by_t_a_module_weighs_less_the_further_it_looks(model, tokens):
+    """The same nats, over 2 x 24 tokens where the modules have 2 x 22 and 2 x 21 targets."""
+    found = {}
+    for depth in (1, 2):
+        one = random_model(tiny_config(mtp_depth=depth))
+        for over in ("targets", "tokens"):
+            weights = LossWeights(mtp=0.3, balance=0.0, mtp_over=over)
+            found[depth, over] = jax.jit(partial(dsj.loss, weights=weights))(one, {"tokens": tokens})[1].losses["mtp"]
+    first, both = found[1, "targets"], found[2, "targets"]
+    assert float(found[1, "tokens"]) == pytest.approx(float(first) * 22 / 24, rel=1e-6)
+    second = 2 * both - first
+    assert float(found[2, "tokens"]) == pytest.approx(float(first * 22 + second * 21) / 48, rel=1e-5)
 
 
 def test_module_of_v3_counts_its_parameters():

@@ -11,8 +11,8 @@ import pytest
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
-from deepseek_jax.core.params import RouterBias, unstack
-from deepseek_jax.core.rope import softmax_scale
+from deepseek_jax.core.params import RouterBias, map_variables, unstack
+from deepseek_jax.core.rope import softmax_scale, yarn_mscale
 from deepseek_jax.train.balance import update_router_bias
 
 ROOT = Path(__file__).parents[2]
@@ -37,17 +37,24 @@ def test_softmax_scale_counts_both_halves_of_a_key():
 
 
 def test_mscale_acts_at_any_length():
-    """One key's attention is 1 whatever the scale; with two, four tokens tell the scale from the plain one."""
-    cfg = tiny_config()
-    plain = replace(cfg, attention=replace(cfg.attention, rope=replace(cfg.attention.rope, yarn=None)))
-    weak = replace(cfg.attention.rope.yarn, mscale=0.0, mscale_all_dim=0.0, factor=1.0)
-    unscaled = replace(cfg, attention=replace(cfg.attention, rope=replace(cfg.attention.rope, yarn=weak)))
-    tokens = random_tokens(cfg, 1, 4)
+    """Of four tokens, far from the original 64: mscale squared is a factor of every score, and of nothing else."""
+    cfg, tokens = tiny_config(mtp_depth=0), random_tokens(tiny_config(), 1, 4)
     forward = jax.jit(lambda model, tokens: model(tokens).logits)
-    scaled, without, none = (forward(random_model(c), tokens) for c in (cfg, unscaled, plain))
-    # YaRN of factor 1 and no mscale is plain RoPE, so the difference below is the scale's and the factor's.
-    np.testing.assert_allclose(without, none, atol=1e-5)
-    assert np.abs(np.asarray(scaled) - np.asarray(none)).max() > 1e-2
+
+    def model(mscale):
+        """Both mscales alike: cos and sin carry no factor, and frequencies do not depend on them."""
+        rope = cfg.attention.rope
+        yarn = replace(rope.yarn, mscale=mscale, mscale_all_dim=mscale)
+        return random_model(replace(cfg, attention=replace(cfg.attention, rope=replace(rope, yarn=yarn))))
+
+    factor = (yarn_mscale(4.0, 2.0) / yarn_mscale(4.0, 1.0)) ** 2
+
+    def louder(path, variable):
+        return variable.replace(variable.get_value() * factor) if path[-1] == "q_b" else variable
+
+    one, two = forward(model(1.0), tokens), forward(model(2.0), tokens)
+    assert np.abs(np.asarray(one) - np.asarray(two)).max() > 1e-2
+    np.testing.assert_allclose(forward(map_variables(louder, model(1.0)), tokens), two, atol=2e-5)
 
 
 def test_the_routed_factor_acts_without_normalisation_too():

@@ -66,8 +66,24 @@ def test_v3_on_512_devices():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_named_layouts_divide_v3(name):
-    sizes = dict.fromkeys(LAYOUTS[name].mesh_axes, 2)
-    assert any(any(split) for split in places(dsj.zoo("deepseek-v3"), name, **sizes).values()) == (name != "data")
+    """Every matrix lies in as many parts as the layout's axes make, but over data; what serves rests as it is used."""
+    axes = set(LAYOUTS[name].mesh_axes)
+    found = places(dsj.zoo("deepseek-v3"), name, **dict.fromkeys(axes, 2))
+    over = {path: set(jax.tree.leaves(tuple(spec))) for path, spec in found.items()}
+    split = axes - {"data"}
+    used = split - {"expert"} if name in ("tensor", "serve") else split
+    gathered = set() if name in ("tensor", "serve") else split - {"tensor"}
+    for path, expected in (
+        ("stacks.1.ffn.gate_up", split),
+        ("stacks.1.ffn.down", split),
+        ("stacks.1.attn.q_b", used),
+        ("stacks.0.ffn.down", used),
+        ("head", used),
+        ("embed", used),
+        ("stacks.1.attn.q_a", gathered),
+        ("stacks.1.attn_norm.weight", set()),
+    ):
+        assert over[path] == expected, path
 
 
 def test_serving_keeps_parameters_as_they_are_used():

@@ -10,8 +10,8 @@ from tiny import random_model, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.model.outputs import Aux, Output
-from deepseek_jax.train.balance import max_violation, routing_entropy
-from deepseek_jax.train.balance_loss import balance_losses
+from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy
+from deepseek_jax.train.balance_loss import balance_losses, check_devices
 from deepseek_jax.train.recipe import LossWeights
 
 CFG = tiny_config()
@@ -62,6 +62,12 @@ def test_a_load_for_other_layers_is_refused():
         dsj.update_router_bias(rest, LOAD[:1], None, 0.001)
     with pytest.raises(ValueError, match=r"mtp_load must have shape \(1, 8\)"):
         dsj.update_router_bias(rest, LOAD, LOAD, 0.001)
+
+
+def test_biases_of_all_layers_stand_below_each_other():
+    _, rest = dsj.partition(random_model(CFG))
+    np.testing.assert_array_equal(router_bias(rest), biases(rest)[0])
+    assert router_bias(rest).shape == (2, 8)
 
 
 def test_max_violation():
@@ -135,6 +141,16 @@ def test_balanced_choices_give_one_a_layer():
     assert set(terms) == {"batch", "expert", "device", "communication"}
 
 
+@pytest.mark.parametrize("names", [{"sequence"}, {"batch"}, {"batch", "expert"}, {"sequence", "expert"}])
+def test_terms_of_weight_0_are_left_out_and_ask_for_no_devices(names):
+    aux, _ = random_aux()
+    given = {"balance" if name == "sequence" else f"{name}_balance": 1.0 for name in names}
+    weights, plain = LossWeights(**{"mtp": 0, "balance": 0} | given), replace(MOE, n_groups=1, top_groups=1)
+    assert (
+        set(balance_losses(Output(jnp.zeros(()), None, aux=aux), plain, weights, jnp.ones(1), jnp.ones(1))[1]) == names
+    )
+
+
 def test_terms_of_parts_add_up_but_for_the_batch_wise_one():
     aux, _ = random_aux(B=4)
     weights = LossWeights(balance=1, batch_balance=1, expert_balance=1, device_balance=1, communication_balance=1)
@@ -165,6 +181,10 @@ def test_devices_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             balance_losses(out, moe, weights, one, one)
+        with pytest.raises(ValueError, match=message):
+            check_devices(moe, weights)
+    check_devices(None, LossWeights(device_balance=1))
+    check_devices(replace(MOE, n_groups=1, top_groups=1), LossWeights(balance=1, expert_balance=1))
     # DeepSeekMoE's router has no groups, its experts lie on 4 devices all the same.
     plain = replace(MOE, n_groups=1, top_groups=1)
     assert "device" in balance_losses(out, plain, LossWeights(device_balance=1, devices=4), one, one)[1]
