@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.interrupts import remarks
 from deepseek_jax.cli.main import UsageError
 
 
@@ -55,11 +56,13 @@ class Convert:
 
         # Orbax logs, with a traceback, errors that it raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        remarks(ended=lambda: "The same command goes on where it stopped.")
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         start = time.monotonic()
         with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as bar:
             task = bar.add_task("convert", total=nbytes)
             kind = convert(self.src, self.dst, lambda n: bar.advance(task, n))
+        remarks()
         seconds = time.monotonic() - start
         layout = "Orbax, a checkpoint a layer" if kind == "layers" else "published layout"
         speed = nbytes / 1e9 / max(seconds, 1e-9)

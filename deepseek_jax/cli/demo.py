@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.programs import keep_programs
 
 if TYPE_CHECKING:
     from deepseek_jax.model.transformer import Transformer
@@ -34,6 +35,9 @@ class Demo:
     """Also draw the routing of the text into this image."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the figures to this file."""
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
+    find them there; at most 2 GB."""
 
     def run(self) -> int:
         check_destination(self.json)
@@ -46,6 +50,7 @@ class Demo:
 
         import deepseek_jax as dsj
 
+        keep_programs(self.compilation_cache)
         console = Console(highlight=False)
         folder = shipped_checkpoint()
 

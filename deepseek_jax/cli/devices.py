@@ -31,15 +31,20 @@ class Devices:
     set: Pairs = ()
     """How it runs: a field of deepseek_jax.Context, such as remat=full, loss_chunk=512 or expert_chunks=4; may be
     repeated."""
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
+    find them there; at most 2 GB."""
 
     def context(self):
         """Joins the other processes and returns the `Context`; before anything else touches a device.
 
         Raises LayoutError for a mesh or layout that does not exist, ProcessError where the others are not found.
         """
+        from deepseek_jax.cli.programs import keep_programs
         from deepseek_jax.parallel.mesh import make_mesh, mesh_sizes
         from deepseek_jax.parallel.processes import join
 
+        keep_programs(self.compilation_cache)
         sizes = None if self.mesh in (None, "none") else mesh_sizes(self.mesh)
         join(self.coordinator, self.processes, self.process_index)
         import jax

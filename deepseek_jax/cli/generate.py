@@ -10,6 +10,8 @@ import tyro
 
 from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.interrupts import EXIT_CODES
+from deepseek_jax.train.signals import StopSignals
 
 DTYPE = Literal["bfloat16", "float32", "stored"]
 
@@ -56,6 +58,8 @@ class Generate:
         check_destination(self.json)
         ctx = self.devices.context()
 
+        from jax import process_count
+
         from deepseek_jax.parallel.processes import is_first
 
         tokenizer = open_tokenizer(self.ckpt, needed="--prompt-ids" if self.prompt else None)
@@ -75,15 +79,17 @@ class Generate:
                 pass
             return 0
         labels = self.prompt if len(prompts) > 1 else ()
-        printer, interrupted, times = Printer(len(prompts), tokenizer, labels), False, [time.perf_counter()]
-        counts = []
-        try:
+        printer, times, counts = Printer(len(prompts), tokenizer, labels), [time.perf_counter()], []
+        # Once there is text, a signal ends it after the call under way. Several processes would wait for each other.
+        with StopSignals() as stop:
             for new in run:
+                if process_count() == 1:
+                    stop.hold()
                 times.append(time.perf_counter())
                 counts.append(sum(map(len, new)))
                 printer.push(new, [reason != "interrupted" for reason in run.result()[1].finish_reason])
-        except KeyboardInterrupt:
-            interrupted = True
+                if stop.asked:
+                    break
         tokens, info = run.result()
         printer.finish()
         print(report(counts, times, info), file=sys.stderr)
@@ -98,7 +104,7 @@ class Generate:
                 for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
             ]
             write_json(self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows})
-        return 130 if interrupted else 0
+        return EXIT_CODES[stop.asked]
 
     def _encode(self, tokenizer, text: str) -> list[int]:
         return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else tokenizer.encode(text)

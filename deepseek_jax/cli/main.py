@@ -6,12 +6,8 @@ Nothing here, and nothing a command imports at its top, loads JAX, so that help 
 
 import contextlib
 import importlib
-import io
 import os
-import re
-import shutil
 import sys
-import textwrap
 import warnings
 
 from deepseek_jax.notes import CheckpointWarning
@@ -47,12 +43,22 @@ class UsageError(CommandError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line (default: the process's own arguments) and returns its exit code.
+    """Runs one command line and returns its exit code. Without ``argv`` it is the process's own, and Ctrl-C and SIGTERM
+    end the process (`cli.interrupts`).
 
     0: done. 1: the command failed, or its check did not hold. 2: a command line that cannot be read.
-    130: interrupted. 141: the reader of the output has gone.
+    130: interrupted. 141: the reader of the output has gone. 143: terminated.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _run(list(argv))
+    from deepseek_jax.cli.interrupts import Interrupts
+
+    argv = sys.argv[1:]
+    with Interrupts(" ".join(["deepseek-jax", *(word for word in argv[:1] if word in COMMANDS)])):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -125,6 +131,8 @@ def _first_line(error: Exception) -> str:
 
 def _parse(name: str, arguments: list[str]):
     """The command's dataclass filled from its arguments, or an exit code when help or bad usage ended it."""
+    import io
+
     import tyro
 
     command = getattr(importlib.import_module(f"deepseek_jax.cli.{name}"), COMMANDS[name][0])
@@ -146,6 +154,8 @@ def _parse(name: str, arguments: list[str]):
 
 def _one_line(box: str) -> str:
     """The first sentence of a parser's framed complaint."""
+    import re
+
     lines = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
         text = line.strip("│╭╮╰╯ ").strip()
@@ -172,6 +182,9 @@ def _fail(name: str, message: str, code: int) -> int:
 
 
 def _help() -> str:
+    import shutil
+    import textwrap
+
     width = max(40, min(shutil.get_terminal_size().columns, 110))
     column = 2 + max(map(len, COMMANDS)) + 2
 

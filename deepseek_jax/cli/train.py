@@ -12,6 +12,7 @@ import tyro
 
 from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
@@ -19,7 +20,9 @@ from deepseek_jax.train.recipes import RECIPES, recipe
 from deepseek_jax.train.run_folder import read_run
 from deepseek_jax.train.tuning import FINE_TUNING, LoRA, fine_tuning
 
-EXIT_CODES = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+# Said after the first Ctrl-C or SIGTERM that has something to keep, and after one that ends the process.
+HELD = "stopping after the step under way; Ctrl-C again stops at once."
+GO_ON = "deepseek-jax train {} --resume goes on"
 # Options that scale the recipe, and the arguments of `Recipe.scaled` that they are.
 SCALES = {"--tokens": "tokens", "--batch-rows": "batch_rows", "--length": "length"}
 
@@ -40,9 +43,10 @@ class Train:
     learned. --train names the parts to train, --lora.rank trains adapters beside weights that stay as they are stored.
     What is exported has the checkpoint's own dtypes.
 
-    Ctrl-C saves, measures and exports (exit code 130), a second one stops at once; SIGTERM saves and ends (143). After
-    either, or a crash, `deepseek-jax train OUT --resume` goes on from the newest whole checkpoint and ends bit-equal to
-    a run that never stopped. A run stops with an error after --max-skipped steps in a row that are not finite.
+    Ctrl-C saves, measures and exports (exit code 130), a second one, or one before the first step, stops at once;
+    SIGTERM saves and ends (143). After either, or a crash, `deepseek-jax train OUT --resume` goes on from the newest
+    whole checkpoint and ends bit-equal to a run that never stopped. A run stops with an error after --max-skipped steps
+    in a row that are not finite.
 
     With --mesh the model lies on several devices. Started once on each host (srun, or with --coordinator), the
     processes train together: each reads its share of the text, the first one reports and writes, OUT is a folder that
@@ -161,6 +165,8 @@ class Train:
             "command": shlex.join(["deepseek-jax", "train", *self.arguments]),
             "arguments": list(self.arguments),
         }
+        if is_first():
+            remarks(HELD, lambda: f"{GO_ON.format(shlex.quote(str(out)))}." if (out / "run.json").is_file() else "")
         view = LiveView(self.recipe.tokens, cfg.name, began=began) if is_first() else None
         try:
             if tuned:

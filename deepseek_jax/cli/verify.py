@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.programs import keep_programs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +47,9 @@ class Verify:
     """Seed of the random tokens."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write every comparison to this file."""
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
+    find them there; at most 2 GB."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -53,6 +57,7 @@ class Verify:
         from deepseek_jax.convert.ladder import BOUND, GRADIENT_BOUND, ladder
 
         check_destination(self.json)
+        keep_programs(self.compilation_cache)
         tokens = self._tokens()
         with Console(stderr=True).status("transformers runs first, then deepseek_jax"):
             rows = list(ladder(self.src, tokens, self.steps, self.against, self.layers, self.gradients))

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepseek_jax.small_files import LARGE, read_json
+from deepseek_jax.train.signals import undoing
 from deepseek_jax.version import __version__
 
 
@@ -59,14 +60,15 @@ class RunFolder:
             else:
                 found = {"deepseek_jax": __version__, **about, "settings": settings}
             run = cls(path, found, not resume)
-            try:
-                run.describe()
-                yield run
-            except BaseException:
+
+            def vanish() -> None:
                 if run.fresh and not run.metrics.exists():
                     for entry in (path,) if made else tuple(path.iterdir()):
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                raise
+
+            with undoing(vanish):
+                run.describe()
+                yield run
 
     def describe(self, **more) -> None:
         """Adds to run.json."""

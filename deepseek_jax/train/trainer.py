@@ -173,6 +173,7 @@ class Trainer:
             compiled = False
             while stop.agreed() is None and (fed := next(feed, None)) is not None:
                 metrics = self._take(fed, compiled)
+                stop.hold()
                 compiled, last = True, progress.tokens >= recipe.tokens
                 if progress.step % recipe.log_every == 0 or progress.step == 1 or last:
                     self._log(fed, metrics)

@@ -1,7 +1,9 @@
 """The generate and score commands: text out, ids without a tokenizer, one line for bad input."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.cli.generate import Printer
 from deepseek_jax.cli.main import main
 from deepseek_jax.convert.save import save_pretrained
-from deepseek_jax.generation.engine import Generation
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
 from deepseek_jax.version import __version__
 
@@ -75,15 +77,13 @@ def test_prompts_are_continued_in_order_and_recorded(capsys, folder, expected, t
 
 
 def test_an_interruption_keeps_what_was_made(capsys, folder, expected, tmp_path, monkeypatch):
-    step, calls = Generation.__next__, []
+    push = Printer.push
 
-    def interrupted(self):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step(self)
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        push(self, *arguments)
 
-    monkeypatch.setattr(Generation, "__next__", interrupted)
+    monkeypatch.setattr(Printer, "push", interrupted)
     path = tmp_path / "out.json"
     code, out, err = generate(capsys, folder, "--prompt", *PROMPTS, "--json", path)
     assert code == 130

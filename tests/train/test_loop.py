@@ -351,6 +351,8 @@ def test_a_second_interrupt_is_raised():
     # A shell starts its background processes with SIGINT ignored: what was there before is what comes back.
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopSignals() as stop:
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        stop.hold()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
