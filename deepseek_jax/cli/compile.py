@@ -1,5 +1,6 @@
 """``deepseek-jax compile``: a full-size model compiled for a TPU slice, with no TPU: memory, traffic, time."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,7 +53,7 @@ class Compile:
     largest: int = 25
     """Buffers to list, of those that live when memory is fullest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write all figures to this file."""
+    """Also write all figures to this file; "-" is the standard output."""
     dump: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Keep the compiler's scheduled program in this file."""
 
@@ -61,12 +62,13 @@ class Compile:
 
         from deepseek_jax.aot.report import report
         from deepseek_jax.cli.compile_tables import print_report
+        from deepseek_jax.cli.tables import Output
 
         check_destination(self.json)
         check_destination(self.dump, "--dump")
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=WIDE)
+        console = Output(highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Output(highlight=False, width=WIDE)
         with Console(stderr=True).status("lowering") as status:
             found = report(self.job(), self.quick, status.update, self.dump)
         print_report(found, self.largest, console)

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from deepseek_jax.aot.report import Report
 from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE
+from deepseek_jax.cli.tables import show
 
 GB = 1e9
 # Smaller collectives cost no more than the way to the neighbours.
@@ -25,14 +26,14 @@ def print_report(report: Report, largest: int, console: Console) -> None:
             style="bold",
         )
     )
-    console.print(_memory(report))
+    show(console, _memory(report))
     if largest:
-        console.print(_largest(report, largest))
-    console.print(_time(report))
-    console.print(_traffic(report))
+        show(console, _largest(report, largest))
+    show(console, _time(report))
+    show(console, _traffic(report))
     if largest:
-        console.print(_operations(report, largest))
-    console.print(_rates(report))
+        show(console, _operations(report, largest))
+    show(console, _rates(report))
     for line in _remarks(report):
         console.print(Text(line))
 
@@ -40,7 +41,8 @@ def print_report(report: Report, largest: int, console: Console) -> None:
 def _table(title: str, *columns: tuple[str, str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=justify == "right")
+        # Names, shapes and paths may be cut into lines anywhere, figures nowhere.
+        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.files import check_destination, check_folder, write_json
 from deepseek_jax.cli.interrupts import remarks
 from deepseek_jax.cli.main import UsageError
 
@@ -27,12 +27,14 @@ class Convert:
     dry_run: bool = False
     """Only check names, shapes and dtypes, and compare with the release that SRC is; fails where they differ."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the figures, and bytes and seconds of the conversion, to this file."""
+    """Also write the figures, and bytes and seconds of the conversion, to this file; "-" is the standard output."""
 
     def run(self) -> int:
         if self.dst is None and not self.dry_run:
             raise UsageError("DST is missing: name the folder to write, or give --dry-run.")
         check_destination(self.json)
+        if not self.dry_run:
+            check_folder(self.dst, "DST")
 
         from deepseek_jax.convert.manifest import inspect
 

@@ -34,7 +34,7 @@ class Demo:
     picture: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
     """Also draw the routing of the text into this image."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the figures to this file."""
+    """Also write the figures to this file; "-" is the standard output."""
     compilation_cache: bool = True
     """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
     find them there; at most 2 GB."""
@@ -45,13 +45,13 @@ class Demo:
         if self.picture is not None and self.picture.suffix.lower() != ".png":
             raise ValueError(f"--picture {self.picture}: the picture is a PNG image; give a name that ends in .png.")
 
-        from rich.console import Console
         from rich.rule import Rule
 
         import deepseek_jax as dsj
+        from deepseek_jax.cli.tables import Output, show
 
         keep_programs(self.compilation_cache)
-        console = Console(highlight=False)
+        console = Output(highlight=False)
         folder = shipped_checkpoint()
 
         console.print(Rule("1. The checkpoint", align="left"))
@@ -77,7 +77,7 @@ class Demo:
         console.print(Rule("4. Where the tokens went", align="left"))
         ids = (prompt + written["plain"]["tokens"][0])[: len(prompt) + ROUTED_TOKENS]
         index_LTK = routing(model, ids)
-        console.print(routing_table(text, ids[-ROUTED_TOKENS:], index_LTK[:, -ROUTED_TOKENS:]))
+        show(console, routing_table(text, ids[-ROUTED_TOKENS:], index_LTK[:, -ROUTED_TOKENS:]))
         if self.picture is not None:
             from deepseek_jax.analysis.plots import routing_picture
 

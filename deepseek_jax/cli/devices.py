@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from deepseek_jax.cli.files import native_output_off
+
 Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE"), tyro.conf.UseAppendAction]
 # Fields of `Context` that a command's own options decide.
 NOT_SET = ("mesh", "layout", "dispatch", "balanced", "dtype")
@@ -51,6 +53,8 @@ class Devices:
 
         from deepseek_jax.parallel.context import Context
 
+        if jax.process_count() > 1:
+            native_output_off()
         if self.mesh is None and jax.process_count() > 1:
             sizes = {"fsdp": -1}
         if self.mesh is None and sizes is None and self.layout is not None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from deepseek_jax.cli.devices import Devices
-from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.files import STANDARD, check_destination, read, write_json
 from deepseek_jax.cli.interrupts import EXIT_CODES
 from deepseek_jax.train.signals import StopSignals
 
@@ -24,7 +25,9 @@ class Generate:
     """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")] = ()
     """Text to continue, in which a control token's name, such as <｜User｜>, is that token; several texts make a
-    batch."""
+    batch. "-" is the standard input, without its last line end."""
+    prompt_file: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    """UTF-8 files, each a text to continue, without its last line end; after the texts of --prompt."""
     prompt_ids: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
     """Token ids to continue instead of text, for a checkpoint without tokenizer.json; nothing is added."""
     chat: bool = False
@@ -46,26 +49,30 @@ class Generate:
     dtype: DTYPE = "bfloat16"
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write tokens, text, log-probabilities (nats) and settings to this file."""
+    """Also write tokens, text, log-probabilities (nats) and settings to this file; "-" is the standard output."""
     devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
     """Where it runs."""
 
     def run(self) -> int:
-        if bool(self.prompt) == bool(self.prompt_ids):
-            raise ValueError("give either --prompt TEXT or --prompt-ids ID [ID ...].")
+        if bool(self.prompt or self.prompt_file) == bool(self.prompt_ids):
+            raise ValueError("give either --prompt TEXT, --prompt-file FILE, or --prompt-ids ID [ID ...].")
         if self.chat and self.prompt_ids:
             raise ValueError("--chat renders text: give --prompt, not --prompt-ids.")
+        if self.prompt.count("-") > 1:
+            raise ValueError("--prompt - -: the standard input can be read once only.")
         check_destination(self.json)
+        texts = [_prompt(STANDARD) if text == "-" else text for text in self.prompt]
+        texts += [_prompt(file) for file in self.prompt_file]
         ctx = self.devices.context()
 
         from jax import process_count
 
         from deepseek_jax.parallel.processes import is_first
 
-        tokenizer = open_tokenizer(self.ckpt, needed="--prompt-ids" if self.prompt else None)
+        tokenizer = open_tokenizer(self.ckpt, needed=None if self.prompt_ids else "--prompt-ids")
         if tokenizer is None and is_first():
             print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
-        prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, p) for p in self.prompt]
+        prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, t) for t in texts]
 
         from deepseek_jax.generation.engine import stream
 
@@ -78,7 +85,7 @@ class Generate:
             for _ in run:
                 pass
             return 0
-        labels = self.prompt if len(prompts) > 1 else ()
+        labels = texts if len(prompts) > 1 else ()
         printer, times, counts = Printer(len(prompts), tokenizer, labels), [time.perf_counter()], []
         # Once there is text, a signal ends it after the call under way. Several processes would wait for each other.
         with StopSignals() as stop:
@@ -110,10 +117,16 @@ class Generate:
         return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else tokenizer.encode(text)
 
 
+def _prompt(file: Path) -> str:
+    """A file's text. The line end that every text file has is not meant to be continued after."""
+    text = read(file)
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
 class Printer:
     """Prints texts one after another while all of them grow: the first unfinished one streams."""
 
-    def __init__(self, rows: int, tokenizer, labels: tuple[str, ...] = ()):
+    def __init__(self, rows: int, tokenizer, labels: Sequence[str] = ()):
         from deepseek_jax.text.tokenizer import Stream
 
         self._streams = None if tokenizer is None else [Stream(tokenizer) for _ in range(rows)]
@@ -165,12 +178,13 @@ def report(counts: list[int], times: list[float], info) -> str:
 def open_tokenizer(ckpt: Path, needed: str | None):
     """The checkpoint's tokenizer, None where it has none; a ValueError where text was given instead of the option
     ``needed``, and the tokenizer is missing or has ids beyond the model's vocabulary."""
+    from deepseek_jax.convert.folders import why_no_checkpoint
     from deepseek_jax.convert.load import read_config
     from deepseek_jax.text.files import has_tokenizer
     from deepseek_jax.text.tokenizer import load_tokenizer
 
-    if not ckpt.is_dir():
-        raise ValueError(f"{ckpt} is not a checkpoint folder.")
+    if (why := why_no_checkpoint(ckpt)) is not None:
+        raise ValueError(why)
     if has_tokenizer(ckpt):
         tokenizer = load_tokenizer(ckpt)
         if needed:

@@ -20,7 +20,7 @@ ENDS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)
 # `StopSignals.asked` -> exit code.
 EXIT_CODES = {None: 0} | {number.name: code for number, (_, code) in ENDS.items()}
 ASK = b"\0"  # no signal's number
-SHOW_CURSOR = b"\x1b[?25h"
+SHOW_CURSOR = "\x1b[?25h"  # a live view hides it
 
 _held_line = ""
 _remark: Callable[[], str] = str
@@ -85,15 +85,13 @@ class Interrupts:
         except OSError as error:
             line = f"{line} {error}"
         finally:
-            if os.isatty(1):
-                os.write(1, SHOW_CURSOR)
-            _say(line)
+            _say(line, SHOW_CURSOR)
             os._exit(code)
 
 
-def _say(line: str) -> None:
+def _say(line: str, restore: str = "") -> None:
     """Past Python's buffers, whose locks may be held by a thread that stands still."""
     # A terminal has written ^C where the cursor was.
-    start = "\n" if os.isatty(2) else ""
+    start = f"\n{restore}" if os.isatty(2) else ""
     with suppress(OSError):  # nobody reads it any more
         os.write(2, f"{start}{line}\n".encode(errors="replace"))

@@ -85,7 +85,12 @@ def _dispatch(argv: list[str]) -> int:
     try:
         with _notes():
             command = _parse(name, arguments)
-            return command if isinstance(command, int) else command.run() or 0
+            if isinstance(command, int):
+                return command
+            from deepseek_jax.cli.files import json_alone
+
+            with json_alone(getattr(command, "json", None)):
+                return command.run() or 0
     except KeyboardInterrupt:
         return _fail(name, "interrupted.", 130)
     except BrokenPipeError:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deepseek_jax.cli.files import check_folder
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -28,6 +30,8 @@ class Plot:
         out = self.out or self.run_folder / "plots"
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: this is a file; give a folder.")
+        if self.out is not None:
+            check_folder(out, "--out")
         run = read_run(self.run_folder)
         if not run:
             raise ValueError(f"{self.run_folder}: no step and no evaluation is on record yet.")

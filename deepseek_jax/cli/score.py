@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from deepseek_jax.cli.devices import Devices
-from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.files import check_destination, read, write_json
 from deepseek_jax.cli.generate import DTYPE, load_model, open_tokenizer
 
 
@@ -23,7 +23,8 @@ class Score:
     ckpt: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Checkpoint folder: config.json, weights and, for text, tokenizer.json."""
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """UTF-8 text to score, in which a control token's name is that token; with --ids, token ids."""
+    """UTF-8 text to score, in which a control token's name is that token, "-" for the standard input; with --ids, token
+    ids."""
     ids: bool = False
     """FILE holds token ids separated by spaces or lines, for a checkpoint without tokenizer.json."""
     tokens: bool = False
@@ -31,7 +32,7 @@ class Score:
     dtype: DTYPE = "bfloat16"
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the figures and every token's log-probability (nats) to this file."""
+    """Also write the figures and every token's log-probability (nats) to this file; "-" is the standard output."""
     devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
     """Where it runs."""
 
@@ -39,7 +40,7 @@ class Score:
         check_destination(self.json)
         ctx = self.devices.context()
         tokenizer = open_tokenizer(self.ckpt, needed=None if self.ids else "--ids")
-        text = _read(self.file)
+        text = read(self.file)
         ids = _parse_ids(self.file, text) if self.ids else tokenizer.encode(text)
         if len(ids) < 2:
             raise ValueError(f"{self.file}: {len(ids)} tokens are too few to score; give at least two.")
@@ -73,13 +74,6 @@ class Score:
             record = {"checkpoint": str(self.ckpt), "file": str(self.file), "dtype": self.dtype}
             write_json(self.json, {**record, **figures, "ids": ids, "logprobs": logprobs})
         return 0
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
 
 
 def _parse_ids(file: Path, text: str) -> list[int]:

@@ -22,7 +22,7 @@ class Summary:
     context: int = 4096
     """Length in tokens at which FLOPs and the cache are given."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the figures to this file."""
+    """Also write the figures to this file; "-" is the standard output."""
 
     def run(self) -> int:
         from deepseek_jax.analysis.counts import counts

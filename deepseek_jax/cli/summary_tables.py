@@ -1,4 +1,4 @@
-"""The tables of ``deepseek-jax summary``, made to fit 80 columns."""
+"""The tables of ``deepseek-jax summary``, made for 80 columns."""
 
 from rich import box
 from rich.console import Console
@@ -7,12 +7,13 @@ from rich.text import Text
 
 from deepseek_jax.analysis.counts import Counts, counts
 from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, Claim, Cost, release_of
+from deepseek_jax.cli.tables import Output, show
 from deepseek_jax.configs.schema import ModelConfig
 
 
 def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -> None:
     """Prints every table of a model to ``console`` (default: standard output)."""
-    console = console or Console(highlight=False)
+    console = console or Output(highlight=False)
     tables = [_parameters(cfg, c), _mtp(cfg, c) if cfg.mtp_depth else None, _cache(cfg, c), _flops(c)]
     # Published FLOPs hold at one length, whatever length the other tables are for.
     published = counts(cfg, CONTEXT)
@@ -24,7 +25,7 @@ def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -
     console.print(Text(_title(cfg), style="bold"))
     for table in filter(None, tables):
         console.print()
-        console.print(table)
+        show(console, table)
 
 
 def _title(cfg: ModelConfig) -> str:

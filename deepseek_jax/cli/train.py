@@ -91,7 +91,7 @@ class Train:
     devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
     """Where it runs."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write the result to this file."""
+    """Also write the result to this file; "-" is the standard output."""
     arguments: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """What was given, for run.json."""
 
@@ -143,6 +143,7 @@ class Train:
         began = time.monotonic()
         ctx = self.devices.context()
 
+        from deepseek_jax.cli.tables import Output
         from deepseek_jax.parallel.processes import from_first, is_first
         from deepseek_jax.train.live import LiveView
         from deepseek_jax.train.loop import train
@@ -167,7 +168,7 @@ class Train:
         }
         if is_first():
             remarks(HELD, lambda: f"{GO_ON.format(shlex.quote(str(out)))}." if (out / "run.json").is_file() else "")
-        view = LiveView(self.recipe.tokens, cfg.name, began=began) if is_first() else None
+        view = LiveView(self.recipe.tokens, cfg.name, Output(highlight=False), began=began) if is_first() else None
         try:
             if tuned:
                 result = self._fine_tune(out, view, how)

@@ -12,6 +12,7 @@ from deepseek_jax.cli.programs import keep_programs
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.table import Table
 
     from deepseek_jax.convert.ladder import Gradients, Routing, Row
 
@@ -46,7 +47,7 @@ class Verify:
     seed: int = 0
     """Seed of the random tokens."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write every comparison to this file."""
+    """Also write every comparison to this file; "-" is the standard output."""
     compilation_cache: bool = True
     """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
     find them there; at most 2 GB."""
@@ -54,6 +55,7 @@ class Verify:
     def run(self) -> int:
         from rich.console import Console
 
+        from deepseek_jax.cli.tables import Output, show
         from deepseek_jax.convert.ladder import BOUND, GRADIENT_BOUND, ladder
 
         check_destination(self.json)
@@ -62,7 +64,7 @@ class Verify:
         with Console(stderr=True).status("transformers runs first, then deepseek_jax"):
             rows = list(ladder(self.src, tokens, self.steps, self.against, self.layers, self.gradients))
         wrong = [row for row in rows if not row.ok]
-        _print(rows)
+        show(Output(), table(rows))
         if self.gradients:
             row = rows[-1]
             print(
@@ -115,12 +117,12 @@ def _name(row: "Row | Routing | Gradients") -> str:
     return row.what if row.layer is None else f"layer {row.layer} {row.what}"
 
 
-def _print(rows: "list[Row | Routing | Gradients]") -> None:
-    from rich.console import Console
+def table(rows: "list[Row | Routing | Gradients]") -> "Table":
     from rich.table import Table
 
     table = Table("", "max error", "relative", "experts agree", "margin", "")
-    table.columns[0].no_wrap = True
+    for column in table.columns[:3]:
+        column.no_wrap = True
     first = True
     for row in rows:
         mark = "ok"
@@ -132,4 +134,4 @@ def _print(rows: "list[Row | Routing | Gradients]") -> None:
             flips = f" (flips up to {row.widest:.1e})" if row.flipped else ""
             cells = ("", "", f"{row.tokens - row.flipped}/{row.tokens}{flips}", f"{row.closest:.1e}")
         table.add_row(_name(row), *cells, mark, style=None if row.ok else "bold red")
-    Console().print(table)
+    return table

@@ -1,8 +1,10 @@
 """One config a release; numbers cite their source. ``dsj.zoo()`` lists what is built."""
 
+import difflib
 from dataclasses import replace
 
 from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.notes import shown
 
 
 def _deepseek_v3(name: str) -> ModelConfig:
@@ -148,5 +150,22 @@ def zoo(name: str | None = None, **changes) -> ModelConfig | tuple[str, ...]:
     if name in _PLANNED:
         raise ConfigError(f"{name!r} belongs to the family but is not built yet; built are: {', '.join(_BUILT)}.")
     if name not in _BUILT:
-        raise ConfigError(f"there is no model {name!r}; built are: {', '.join(_BUILT)}.")
+        near = meant(name)
+        guess = f"did you mean {' or '.join(near)}? B" if near else "b"
+        raise ConfigError(f"there is no model {shown(name)}; {guess}uilt are: {', '.join(_BUILT)}.")
     return replace(_BUILT[name](name), **changes)
+
+
+def meant(name: str) -> list[str]:
+    """The releases that a name may stand for: as their publishers write it (DeepSeek-V3-Base), a part of it (v3, kimi),
+    or one with a slip of the pen; the likeliest first, three at most."""
+    words = str(name).lower().rstrip("/").rsplit("/", 1)[-1].replace("_", "-")
+    known = [*_BUILT, *_PLANNED]
+    # Whatever follows a release's name is a form of it: -base, -chat, -0324, -instruct.
+    forms = (f"{words}-", f"{words.removeprefix('deepseek-')}-")
+    longest = [found for found in known if any(form.startswith(f"{found}-") for form in forms)]
+    if longest:
+        return [max(longest, key=len)]
+    if words and (part := [found for found in known if f"-{words}-" in f"-{found}-"]):
+        return part[:3]
+    return difflib.get_close_matches(words, known, n=3, cutoff=0.75)

@@ -12,6 +12,7 @@ import numpy as np
 
 from deepseek_jax.configs.hf import config_from_json, eos_ids
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
+from deepseek_jax.convert.folders import why_no_checkpoint
 from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
 from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, check_size, layout, widest
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
@@ -63,11 +64,6 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = 
         dtype = np.dtype(dtype)
         if dtype not in FLOATS:
             raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
-    if (folder / "run.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a training run: its model is in {folder / 'checkpoint'} when it has ended, and its "
-            f"checkpoints are in {folder / 'checkpoints'}."
-        )
     if is_training(folder):
         return place(load_training(folder, cfg, dtype), ctx or DEFAULT)
     return _load(open_checkpoint(folder, cfg, block), cfg, block, dtype, ctx or DEFAULT)
@@ -132,10 +128,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
 
     The tokens that end a text are those of generation_config.json, where it names any.
     """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder.")
-    data = load_json(path)
+    if (why := why_no_checkpoint(folder)) is not None:
+        raise CheckpointError(why)
+    data = load_json(folder / "config.json")
     generation = folder / "generation_config.json"
     stops = load_json(generation) if generation.exists() else {}
     try:

@@ -30,7 +30,7 @@ from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import Result, check_fit, fit, open_run
-from deepseek_jax.train.lora import adapt, load_adapter, merge, save_adapter
+from deepseek_jax.train.lora import adapt, check_targets, load_adapter, merge, save_adapter
 from deepseek_jax.train.metrics import Reporter, Reporters
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
@@ -78,6 +78,9 @@ def fine_tune(
     cfg, _ = read_config(source)
     check_fit(cfg, recipe, options, ctx)
     _check(recipe, data, epochs, patterns, lora, ctx)
+    trained = select(abstract(cfg), patterns) if patterns else None
+    if lora is not None:
+        check_targets(abstract(cfg), lora)
     words = load_tokenizer(source)
     words.check_fits(cfg.vocab_size)
     view = Reporters([view] if view is not None and is_first() else [])
@@ -111,7 +114,6 @@ def fine_tune(
         )
         run.write_config(config_to_json(cfg))
         ctx = replace(ctx, dtype=jnp.dtype(recipe.dtype))
-        trained = select(abstract(cfg), patterns) if patterns else None
 
         def make() -> Transformer:
             if lora is not None:

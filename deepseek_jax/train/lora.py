@@ -20,7 +20,7 @@ from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.params import Adapter, is_variable, map_variables
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.train.patterns import matches, paths
+from deepseek_jax.train.patterns import Chosen, matches, paths
 from deepseek_jax.train.tuning import LoRA
 from deepseek_jax.version import __version__
 
@@ -51,10 +51,9 @@ def adapt(model: Transformer, lora: LoRA, seed: int = 0, dtype=jnp.float32) -> T
     """
     if not lora.rank:
         raise ValueError("adapters of rank 0 are none; give a rank of at least 1.")
-    adaptable = {p: n for p, n in paths(model).items() if p.split(".")[-1] in MAPS}
     if adapted_paths(model):
         raise ValueError("the model has adapters already: merge them first, or load a model without.")
-    chosen = matches(model, lora.targets, adaptable)
+    chosen = check_targets(model, lora)
 
     def fill(name: str, shape: tuple[int, ...], lead: int) -> np.ndarray:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -72,6 +71,12 @@ def adapt(model: Transformer, lora: LoRA, seed: int = 0, dtype=jnp.float32) -> T
         return _low_rank(path, variable, fill(name, a_shape, lead), np.zeros(b_shape), lora.alpha, dtype)
 
     return map_variables(wrap, model)
+
+
+def check_targets(model: Transformer, lora: LoRA) -> Chosen:
+    """The linear maps that ``lora.targets`` match (`patterns.matches`), of a model or its shapes. Raises ValueError
+    for a target without a match."""
+    return matches(model, lora.targets, {p: n for p, n in paths(model).items() if p.split(".")[-1] in MAPS})
 
 
 def _shapes(path, variable, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -1,5 +1,6 @@
 """The generate and score commands: text out, ids without a tokenizer, one line for bad input."""
 
+import io
 import json
 import os
 import shutil
@@ -74,6 +75,20 @@ def test_prompts_are_continued_in_order_and_recorded(capsys, folder, expected, t
     for row, logprobs in zip(record["rows"], info.logprobs, strict=True):
         np.testing.assert_allclose(row["logprobs"], logprobs, atol=2e-5)
     assert record["rows"][0]["prompt_ids"][0] == tokenizer.bos_id
+
+
+def test_prompts_from_files_and_the_standard_input(capsys, folder, expected, tmp_path, monkeypatch):
+    _, tokens, _ = expected
+    (tmp_path / "1.txt").write_text(PROMPTS[1] + "\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPTS[0]}\n".encode())))
+    code, out, err = generate(capsys, folder, "--prompt", "-", "--prompt-file", tmp_path / "1.txt", "--json", "-")
+    assert code == 0
+    assert [row["ids"] for row in json.loads(out)["rows"]] == tokens
+    assert f"[1] {PROMPTS[0]!r}\n" in err
+    code, _, err = generate(capsys, folder, "--prompt", "-", "-")
+    assert (code, "can be read once" in err) == (1, True)
+    code, _, err = generate(capsys, folder, "--prompt-file", tmp_path / "nowhere.txt")
+    assert (code, "nowhere.txt: No such file" in err) == (1, True)
 
 
 def test_an_interruption_keeps_what_was_made(capsys, folder, expected, tmp_path, monkeypatch):
@@ -152,7 +167,7 @@ def test_text_without_a_tokenizer_names_the_way_out(capsys, bare, tmp_path):
         assert option in err
     code, _, err = run(capsys, "generate", tmp_path / "missing", "--prompt", "a")
     assert code == 1
-    assert "not a checkpoint folder" in err
+    assert "missing is not a folder; give a folder with config.json" in err
 
 
 def test_score_prints_and_records_log_probabilities(capsys, folder, bare, tmp_path):

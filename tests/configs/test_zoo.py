@@ -1,12 +1,13 @@
 """The releases are what their publishers say, and a wrong name or value is refused in one sentence."""
 
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 
 from deepseek_jax.configs.schema import MLA, ConfigError, MoE, Rope, Yarn
-from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.configs.zoo import meant, zoo
 
 
 def test_names():
@@ -161,11 +162,35 @@ def test_changes_are_applied():
 
 
 def test_unknown_and_unbuilt_names_say_so():
-    with pytest.raises(ConfigError, match=r"there is no model 'deepseek-v33'; built are: deepseek-v3, "):
-        zoo("deepseek-v33")
+    with pytest.raises(ConfigError, match=r"there is no model 'gpt2'; built are: deepseek-v3, "):
+        zoo("gpt2")
     for name in ("deepseek-v4-pro", "janus-pro-7b"):
         with pytest.raises(ConfigError, match=rf"'{name}' belongs to the family but is not built yet"):
             zoo(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "likeliest"),
+    [
+        ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-V3-0324", "deepseek-v3"),
+        ("DeepSeek-V3-Base", "deepseek-v3"),
+        ("DeepSeek-V3.1-Base", "deepseek-v3.1"),
+        ("DeepSeek-R1-Distill-Qwen-7B", "r1-distill-qwen-7b"),
+        ("moonshotai/Moonlight-16B-A3B-Instruct", "moonlight-16b"),
+        ("deepseek_v3", "deepseek-v3"),
+        ("v3", "deepseek-v3"),
+        ("kimi", "kimi-k2"),
+        ("V4", "deepseek-v4-flash"),
+        ("deepsek-v3", "deepseek-v3"),
+    ],
+)
+def test_a_name_is_guessed(name, likeliest):
+    assert meant(name)[0] == likeliest
+    with pytest.raises(
+        ConfigError, match=rf"there is no model '{name}'; did you mean {re.escape(likeliest)}( or .*)?\?"
+    ):
+        zoo(name)
 
 
 @pytest.mark.parametrize(

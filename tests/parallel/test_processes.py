@@ -90,6 +90,7 @@ def ended(folder: Path, processes: list[subprocess.Popen], code: int) -> None:
     try:
         for index, process in enumerate(processes):
             assert process.wait(timeout=300) == code, folder.with_name(f"log-{index}").read_text()[-4000:]
+            assert "[Gloo]" not in folder.with_name(f"log-{index}").read_text()
     finally:
         for process in processes:
             process.kill()

@@ -191,6 +191,9 @@ def test_settings_that_do_not_fit_are_refused(source, chats, tmp_path):
         ("exclude each other", {"patterns": ["head"], "lora": LoRA()}),
         ("matches no parameter", {"patterns": ["heda"]}),
         ("bias_speed is 0", {"patterns": ["head", "*.router.bias"]}),
+        # Before the data is looked at.
+        ("matches no parameter", {"patterns": ["heda"], "data": tmp_path / "nowhere.jsonl"}),
+        ("matches no parameter", {"lora": LoRA(targets=("heda",)), "data": tmp_path / "nowhere.jsonl"}),
         ("ema_decay is 0", {"options": Options(export="ema")}),
         ("exceed the model's max_length", {"recipe": replace(RECIPE, length=4096)}),
         ("epochs count passes", {"data": DataConfig(), "epochs": 1}),

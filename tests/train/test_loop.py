@@ -234,7 +234,7 @@ def test_a_run_falls_back_over_a_damaged_checkpoint(run, text, tmp_path):
 
 
 def test_a_runs_folder_is_not_a_model(run):
-    with pytest.raises(CheckpointError, match=r"is a training run: its model is in .*/checkpoint "):
+    with pytest.raises(CheckpointError, match=r"is a training run: its model is in .*/checkpoint, "):
         dsj.load_pretrained(run[1])
 
 
