@@ -211,6 +211,10 @@ def _help() -> str:
             *(fill(text, f"  {name}", column) for name, (_, text) in COMMANDS.items()),
             "",
             fill("deepseek-jax COMMAND --help lists a command's arguments, with units and defaults."),
+            fill(
+                "Compiled programs are kept in ~/.cache/deepseek-jax, so that a command starts sooner the next time; "
+                "--no-compilation-cache keeps none."
+            ),
             fill("deepseek-jax --version prints the version."),
         ]
     )

@@ -52,14 +52,17 @@ class Summary:
 def find_config(model: str) -> "ModelConfig":
     """The config of a release's name, a config.json or a checkpoint folder.
 
-    Raises ConfigError for a name that is neither and for a config that cannot be built, ValueError for a file
-    that is not JSON or no regular file, OSError for one that cannot be read.
+    Raises ConfigError for a name that is neither and for a config that cannot be built, ValueError for a folder without
+    one and a file that is not JSON or no regular file, OSError for one that cannot be read.
     """
     from deepseek_jax.configs.hf import config_from_json
     from deepseek_jax.configs.zoo import zoo
+    from deepseek_jax.convert.folders import why_no_checkpoint
 
     path = Path(model)
     if model in zoo() or not path.exists():
         return zoo(model)
     file = path / "config.json" if path.is_dir() else path
+    if (not file.exists() or file.suffix in (".gguf", ".safetensors")) and (why := why_no_checkpoint(path)) is not None:
+        raise ValueError(why)
     return config_from_json(read_json(file), name=file.resolve().parent.name)

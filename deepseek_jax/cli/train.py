@@ -187,8 +187,11 @@ class Train:
     def _architecture(self):
         from deepseek_jax.cli.summary import find_config
         from deepseek_jax.configs.schema import ConfigError
+        from deepseek_jax.convert.folders import why_no_checkpoint
 
         if self.source is not None:
+            if (why := why_no_checkpoint(self.source)) is not None:
+                raise ValueError(f"--from {why}")
             return find_config(str(self.source))
         try:
             return find_config(self.recipe.model)

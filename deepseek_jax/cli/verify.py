@@ -59,6 +59,7 @@ class Verify:
         from deepseek_jax.convert.ladder import BOUND, GRADIENT_BOUND, ladder
 
         check_destination(self.json)
+        self._check()
         keep_programs(self.compilation_cache)
         tokens = self._tokens()
         with Console(stderr=True).status("transformers runs first, then deepseek_jax"):
@@ -81,6 +82,20 @@ class Verify:
         if self.json is not None:
             write_json(self.json, self._record(rows, tokens))
         return 1 if wrong else 0
+
+    def _check(self) -> None:
+        """What PyTorch reads is a published folder. Raises CheckpointError, ValueError."""
+        from deepseek_jax.convert.load import read_config
+        from deepseek_jax.convert.training import is_training
+
+        for path in filter(None, (self.src, self.against)):
+            read_config(path)
+        read = self.against or self.src
+        if is_training(read):
+            raise ValueError(
+                f"{read} is a checkpoint of a training run, which PyTorch does not read: verify the model that the run "
+                f"exported, or what `deepseek-jax convert {read} FOLDER` makes of this one."
+            )
 
     def _tokens(self) -> "np.ndarray":
         """int [1, T]."""

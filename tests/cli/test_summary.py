@@ -86,7 +86,7 @@ def test_a_checkpoint_folder_and_its_config_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json: No such file or directory"),
+        (None, "is an empty folder; give a folder with config.json"),
         ("{", "config.json is not valid JSON"),
         ("[" * 100_000, "config.json is not valid JSON"),
         ('{"model_type": "llama"}', "'llama'"),

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config
 
+from deepseek_jax.cli.main import main
+from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.convert.folders import why_no_checkpoint
 from deepseek_jax.convert.load import read_config
 from deepseek_jax.convert.safetensors import CheckpointError
@@ -92,3 +95,12 @@ def test_names_of_models():
         why = why_no_checkpoint(Path(name))
         assert f"{name} is not a folder; {release} is the name of a release" in why
         assert "hf download" in why
+
+
+def test_a_training_checkpoint_is_not_what_pytorch_reads(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    (tmp_path / "deepseek_jax.json").write_text('{"format": "training"}')
+    assert main(["verify", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert f"{tmp_path} is a checkpoint of a training run, which PyTorch does not read" in err
+    assert err.count("\n") == 1

@@ -46,6 +46,15 @@ def panel_lines(width: int, height: int, records=(STEP, EVALUATION), **settings)
     return shown.get().rstrip("\n").split("\n")
 
 
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_loses_no_figure(width):
+    lines = panel_lines(width, 40)
+    assert max(map(len, lines)) < width
+    figures = {*re.findall(r"[\d.:]+[kM%]?", "\n".join(line for line in panel_lines(120, 40)[1:5]))}
+    assert len(figures) > 8
+    assert figures <= {*re.findall(r"[\d.:]+[kM%]?", "\n".join(lines))}
+
+
 def test_it_shows_what_matters():
     text = "\n".join(panel_lines(100, 30))
     for part in (
