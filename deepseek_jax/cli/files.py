@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from deepseek_jax.train.signals import undoing
 from deepseek_jax.version import __version__
 
 STANDARD = Path("-")  # the standard output, or input
@@ -74,12 +75,9 @@ def write_json(path: Path, record: dict) -> None:
         path.write_text(text, encoding="utf-8")
         return
     part = path.with_name(path.name + ".part")
-    try:
+    with undoing(lambda: part.unlink(missing_ok=True)):
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

@@ -97,20 +97,20 @@ class Generate:
                 printer.push(new, [reason != "interrupted" for reason in run.result()[1].finish_reason])
                 if stop.asked:
                     break
-        tokens, info = run.result()
-        printer.finish()
-        print(report(counts, times, info), file=sys.stderr)
-        if self.json is not None:
-            rows = [
-                {
-                    "prompt_ids": prompt,
-                    "ids": new,
-                    "text": None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
-                    **{name: values[row] for name, values in vars(info).items()},
-                }
-                for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
-            ]
-            write_json(self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows})
+            tokens, info = run.result()
+            printer.finish()
+            print(report(counts, times, info), file=sys.stderr)
+            if self.json is not None:
+                rows = [
+                    {
+                        "prompt_ids": prompt,
+                        "ids": new,
+                        "text": None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
+                        **{name: values[row] for name, values in vars(info).items()},
+                    }
+                    for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
+                ]
+                write_json(self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows})
         return EXIT_CODES[stop.asked]
 
     def _encode(self, tokenizer, text: str) -> list[int]:
