@@ -78,7 +78,8 @@ def test_what_is_held_goes_on_until_a_second_one():
             remarks(held="once more to stop at once.")
             stop.hold()
             ready()
-            while not stop.asked: time.sleep(0.001)
+            end = time.monotonic() + 30
+            while not stop.asked and time.monotonic() < end: time.sleep(0.001)
             print(stop.asked, flush=True)
             SECOND
         sys.exit(EXIT_CODES[stop.asked])
