@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.cli.train import Train
+from deepseek_jax.cli.train import HELD, Train
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.convert.training import read_record
 from deepseek_jax.train.checkpoint import Checkpoints
@@ -137,7 +137,7 @@ def test_sigterm_saves_and_resume_takes_the_runs_own_options(arguments, tmp_path
     until_step(process, folder, 2)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
-    assert (process.returncode, error) == (143, "")
+    assert (process.returncode, error) == (143, f"deepseek-jax train: {HELD}\n")
     (event,) = [r for r in records(folder, "event") if r["event"] == "interrupted"]
     assert "SIGTERM" in event["message"]
     stopped_at = int(Checkpoints(folder / "checkpoints").newest().name)
