@@ -55,7 +55,9 @@ class Generate:
 
     def run(self) -> int:
         if bool(self.prompt or self.prompt_file) == bool(self.prompt_ids):
-            raise ValueError("give either --prompt TEXT, --prompt-file FILE, or --prompt-ids ID [ID ...].")
+            raise ValueError(
+                "give either --prompt TEXT or --prompt-ids ID [ID ...]; texts may also come from --prompt-file FILE."
+            )
         if self.chat and self.prompt_ids:
             raise ValueError("--chat renders text: give --prompt, not --prompt-ids.")
         if self.prompt.count("-") > 1:

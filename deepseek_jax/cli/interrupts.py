@@ -9,6 +9,7 @@ without taking it down.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,9 +54,12 @@ class Interrupts:
             signal.signal(number, self._stand_still)
 
     def __exit__(self, *error) -> None:
-        # What is left is the interpreter's end, in which no thread of Python's runs any more.
+        # The work is done. What is left is the interpreter's end, in which no thread of Python's runs any more; only
+        # where it waits for other processes may it be cut short.
+        jax = sys.modules.get("jax")
+        waits = jax is not None and jax.distributed.is_initialized()
         for number in ENDS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if waits else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         signals.watch(False)
 

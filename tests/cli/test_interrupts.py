@@ -72,6 +72,18 @@ def test_native_code_is_not_waited_for_and_what_is_half_made_is_undone(number, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_done_is_left_to_end():
+    process = scripted("""
+        with Interrupts("deepseek-jax x"):
+            pass
+        ready()
+        time.sleep(0.5)
+    """)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 0
+
+
 def test_what_is_held_goes_on_until_a_second_one():
     body = """
         with Interrupts("deepseek-jax x"), StopSignals() as stop:
@@ -109,14 +121,17 @@ def test_a_process_that_is_not_the_commands_own_keeps_its_handlers():
 def test_signals_at_random_moments(tmp_path):
     """From the first moment that signals are ours, through imports, loading, compilation with and without programs on
     disk, to text and steps."""
-    text = tmp_path / "text.txt"
+    text, texts = tmp_path / "text.txt", tmp_path / "texts"
     text.write_text("def f(x):\n    return x\n" * 400)
+    texts.mkdir()
+    for i in range(12):
+        (texts / f"{i}.txt").write_text(f"def f{i}(x):\n    return x + {i}\n" * 60)
     small = ["--length", "32", "--batch-rows", "4", "--vocab-size", "300", "--tokens", "100000", "--log-every", "1"]
-    rng, began, tries, cold = random.Random(0), time.monotonic(), 0, str(tmp_path / "cold")
+    rng, began, tries, whole, cold = random.Random(0), time.monotonic(), 0, 0, str(tmp_path / "cold")
     commands = {
         "score": [CKPT, str(text), "--dtype", "float32", "--no-compilation-cache"],
         "generate": [CKPT, "--prompt", "def", "--max-new-tokens", "1500"],
-        "train": ["--data", str(text), "--held-out-share", "0.2", *small, "--no-compilation-cache"],
+        "train": ["--data", str(texts), "--held-out-share", "0.2", *small, "--no-compilation-cache"],
         "demo": [],
     }
     while time.monotonic() - began < 70:
@@ -132,8 +147,11 @@ def test_signals_at_random_moments(tmp_path):
             process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
         tries += 1
+        # One that was done already is left to end.
+        whole += process.returncode == 0
         told = f"{name} after {moment:.2f} s by {number.name}{', again' if again else ''}: {process.returncode}\n{err}"
-        assert process.returncode in ({*CODES.values()} if again else {CODES[number]}), told
-        assert len(err.splitlines()) in ((1, 2) if again else (1,)), told
+        assert process.returncode in ({0, *CODES.values()} if again else {0, CODES[number]}), told
+        assert len(err.splitlines()) <= 1 + again, told
+        assert err or process.returncode == 0, told
         assert not list(tmp_path.glob("*.part")), told
-    assert tries >= 4
+    assert tries - whole >= 3
