@@ -1,7 +1,7 @@
 """How the model runs changes no number: expert forms, quantised leaves, precisions, full-size shapes."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from deepseek_jax.model.transformer import abstract, init
 TINY = CONFIGS["tiny-v3"][0]
 
 
-@pytest.mark.parametrize("form", ["dense", "ragged"])
+# The forms by themselves: `test_experts`. The dense one in a whole model waits for the slow tests.
+@pytest.mark.parametrize("form", [pytest.param("dense", marks=pytest.mark.slow), "ragged"])
 def test_expert_forms_agree_in_the_whole_model(form):
     p = pair(TINY)
     assert relative(full(p, ctx=Context(experts=form)).logits, full(p).logits) <= 2e-5
@@ -80,8 +81,9 @@ def test_bfloat16_is_finite_and_near():
     assert bias.dtype == jnp.float32
 
 
-def lowered(platform: str, backward: bool) -> list[str]:
-    """The program of a bfloat16 model for this platform, line by line."""
+@cache
+def traced(backward: bool):
+    """The program of a bfloat16 model, for any platform yet."""
     model = abstract(TINY, jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
@@ -91,8 +93,14 @@ def lowered(platform: str, backward: bool) -> list[str]:
         return out.logits.sum() + out.mtp_logits[0].sum() + balance
 
     with jax.default_matmul_precision("default"):
-        program = jax.jit(jax.grad(loss) if backward else loss).trace(*partition(model), tokens)
-        return program.lower(lowering_platforms=(platform,)).as_text().splitlines()
+        return jax.jit(jax.grad(loss) if backward else loss).trace(*partition(model), tokens)
+
+
+@cache
+def lowered(platform: str, backward: bool) -> list[str]:
+    """That program for this platform, line by line."""
+    with jax.default_matmul_precision("default"):
+        return traced(backward).lower(lowering_platforms=(platform,)).as_text().splitlines()
 
 
 def of_float32(line: str) -> bool:

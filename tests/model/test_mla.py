@@ -16,6 +16,7 @@ from deepseek_jax.core.params import unstack
 from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import attention
 from deepseek_jax.model.attention import Span, attend
+from deepseek_jax.model.mla import MLA
 
 B, T = 2, 96
 
@@ -73,6 +74,15 @@ def test_automatic_form_takes_the_fewer_multiplications():
     assert mla._absorbs(1, 96, Context())
     assert mla._absorbs(96, 96, Context(mla="absorbed"))
     assert not mla._absorbs(1, 96, Context(mla="expanded"))
+
+
+def test_the_form_is_chosen_by_the_numbers_of_queries_and_keys(monkeypatch):
+    cfg = CONFIGS["tiny-v3"][0]
+    mla, asked = unstack(pair(cfg).model.stacks[0], 0).attn, []
+    monkeypatch.setattr(MLA, "_absorbs", lambda self, T, S, ctx: asked.append((T, S)))
+    span = causal_span(cfg.attention.rope, cfg.attention.rope_dim, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    jax.eval_shape(lambda x: mla(x, span, Context())[0], jnp.zeros((B, T, cfg.dim)))
+    assert asked == [(T, T)]
 
 
 def dense_attention(q, k, v, visible, scale):

@@ -19,13 +19,14 @@ MIXED = (
 )
 SNAPSHOT = MIXED[0]
 HERE = Path(__file__).parent
-# Decoding over the other axes is the forward pass's layout once more, or repeats work: it waits for the slow tests.
-DECODED, DECODED_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
+# A step's loss, gradients, routing and balance are compared on every axis. Logits and decoding are its forward pass's
+# layout once more, where nothing but rows or a row's tokens lie apart: there they wait for the slow tests.
+FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
 WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
 DEFAULT = [
-    *(f"{what}|{axis}" for axis in AXES for what in ("sgd", "forward")),
-    *(f"generated|{axis}" for axis in DECODED),
+    *(f"sgd|{axis}" for axis in AXES),
+    *(f"{what}|{axis}" for axis in FORWARD for what in ("forward", "generated")),
     "sgd|expert=8|concentrated",
     "forward|expert=8|concentrated",
     "drop|expert=8|concentrated",
@@ -37,7 +38,7 @@ DEFAULT = [
     f"snapshot|{SNAPSHOT}",
 ]
 SLOW = [
-    *(f"generated|{axis}" for axis in DECODED_SLOWLY),
+    *(f"{what}|{axis}" for axis in FORWARD_SLOWLY for what in ("forward", "generated")),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
     *(f"text|{case}" for case in WRITTEN_SLOWLY),
     *(f"adamw|{case}" for case in MIXED[:2]),
@@ -108,21 +109,21 @@ def test_three_steps_on_one_axis(default, axis):
     check_steps(default[f"sgd|{axis}"], SGD)
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_logits_mtp_and_routing_on_one_axis(default, axis):
-    check_forward(default[f"forward|{axis}"])
-    assert default[f"forward|{axis}"]["dropped"] == [0, 0]
+def check_logits_and_decoding(found: dict, axis: str) -> None:
+    check_forward(found[f"forward|{axis}"])
+    assert found[f"forward|{axis}"]["dropped"] == [0, 0]
+    check_generated(found[f"generated|{axis}"])
 
 
-@pytest.mark.parametrize("axis", DECODED)
-def test_prefill_and_decoding_on_one_axis(default, axis):
-    check_generated(default[f"generated|{axis}"])
+@pytest.mark.parametrize("axis", FORWARD)
+def test_logits_mtp_routing_and_decoding_on_one_axis(default, axis):
+    check_logits_and_decoding(default, axis)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", DECODED_SLOWLY)
-def test_prefill_and_decoding_on_an_axis_of_rows(slow, axis):
-    check_generated(slow[f"generated|{axis}"])
+@pytest.mark.parametrize("axis", FORWARD_SLOWLY)
+def test_logits_mtp_routing_and_decoding_on_an_axis_of_rows(slow, axis):
+    check_logits_and_decoding(slow, axis)
 
 
 def check_text(found: dict) -> None:
