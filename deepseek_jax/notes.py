@@ -23,15 +23,22 @@ def note(message: str) -> None:
 
 
 def shown(value, quoted: bool = True) -> str:
-    """A value as a message shows it: its repr (a text's own characters if not ``quoted``), cut where it is long.
+    """A value as a message shows it: its repr (`cut` if not ``quoted``), cut where it is long.
 
     A file's value may have a million characters, an integer may have too many digits to be printed.
     """
-    if isinstance(value, str) and not quoted:
-        text = " ".join(value[: 4 * LONGEST].split())
-    else:
-        try:
-            text = _SHORT.repr(value)
-        except ValueError:  # Python prints no integer of more than 4300 digits
-            text = f"a number of {type(value).__name__} that is too long to print"
+    if not quoted:
+        return cut(value)
+    try:
+        return _shortened(_SHORT.repr(value))
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a number of {type(value).__name__} that is too long to print"
+
+
+def cut(text) -> str:
+    """A text of a file or a library, such as a tensor's name or an error, in one line and cut where it is long."""
+    return _shortened(" ".join(str(text)[: 4 * LONGEST].split()))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]} ... {text[-15:]}"

@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from deepseek_jax.notes import shown
+from deepseek_jax.notes import cut
 
 SMALL = 2**24  # bytes of a config or template; released ones have a few kilobytes
 LARGE = 2**28  # bytes of a tokenizer, an index or a record: those of a 671B model have 10 MB
@@ -47,7 +47,7 @@ def read_json(path: Path, most: int = SMALL) -> dict:
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {shown(str(error), quoted=False)}.") from None
+        raise ValueError(f"{path} is not valid JSON: {cut(error)}.") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
     return data

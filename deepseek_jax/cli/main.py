@@ -26,6 +26,8 @@ COMMANDS = {
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
 NOT_BUILT = ("experiment", "sweep", "report")
+# A message may quote what a file holds; beyond this it is cut.
+LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 
@@ -177,7 +179,8 @@ def _message(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)"
 
 
 def _fail(name: str, message: str, code: int) -> int:

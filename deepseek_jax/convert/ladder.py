@@ -22,7 +22,8 @@ from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.verify import Observed, VerifyError, reference_model
 from deepseek_jax.core.params import RouterBias, combine, is_variable, map_variables, partition
 from deepseek_jax.model.outputs import Output
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.small_files import SMALL
 
 BOUND = 2e-5  # largest |difference| / largest |reference value|
 GRADIENT_BOUND = 1e-4  # Frobenius norm of the difference / that of the reference's gradient
@@ -193,6 +194,7 @@ def ladder(
         )
     if read_model(against) != read_model(path):
         raise ValueError(f"{path} and {against} hold different models, by their config.json.")
+    _check_size(Path(against), n_layers)
     reference = reference_model(against, n_layers)
     vocabulary, longest = reference.main.config.vocab_size, reference.main.config.max_position_embeddings
     tokens = np.asarray(tokens)
@@ -228,6 +230,17 @@ def ladder(
         if gradients:
             experts = jnp.asarray(np.stack(seen.index), jnp.int32) if cfg.n_moe_layers else None
             yield compare_gradients(gradients_of(model, tokens, directions, experts), slopes)
+
+
+def _check_size(folder: Path, n_layers: int | None) -> None:
+    """Raises VerifyError for a config of far more values than the files can hold: PyTorch would take their memory."""
+    cfg = read_model(folder)
+    if n_layers is not None and 1 <= n_layers <= cfg.n_layers:
+        cfg = replace(cfg, n_layers=n_layers, n_dense_layers=min(cfg.n_dense_layers, n_layers), mtp_depth=0)
+    values = sum(leaf.size for leaf in jax.tree.leaves(abstract(cfg)))
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if values > 2 * held + SMALL:
+        raise VerifyError(f"{folder}: config.json describes {values} values; its safetensors files have {held} bytes.")
 
 
 def read_model(folder: str | Path) -> ModelConfig:

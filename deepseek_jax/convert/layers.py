@@ -23,6 +23,7 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
 from deepseek_jax.convert.names import SCALE, Tensor, check_size, layout
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
+from deepseek_jax.notes import shown
 from deepseek_jax.small_files import LARGE
 
 RECORD = "deepseek_jax.json"
@@ -146,22 +147,22 @@ def read_record(folder: Path) -> dict:
     record = load_json(folder / RECORD, LARGE)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / RECORD}: format {record.get('format')!r} version {record.get('format_version')!r} is not "
-            f"read here, only {FORMAT!r} version {FORMAT_VERSION}."
+            f"{folder / RECORD}: format {shown(record.get('format'))} version {shown(record.get('format_version'))} is "
+            f"not read here, only {FORMAT!r} version {FORMAT_VERSION}."
         )
     indexed, files = record.get("indexed"), record.get("files")
     if not isinstance(indexed, bool) or not isinstance(files, dict):
         raise CheckpointError(
-            f"{folder / RECORD} must hold indexed (true or false) and files (an object), not {indexed!r} and "
+            f"{folder / RECORD} must hold indexed (true or false) and files (an object), not {shown(indexed)} and "
             f"{type(files).__name__}."
         )
     held = set()
     for file, names in files.items():
         # The name is one that will be written: it must not lead out of the destination.
         if not file.endswith(".safetensors") or file != Path(file).name:
-            raise CheckpointError(f"{folder / RECORD}: {file!r} is not the plain name of a safetensors file.")
+            raise CheckpointError(f"{folder / RECORD}: {shown(file)} is not the plain name of a safetensors file.")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"{folder / RECORD}: {file} must have a list of tensors' names, not {names!r}.")
+            raise CheckpointError(f"{folder / RECORD}: {file} must have a list of tensors' names, not {shown(names)}.")
         if len(set(names)) != len(names) or held & set(names):
             raise CheckpointError(f"{folder / RECORD}: {file} has a tensor that stood there before.")
         held |= set(names)

@@ -23,7 +23,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
-from deepseek_jax.notes import shown
+from deepseek_jax.notes import cut, shown
 from deepseek_jax.parallel.placement import place
 
 FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
@@ -212,7 +212,8 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, bl
 
 
 def _some(items: list[str]) -> list[str]:
-    return items if len(items) <= NAMED else [*items[:NAMED], f"and {len(items) - NAMED} more"]
+    named = [cut(item) for item in items[:NAMED]]
+    return named if len(items) <= NAMED else [*named, f"and {len(items) - NAMED} more"]
 
 
 def check_finite(entry: Entry | LayerEntry, array: np.ndarray) -> None:

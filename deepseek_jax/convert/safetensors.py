@@ -16,6 +16,7 @@ from threading import Lock
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.notes import cut, shown
 from deepseek_jax.small_files import LARGE, SMALL, read_json
 from deepseek_jax.version import __version__
 
@@ -39,6 +40,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
+LONGEST_NAME = 255  # of a file, on the systems in use
 FLUSHED = 2**28  # bytes that a file's writer leaves to the system's cache
 INDEX = "model.safetensors.index.json"
 
@@ -121,21 +123,23 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: the header is not valid JSON: {e}.") from None
+        raise CheckpointError(f"{path}: the header is not valid JSON: {cut(e)}.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object, not {type(header).__name__}.")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, not {metadata!r}.")
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings, not {shown(metadata)}.")
     entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
     end, ordered = 8 + length, sorted(entries.values(), key=lambda e: (e.start, e.stop))
     for entry in ordered:
         if entry.start != end:
-            raise CheckpointError(f"{path}: {entry.name} starts at byte {entry.start}, the one before ends at {end}.")
+            raise CheckpointError(
+                f"{path}: {cut(entry.name)} starts at byte {entry.start}, the one before ends at {end}."
+            )
         end = entry.stop
     if end != size:
-        cut = next((f", so that {entry.name} is truncated" for entry in ordered if entry.stop > size), "")
-        raise CheckpointError(f"{path}: the header describes {end} bytes, the file has {size}{cut}.")
+        where = next((f", so that {cut(entry.name)} is truncated" for entry in ordered if entry.stop > size), "")
+        raise CheckpointError(f"{path}: the header describes {end} bytes, the file has {size}{where}.")
     return entries, metadata
 
 
@@ -143,30 +147,30 @@ def _unique(pairs: list[tuple]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        raise ValueError(f"{shown(next(n for n in names if names.count(n) > 1))} occurs twice")
     return result
 
 
 def _entry(path: Path, name: str, info, base: int) -> Entry:
     def refuse(what: str):
-        return CheckpointError(f"{path}: {name} has {what}.")
+        return CheckpointError(f"{path}: {cut(name)} has {what}.")
 
     def naturals(value, count=None) -> bool:
         ok = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
         return ok and (count is None or len(value) == count)
 
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= set(info):
-        raise refuse(f"a header without dtype, shape and data_offsets: {info!r}")
+        raise refuse(f"a header without dtype, shape and data_offsets: {shown(info)}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise refuse(f"the unknown dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if not naturals(shape):
-        raise refuse(f"a bad shape: {shape!r}")
+        raise refuse(f"a bad shape: {shown(shape)}")
     if not naturals(offsets, 2) or offsets[0] > offsets[1]:
-        raise refuse(f"bad offsets: {offsets!r}")
+        raise refuse(f"bad offsets: {shown(offsets)}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != size:
-        raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {size}")
+        raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shown(shape)} takes {size}")
     return Entry(path, name, DTYPES[dtype], tuple(shape), base + offsets[0], base + offsets[1])
 
 
@@ -298,8 +302,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} has no weight_map.")
         self.map = {name: file for name, file in self.map.items() if self.wanted(name)}
         for name, file in self.map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{path}: {name} is mapped to {file!r}, which is no file name.")
+            name = cut(name)
+            if not isinstance(file, str) or Path(file).name != file or len(file) > LONGEST_NAME:
+                raise CheckpointError(f"{path}: {name} is mapped to {shown(file)}, which is no file name.")
             if not (self.folder / file).is_file():
                 raise CheckpointError(f"{self.folder / file} does not exist, but {path} has {name} in it.")
         return [self.folder / file for file in sorted(set(self.map.values()))]
@@ -308,12 +313,13 @@ class Checkpoint:
         path = self.folder / INDEX
         for name, file in self.map.items():
             if name not in self.entries:
-                raise CheckpointError(f"{self.folder / file} lacks {name}, which {path} has in it.")
+                raise CheckpointError(f"{self.folder / file} lacks {cut(name)}, which {path} has in it.")
             if self.entries[name].file.name != file:
+                name = cut(name)
                 raise CheckpointError(f"{path} has {name} in {file}, but it stands in {self.entries[name].file}.")
         for name, entry in self.entries.items():
             if name not in self.map:
-                raise CheckpointError(f"{entry.file} holds {name}, which {path} does not list.")
+                raise CheckpointError(f"{entry.file} holds {cut(name)}, which {path} does not list.")
 
     def read(self, name: str) -> np.ndarray:
         return self.entries[name].read()

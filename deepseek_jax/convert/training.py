@@ -24,6 +24,7 @@ from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.model.transformer import Transformer, abstract
+from deepseek_jax.notes import shown
 from deepseek_jax.small_files import LARGE
 from deepseek_jax.version import __version__
 
@@ -73,8 +74,8 @@ def read_record(folder: Path) -> dict:
     record = load_json(path, LARGE)
     if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {record.get('format')!r} version {record.get('format_version')!r} is not read here, "
-            f"only {FORMAT!r} version {FORMAT_VERSION}."
+            f"{path}: format {shown(record.get('format'))} version {shown(record.get('format_version'))} is not read "
+            f"here, only {FORMAT!r} version {FORMAT_VERSION}."
         )
     if record.pop("sha256", None) != _hash(record):
         raise CheckpointError(f"{path} is damaged: its text does not have the hash that it names.")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.convert.names import IGNORED
-from deepseek_jax.notes import shown
+from deepseek_jax.notes import cut
 from deepseek_jax.small_files import LARGE, read_json
 
 EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
@@ -210,8 +210,7 @@ def build_reference(config: dict) -> Reference:
         config = DeepseekV3Config(**{k: v for k, v in config.items() if k not in dropped})
     except Exception as error:  # its checks raise exceptions of several libraries
         raise VerifyError(
-            "there is no reference for this config: transformers refuses it "
-            f"({type(error).__name__}: {shown(str(error), quoted=False)})."
+            f"there is no reference for this config: transformers refuses it ({type(error).__name__}: {cut(error)})."
         ) from None
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     with no_init_weights():

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_jax.notes import shown
+
 LINES, ZSTD_LINES, PARQUET = (".jsonl", ".ndjson"), (".jsonl.zst", ".ndjson.zst"), (".parquet",)
 LONGEST_LINE = 256 * 1024 * 1024  # bytes; a damaged file without line ends must not fill the memory
 CHUNK = 1024 * 1024
@@ -186,7 +188,7 @@ def _object_of(line: bytes, first: bool) -> tuple[dict | None, str | None]:
 
 def _text_of(record: dict, field: str) -> tuple[str | None, str | None]:
     if field not in record:
-        return None, f"no field {field!r} among {', '.join(map(repr, list(record)[:5])) or 'none'}"
+        return None, f"no field {field!r} among {', '.join(map(shown, list(record)[:5])) or 'none'}"
     text = record[field]
     if not isinstance(text, str):
         return None, f"field {field!r} is a {type(text).__name__}, not a string"

@@ -12,6 +12,8 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_jax.notes import cut, shown
+
 # Names a message's chain of thought goes by; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Names that transformers gives a meaning where a checkpoint has several templates.
@@ -39,8 +41,10 @@ class ChatTemplate:
             try:
                 self._templates[name] = _environment().from_string(source)
             except (jinja2.TemplateError, RecursionError) as error:
-                which = "" if len(named) == 1 else f" {name!r}"
-                raise TokenizerError(f"The checkpoint's chat template{which} is not valid Jinja: {error}") from error
+                which = "" if len(named) == 1 else f" {shown(name)}"
+                raise TokenizerError(
+                    f"The checkpoint's chat template{which} is not valid Jinja: {cut(error)}"
+                ) from error
         self._variables, self._sorts_tools = dict(variables), sorts_tools
 
     def render(self, messages: Sequence[Mapping], *, chat_template: str | None = None, **variables) -> str:
@@ -58,7 +62,7 @@ class ChatTemplate:
             raise ValueError("A chat needs at least one message.")
         for message in messages:
             if not isinstance(message, Mapping):
-                raise ValueError(f"A chat message is a mapping with a role and a content, not {message!r}.")
+                raise ValueError(f"A chat message is a mapping with a role and a content, not {shown(message)}.")
         known = _plain({"tools": None, "documents": None, **self._variables, **variables})
         if self._sorts_tools:
             known["tools"] = _sorted(known["tools"])
@@ -67,10 +71,10 @@ class ChatTemplate:
         try:
             return template.render(messages=messages, **known)
         except jinja2.TemplateError as error:
-            raise TokenizerError(f"The checkpoint's chat template refuses this chat: {error}") from error
+            raise TokenizerError(f"The checkpoint's chat template refuses this chat: {cut(error)}") from error
         except Exception as error:  # the template is a program, and may fail in any way
             raise TokenizerError(
-                f"The checkpoint's chat template fails on this chat: {type(error).__name__}: {error}"
+                f"The checkpoint's chat template fails on this chat: {type(error).__name__}: {cut(error)}"
             ) from error
 
     def _choose(self, name: str | None, tools: bool) -> jinja2.Template:
@@ -79,8 +83,8 @@ class ChatTemplate:
         if name not in self._templates:
             kind = "with" if tools else "without"
             raise TokenizerError(
-                f"The checkpoint has no chat template {name!r}, for a chat {kind} tools, but "
-                f"{', '.join(map(repr, sorted(self._templates)))}: name one of these with chat_template=."
+                f"The checkpoint has no chat template {shown(name)}, for a chat {kind} tools, but "
+                f"{', '.join(map(shown, sorted(self._templates)))}: name one of these with chat_template=."
             )
         return self._templates[name]
 

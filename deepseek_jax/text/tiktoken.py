@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from deepseek_jax.notes import shown
+from deepseek_jax.notes import cut, shown
 from deepseek_jax.small_files import LARGE
 from deepseek_jax.text.chat import TokenizerError
 from deepseek_jax.text.files import RANKS, read_config, read_whole
@@ -64,7 +64,7 @@ def read_code(folder: Path) -> Code:
             if not isinstance(pattern, str | None) or type(reserved) is not int or not 0 <= reserved <= MOST_RESERVED:
                 raise ValueError(f"pat_str is {shown(pattern)}, num_reserved_special_tokens {shown(reserved)}")
         except (SyntaxError, ValueError, TypeError, RecursionError) as error:
-            said = shown(str(error), quoted=False)
+            said = cut(error)
             raise TokenizerError(f"{file} does not state a pattern in a form that is read here: {said}.") from error
         if pattern is not None:
             calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")}
@@ -99,14 +99,16 @@ def read(folder: Path, config: dict, code: Code) -> tokenizers.Tokenizer:
     try:
         split = pre_tokenizers.Split(Regex(code.pattern), behavior="isolated")
     except Exception as error:  # the library raises bare Exception
-        said = shown(str(error), quoted=False)
+        said = cut(error)
         raise TokenizerError(f"{folder}: the pattern {shown(code.pattern)} cannot be compiled: {said}.") from error
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     control = _control(folder, config, len(vocab), code.reserved)
     for i, token in control.items():
         if token.content in vocab:
-            raise TokenizerError(f"{file} has a token {token.content!r} that tokenizer_config.json names as id {i}.")
+            raise TokenizerError(
+                f"{file} has a token {shown(token.content)} that tokenizer_config.json names as id {i}."
+            )
     backend.add_tokens(list(control.values()))
     if any(backend.token_to_id(token.content) != i for i, token in control.items()):
         raise TokenizerError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder names a token twice.")

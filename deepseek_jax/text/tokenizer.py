@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from deepseek_jax.notes import note, shown
+from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.small_files import LARGE
 from deepseek_jax.text import files, tiktoken
 from deepseek_jax.text.chat import ChatTemplate, TokenizerError
@@ -269,7 +269,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{file} is not a tokenizer: {shown(str(error), quoted=False)}") from error
+            raise TokenizerError(f"{file} is not a tokenizer: {cut(error)}") from error
     elif (folder / files.RANKS).exists():
         code = tiktoken.read_code(folder)
         backend = tiktoken.read(folder, config, code)

@@ -104,6 +104,7 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(arguments, message, caps
         (cli.CommandError("no such thing."), "no such thing."),
         (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or directory"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError("x" * 100_000), "x" * 4000 + " ... (100000 characters)"),
         (MemoryError(), "out of memory."),
         (MemoryError("Unable to allocate 9 EiB"), "out of memory. Unable to allocate 9 EiB"),
         (
@@ -111,6 +112,7 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(arguments, message, caps
             "out of memory. RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
         ),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_an_error_is_one_line_and_exit_code_1(error, line, monkeypatch, capsys):
     def run():

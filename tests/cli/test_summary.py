@@ -114,3 +114,11 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"--json {tmp_path / 'none' / 'a.json'}: there is no folder {tmp_path / 'none'}." in error
     assert error.count("\n") == 1
+
+
+def test_a_misspelt_field_is_one_note(tmp_path, capsys):
+    data = config_to_json(zoo("tiny-v3")) | {"num_expert_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert main(["summary", str(tmp_path)]) == 0
+    note = "note: config.json: nothing here reads num_expert_per_tok (did you mean num_experts_per_tok?); ignored.\n"
+    assert capsys.readouterr().err == note

@@ -414,6 +414,10 @@ BROKEN = {
         lambda file: file.with_name("model.safetensors.index.json").write_text("[" * 100_000),
         "index.json is not valid JSON",
     ),
+    "many layers": (
+        lambda file: edit_json(file.with_name("config.json"), lambda c: c.update(num_hidden_layers=10_000)),
+        "config.json describes",
+    ),
     "config": (lambda file: file.with_name("config.json").write_text("{"), "config.json is not valid JSON"),
 }
 
