@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.convert.safetensors import CheckpointError, write_back
+from deepseek_jax.notes import cut
 from deepseek_jax.version import __version__
 
 # Small enough for the C library to use the same memory again and again, large enough for the disk.
@@ -107,7 +108,7 @@ class Array:
             with disk_errors(self.path):
                 yield
         except ValueError as error:
-            raise CheckpointError(f"{self.path}: {'/'.join(self.key)} cannot be read: {error}") from None
+            raise CheckpointError(f"{self.path}: {'/'.join(self.key)} cannot be read: {cut(error)}") from None
 
 
 @contextmanager

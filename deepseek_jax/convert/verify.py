@@ -338,7 +338,7 @@ def _open(file: Path):
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
-        raise VerifyError(f"{file} is damaged: safetensors cannot read it ({error}).") from None
+        raise VerifyError(f"{file} is damaged: safetensors cannot read it ({cut(error)}).") from None
 
 
 def _place(name: str, targets: dict, n_layers: int):
