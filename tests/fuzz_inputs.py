@@ -419,7 +419,7 @@ def converted(rng, base: Path, folder: Path) -> None:
         if rng.random() < 0.5:
             file.unlink()
         else:
-            file.write_bytes(file.read_bytes()[: int(rng.integers(0, file.stat().st_size))])
+            file.write_bytes(file.read_bytes()[: int(rng.integers(0, file.stat().st_size + 1))])
     else:
         damage(rng, file)
     ours = dsj.load_pretrained(folder, dtype=None)

@@ -20,6 +20,7 @@ from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.params import Adapter, is_variable, map_variables
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.notes import shown
 from deepseek_jax.train.patterns import Chosen, matches, paths
 from deepseek_jax.train.tuning import LoRA
 from deepseek_jax.version import __version__
@@ -308,9 +309,11 @@ def _read_config(path: Path) -> tuple[int, float]:
     }
     for field, allowed in plain.items():
         if config.get(field) not in allowed:
-            raise CheckpointError(f"{path}: {field} {config.get(field)!r} is not read here, only {allowed[0]!r}.")
+            raise CheckpointError(f"{path}: {field} {shown(config.get(field))} is not read here, only {allowed[0]!r}.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
-        raise CheckpointError(f"{path}: r must be a positive integer and lora_alpha positive, not {rank!r}, {alpha!r}.")
+        raise CheckpointError(
+            f"{path}: r must be a positive integer and lora_alpha positive, not {shown(rank)} and {shown(alpha)}."
+        )
     # rsLoRA divides alpha by the rank's root.
     return rank, alpha * rank**0.5 if config.get("use_rslora") else alpha
