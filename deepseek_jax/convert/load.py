@@ -15,6 +15,7 @@ from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.folders import why_no_checkpoint
 from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
 from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, check_size, layout, widest
+from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
@@ -44,7 +45,13 @@ STRIP = 64
 CHECKED = 2**18
 
 
-def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Transformer:
+def load_pretrained(
+    path: str | Path,
+    dtype=jnp.bfloat16,
+    ctx: Context | None = None,
+    cfg: ModelConfig | None = None,
+    key: jax.Array | None = None,
+) -> Transformer:
     """A model from a published folder (``config.json`` and safetensors files, with or without an index), from
     a folder that `deepseek_jax.convert.stream.convert` made of one, or from a checkpoint of a training run
     (``RUN/checkpoints/STEP``: the weights themselves, not their moving average).
@@ -53,20 +60,27 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = 
     cast. None keeps every tensor as it is stored, FP8 as `Quantized` leaves. The router bias is
     float32 always. ``ctx``: as in a model's call. With a mesh every process reads, of each tensor of a published
     folder, the bytes that its devices' shards are made of and no others; nothing is ever whole on a device or host.
+    ``cfg``: the same weights under another config, what is new drawn from ``key`` (`with_config`); every process then
+    reads all of them.
 
     Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or dtype, truncated or
     not finite, and for copies of the embedding or head that differ; ConfigError for an unsupported config;
     LayoutError, before any tensor is read, where the context's layout does not divide the model.
     """
-    folder = Path(path)
+    if cfg is None or cfg == read_config(Path(path))[0]:
+        return _as_stored(Path(path), dtype, ctx or DEFAULT)
+    return with_config(_as_stored(Path(path), dtype, DEFAULT), cfg, key, ctx)
+
+
+def _as_stored(folder: Path, dtype, ctx: Context) -> Transformer:
     cfg, block = read_config(folder)
     if dtype is not None:
         dtype = np.dtype(dtype)
         if dtype not in FLOATS:
             raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
     if is_training(folder):
-        return place(load_training(folder, cfg, dtype), ctx or DEFAULT)
-    return _load(open_checkpoint(folder, cfg, block), cfg, block, dtype, ctx or DEFAULT)
+        return place(load_training(folder, cfg, dtype), ctx)
+    return _load(open_checkpoint(folder, cfg, block), cfg, block, dtype, ctx)
 
 
 def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Transformer:

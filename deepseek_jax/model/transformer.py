@@ -346,6 +346,18 @@ def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | Non
     return jax.jit(_init, static_argnums=(0, 2), out_shardings=places)(cfg, key, dtype)
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _init_leaves(cfg: ModelConfig, key: jax.Array, paths: tuple, dtype) -> list[jax.Array]:
+    found = {}
+    map_variables(lambda path, v: found.setdefault(path, v.get_value()), _init(cfg, key, dtype))
+    return [found[path] for path in paths]
+
+
+def init_leaves(cfg: ModelConfig, key: jax.Array, paths: tuple, dtype=jnp.float32) -> dict[tuple, jax.Array]:
+    """The leaves of `init` at these paths (``("stacks", 0, "attn", "q_a")``); the others are not made."""
+    return dict(zip(paths, _init_leaves(cfg, key, paths, jnp.dtype(dtype)), strict=True))
+
+
 def abstract(cfg: ModelConfig, dtype=jnp.float32) -> Transformer:
     """The model's tree with shapes and dtypes in place of arrays; allocates nothing."""
     return jax.eval_shape(partial(_init, cfg, dtype=jnp.dtype(dtype)), jax.random.key(0))
