@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from deepseek_jax.analysis.compare import compare
 from deepseek_jax.cli.main import main
 
 
@@ -58,3 +59,52 @@ def test_an_out_that_is_a_file_is_one_line(run, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"deepseek-jax plot: --out {tmp_path / 'file'}: this is a file; give a folder.\n"
     )
+
+
+def recorded(folder, top_k: int, losses, peak: float = 1e-3):
+    """The folder of a run with these losses, measured once at its second step."""
+    folder.mkdir()
+    about = {"model": {"name": "tiny", "moe": {"top_k": top_k}}, "settings": {"recipe": {"rate": {"peak": peak}}}}
+    (folder / "run.json").write_text(json.dumps(about))
+    records = [
+        {"kind": "step", "step": n, "tokens": 64 * n, "minutes": n, "loss": loss, "max_violation": [0.5, 1.5]}
+        for n, loss in enumerate(losses, 1)
+    ]
+    for n, bits in ((2, 1.5), (len(losses), 1.75)):
+        records.append({"kind": "evaluation", "step": n, "tokens": 64 * n, "minutes": n, "bits_per_byte": bits})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_several_runs_share_a_picture_and_a_table(tmp_path, capsys):
+    one, two = recorded(tmp_path / "a", 4, [5, 4, 3]), recorded(tmp_path / "b", 2, [5, 3, 2, 1], peak=0.002)
+    out = tmp_path / "figures.json"
+    assert main(["plot", str(one), str(two), "--json", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == str(tmp_path / "plots" / "compare.png")
+    assert (tmp_path / "plots" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    cells = [line.split() for line in shown[:-1]]
+    assert cells[:3] == [["a", "b"], ["top_k", "4", "2"], ["peak", "0.001", "0.002"]]
+    assert ["loss", "4", "2.75"] in cells
+    assert ["best", "bits", "per", "byte", "1.5", "1.5"] in cells
+    # The name, which is equal, is no difference.
+    first, second = json.loads(out.read_text())["runs"]
+    assert (first["settings"], second["settings"]) == ({"top_k": 4, "peak": 0.001}, {"top_k": 2, "peak": 0.002})
+    figures = second["figures"]
+    assert (figures["steps"], figures["tokens"], figures["loss"]) == (4, 256, 2.75)
+    assert (figures["bits_per_byte"], figures["best_bits_per_byte"], figures["best_at_step"]) == (1.75, 1.5, 2)
+    assert (figures["max_violation"], figures["mtp_loss"]) == (1.0, None)
+
+
+def test_runs_are_labelled_by_what_differs(tmp_path):
+    (tmp_path / "x").mkdir()
+    folders = [recorded(tmp_path / "a", 4, [5, 4]), recorded(tmp_path / "x" / "a", 4, [5, 4], peak=0.002)]
+    labels = [one.label for one in compare(folders)]
+    assert labels == [f"{folders[0]} (peak=0.001)", f"{folders[1]} (peak=0.002)"]
+    assert [one.label for one in compare(folders[:1])] == ["a"]
+
+
+def test_one_run_that_is_none_is_told_by_its_name(run, tmp_path, capsys):
+    assert main(["plot", str(run), str(tmp_path)]) == 1
+    assert f"{tmp_path} is not the folder of a run" in capsys.readouterr().err
+    assert not (tmp_path / "plots").exists()
