@@ -18,6 +18,8 @@ class Convert:
 
     SRC decides the direction. Stored bytes are moved, never dequantised; every tensor is checked. A few chunks of
     16 MB are in memory at a time. Interrupted, the same command goes on where it stopped.
+
+    With --adapter the adapters are added to SRC's weights; DST is a published folder in SRC's dtypes and file split.
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -26,6 +28,9 @@ class Convert:
     """The folder to write; it must not exist, or be empty. Not needed with --dry-run."""
     dry_run: bool = False
     """Only check names, shapes and dtypes, and compare with the release that SRC is; fails where they differ."""
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Low-rank adapters to merge into SRC, a published folder: adapter_config.json and adapter_model.safetensors, as
+    PEFT or `train --lora.no-merge` writes them."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the figures, and bytes and seconds of the conversion, to this file; "-" is the standard output."""
 
@@ -36,6 +41,8 @@ class Convert:
         if not self.dry_run:
             check_folder(self.dst, "DST")
 
+        if self.adapter is not None:
+            return self._merge(self.adapter)
         from deepseek_jax.convert.manifest import inspect
 
         report = inspect(self.src)
@@ -46,6 +53,24 @@ class Convert:
         if self.json is not None:
             write_json(self.json, record)
         return 0 if report.agrees or not self.dry_run else 1
+
+    def _merge(self, adapter: Path) -> int:
+        if self.dry_run:
+            raise UsageError("--dry-run with --adapter: merging has no dry run; leave one of them out.")
+        if not any(self.src.glob("*.safetensors")):
+            raise ValueError(f"{self.src} has no safetensors files: adapters are merged into a published folder.")
+
+        from deepseek_jax.convert.adapter import load_adapter, merge
+        from deepseek_jax.convert.load import load_pretrained
+        from deepseek_jax.convert.save import check_free, save_pretrained
+
+        check_free(self.dst)
+        model = merge(load_adapter(load_pretrained(self.src, dtype=None), adapter))
+        save_pretrained(model, self.dst, like=self.src)
+        print(f"Wrote {self.dst}: {self.src} with the adapters of {adapter} added to its weights.")
+        if self.json is not None:
+            write_json(self.json, {"source": str(self.src), "adapter": str(adapter), "destination": str(self.dst)})
+        return 0
 
     def _convert(self, nbytes: int) -> dict:
         """Converts, and returns what was written and how long it took."""

@@ -46,6 +46,8 @@ class Generate:
     """Seed of the random numbers; text i of a batch has its own."""
     use_mtp: bool = False
     """Let the multi-token-prediction modules draft tokens; the distribution stays the same."""
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Low-rank adapters for the checkpoint, in PEFT's format (adapter_config.json, adapter_model.safetensors)."""
     dtype: DTYPE = "bfloat16"
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -82,7 +84,7 @@ class Generate:
             name: getattr(self, name)
             for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "use_mtp")
         }
-        run = stream(load_model(self.ckpt, self.dtype, ctx), prompts, ctx=ctx, **settings)
+        run = stream(load_model(self.ckpt, self.dtype, ctx, self.adapter), prompts, ctx=ctx, **settings)
         if not is_first():
             for _ in run:
                 pass
@@ -112,7 +114,8 @@ class Generate:
                     }
                     for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
                 ]
-                write_json(self.json, {"checkpoint": str(self.ckpt), "dtype": self.dtype, **settings, "rows": rows})
+                used = {"adapter": self.adapter and str(self.adapter), "dtype": self.dtype}
+                write_json(self.json, {"checkpoint": str(self.ckpt), **used, **settings, "rows": rows})
         return EXIT_CODES[stop.asked]
 
     def _encode(self, tokenizer, text: str) -> list[int]:
@@ -197,7 +200,14 @@ def open_tokenizer(ckpt: Path, needed: str | None):
     return None
 
 
-def load_model(ckpt: Path, dtype: DTYPE, ctx=None):
+def load_model(ckpt: Path, dtype: DTYPE, ctx=None, adapter: Path | None = None):
+    from deepseek_jax.convert.adapter import load_adapter
     from deepseek_jax.convert.load import load_pretrained
 
-    return load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype, ctx=ctx)
+    if adapter is not None and ctx is not None and ctx.mesh is not None:
+        raise ValueError(
+            f"--adapter with --mesh: adapters are applied on one device. Merge them first: deepseek-jax convert {ckpt} "
+            f"DST --adapter {adapter}."
+        )
+    model = load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype, ctx=ctx)
+    return model if adapter is None else load_adapter(model, adapter)

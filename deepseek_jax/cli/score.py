@@ -29,6 +29,8 @@ class Score:
     """FILE holds token ids separated by spaces or lines, for a checkpoint without tokenizer.json."""
     tokens: bool = False
     """Also print each token and its log-probability (nats)."""
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Low-rank adapters for the checkpoint, in PEFT's format (adapter_config.json, adapter_model.safetensors)."""
     dtype: DTYPE = "bfloat16"
     """Precision of the weights; "stored" keeps FP8 quantised. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -49,7 +51,7 @@ class Score:
         from deepseek_jax.generation.score import score
         from deepseek_jax.parallel.processes import is_first
 
-        logprobs = score(load_model(self.ckpt, self.dtype, ctx), ids, ctx)
+        logprobs = score(load_model(self.ckpt, self.dtype, ctx, self.adapter), ids, ctx)
         if not is_first():
             return 0
         if self.tokens:
@@ -72,6 +74,7 @@ class Score:
             print(f"bits per byte    {figures['bits_per_byte']:.4f}")
         if self.json is not None:
             record = {"checkpoint": str(self.ckpt), "file": str(self.file), "dtype": self.dtype}
+            record["adapter"] = self.adapter and str(self.adapter)
             write_json(self.json, {**record, **figures, "ids": ids, "logprobs": logprobs})
         return 0
 

@@ -82,7 +82,7 @@ def save_pretrained(
     if quantize not in (None, "fp8"):
         raise ValueError(f'quantize={quantize!r}: choose "fp8" or None.')
     if any(isinstance(v, Adapter) for v in variables(model)):
-        raise ValueError("the model has adapters: merge them (train.lora.merge), or write them apart (save_adapter).")
+        raise ValueError("the model has adapters: merge them, or write them apart (convert.adapter).")
     template = _Template(like, model.cfg) if like is not None else None
     _config_fields(model.cfg, template)
     words = None if tokenizer is None else tokenizer_folder(tokenizer)

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.hf import config_to_json
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.adapter import load_adapter, merge, save_adapter
 from deepseek_jax.convert.load import load_pretrained, read_config
+from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.save import copy_files, save_pretrained
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.lowrank import dense
@@ -30,7 +33,7 @@ from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.loop import Result, check_fit, fit, open_run
-from deepseek_jax.train.lora import adapt, check_targets, load_adapter, merge, save_adapter
+from deepseek_jax.train.lora import adapt, check_targets
 from deepseek_jax.train.metrics import Reporter, Reporters
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
@@ -47,6 +50,7 @@ def fine_tune(
     data: Path | DataConfig,
     folder: Path,
     *,
+    cfg: ModelConfig | None = None,
     epochs: float | None = None,
     chats: ChatConfig | None = None,
     patterns: Sequence[str] = (),
@@ -63,6 +67,7 @@ def fine_tune(
     """Trains a checkpoint further and exports it into ``folder`` in the dtypes of ``source``, FP8 included.
 
     ``data``: a file of chats, of which the assistant's tokens are learned (``chats``: what becomes of them), or text.
+    ``cfg``: another config than the checkpoint's, for which the weights that fit are kept (`convert.other_config`).
     ``epochs``: the recipe is scaled to so many passes over the chats (`train.tuning.of_epochs`); None: it is taken as
     it is. ``patterns``: what is trained (`train.patterns.select`), all by default; everything else stays as it is
     stored, bit for bit. ``lora``: adapters are trained instead, on a model that stays as it is stored. ``planned``: is
@@ -75,12 +80,17 @@ def fine_tune(
     options, source = options or Options(), Path(source)
     chats, began = chats or ChatConfig(), time.monotonic() if began is None else began
     lora = lora if lora is not None and lora.rank else None
-    cfg, _ = read_config(source)
+    own, _ = read_config(source)
+    cfg = cfg or own
     check_fit(cfg, recipe, options, ctx)
     _check(recipe, data, epochs, patterns, lora, ctx)
     trained = select(abstract(cfg), patterns) if patterns else None
     if lora is not None:
         check_targets(abstract(cfg), lora)
+    if lora is not None and not lora.merge and cfg != own:
+        raise ValueError(
+            "adapters alone fit the checkpoint as it is stored, not another config: merge them, or leave the config."
+        )
     words = load_tokenizer(source)
     words.check_fits(cfg.vocab_size)
     view = Reporters([view] if view is not None and is_first() else [])
@@ -93,6 +103,7 @@ def fine_tune(
         "epochs": epochs,
         "train": list(patterns),
         "lora": None if lora is None else asdict(lora),
+        "model": None if cfg == own else asdict(cfg),
         "data": _data_settings(data, chats),
     }
     about = {"jax": jax.__version__, "command": command, "arguments": arguments}
@@ -116,11 +127,12 @@ def fine_tune(
         ctx = replace(ctx, dtype=jnp.dtype(recipe.dtype))
 
         def make() -> Transformer:
+            key = jax.random.key(recipe.seed)
             if lora is not None:
-                return adapt(load_pretrained(source, dtype=None), lora, recipe.seed)
+                return adapt(load_pretrained(source, dtype=None, cfg=cfg, key=key), lora, recipe.seed)
             if trained is not None:
-                return thawed(load_pretrained(source, dtype=None), trained)
-            return load_pretrained(source, dtype=jnp.float32, ctx=ctx)
+                return thawed(load_pretrained(source, dtype=None, cfg=cfg, key=key), trained)
+            return load_pretrained(source, dtype=jnp.float32, ctx=ctx, cfg=cfg, key=key)
 
         with closing(batches):
             return fit(
@@ -220,10 +232,18 @@ def _exporter(
     return export
 
 
+def _gives_all(source: Path, cfg: ModelConfig) -> bool:
+    """Whether a folder has every tensor of a model of ``cfg``, which may be another config than its own."""
+    own, block = read_config(source)
+    ours, theirs = ({(t.name, t.shape) for t in layout(c, block)[0]} for c in (cfg, own))
+    return ours <= theirs
+
+
 def save_like(model: Transformer, folder: Path, source: Path) -> None:
     """`save_pretrained` in the dtypes of ``source``, tokenizer files included; of a source without safetensors files, a
-    converted or a training folder, as the model holds it, or in FP8 blocks where the source has any."""
-    if any(source.glob("*.safetensors")):
+    converted or a training folder, and for a model with other tensors, as the model holds it, or in FP8 blocks where
+    the source has any."""
+    if any(source.glob("*.safetensors")) and _gives_all(source, model.cfg):
         save_pretrained(model, folder, like=source)
         return
     leaves = jax.tree.leaves(load_pretrained(source, dtype=None), is_leaf=is_variable)

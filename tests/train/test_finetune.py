@@ -16,6 +16,7 @@ from tiny import random_model, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.train import Train
+from deepseek_jax.convert.adapter import load_adapter, merge
 from deepseek_jax.convert.safetensors import CheckpointError, read_header
 from deepseek_jax.convert.training import leaf_names, read_leaves, read_record
 from deepseek_jax.data.chat_rows import ChatConfig
@@ -23,7 +24,7 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.text import bpe
 from deepseek_jax.train import loop
 from deepseek_jax.train.finetune import fine_tune
-from deepseek_jax.train.lora import adapt, load_adapter, merge
+from deepseek_jax.train.lora import adapt
 from deepseek_jax.train.metrics import Reporter
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.tuning import LoRA, fine_tuning, of_epochs

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.convert.adapter import adapted, load_adapter, merge, save_adapter
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.core.lowrank import LowRank
 from deepseek_jax.core.params import Adapter, named, variables
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.train.lora import adapt, adapted, load_adapter, merge, save_adapter
+from deepseek_jax.train.lora import adapt
 from deepseek_jax.train.tuning import LoRA
 
 CFG = tiny_config(dim=136, n_layers=3)
