@@ -160,18 +160,26 @@ def _parse(name: str, arguments: list[str]):
 
 
 def _one_line(box: str) -> str:
-    """The first sentence of a parser's framed complaint."""
+    """What a parser complains of, of its framed complaint, and the options that it takes for meant.
+
+    A rule parts the message from hints; where the output takes ASCII only, the title from the message as well.
+    """
     import re
 
-    lines = []
+    blocks: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
         text = line.strip("│╭╮╰╯ ").strip()
-        if set(text) == {"─"}:
-            break
-        if text and "──" not in text:
-            lines.append(text)
-    text = " ".join(lines)
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+        if text and set(text) <= {"─", "-"}:
+            blocks.append([])
+        elif text and "──" not in text:
+            blocks[-1].append(text)
+    message, *others = blocks if "│" in box else blocks[1:] or blocks
+    hints = [line for block in others for line in block]
+    text = " ".join(message)
+    text = text if text.endswith((".", "!", "?")) else f"{text}."
+    if any(line.startswith("Perhaps you meant") for line in hints):
+        text += f" Perhaps you meant {' or '.join(line.split()[0] for line in hints if line.startswith('--'))}?"
+    return text
 
 
 def _message(error: Exception) -> str:

@@ -27,7 +27,8 @@ class Plot:
     by: Literal["tokens", "step", "minutes"] = "tokens"
     """What runs along the horizontal axis: tokens trained on, optimizer steps, or minutes of the run."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Also write each run's final and best figures, and the settings that differ, to this file; "-" is the standard output."""
+    """Also write each run's final and best figures and the settings that differ to this file; "-" is the standard
+    output."""
 
     def run(self) -> int:
         from deepseek_jax.analysis.compare import compare, draw, table

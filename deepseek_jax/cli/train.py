@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deepseek_jax.cli.architecture import changed_fields, default_config
 from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
@@ -84,6 +86,9 @@ class Train:
     """Tokens of the tokenizer that is trained."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: recipe("tiny"))
     """What the run does."""
+    cfg: Annotated[ModelConfig | None, tyro.conf.AvoidSubcommands] = None
+    """The architecture: --model's or that of --from, in which any field may be another. With --from the weights that
+    fit are kept, and what is new is drawn from --seed."""
     text: Annotated[DataConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed] = field(default_factory=DataConfig)
     """What it reads."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
@@ -101,7 +106,7 @@ class Train:
 
         ``parse``: makes a command of arguments and defaults.
         """
-        default = cls._scaled(arguments)
+        default = cls._from_recipe(arguments)
         if "--resume" not in arguments:
             return default
         out = parse(arguments, default=default).out
@@ -110,7 +115,7 @@ class Train:
         begun = read_run(out).get("arguments")
         if begun is None:
             return default
-        was = parse(begun, default=cls._scaled(begun))
+        was = parse(begun, default=cls._from_recipe(begun))
         # The processes are this command's own.
         devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
         was = replace(was, out=None, devices=devices)
@@ -120,6 +125,13 @@ class Train:
                 "begun, or choose another folder."
             )
         return was
+
+    @classmethod
+    def _from_recipe(cls, arguments: list[str]) -> "Train":
+        """The recipe that is named, scaled, and the config that is."""
+        found = cls._scaled(arguments)
+        model = _given(arguments, "--from") or _given(arguments, "--model") or found.recipe.model
+        return replace(found, cfg=default_config(model, arguments))
 
     @classmethod
     def _scaled(cls, arguments: list[str]) -> "Train":
@@ -153,7 +165,8 @@ class Train:
             raise ValueError("--resume needs the folder of the run: deepseek-jax train OUT --resume.")
         tuned = bool(self.sft is not None or self.train or self.lora.rank)
         self._check(tuned)
-        cfg = self._architecture()
+        base = self._architecture()
+        cfg = self._ablated(base)
         out = self.out
         if out is None:
             stem = Path(self.recipe.model).name
@@ -171,7 +184,7 @@ class Train:
         view = LiveView(self.recipe.tokens, cfg.name, Output(highlight=False), began=began) if is_first() else None
         try:
             if tuned:
-                result = self._fine_tune(out, view, how)
+                result = self._fine_tune(out, view, how, cfg)
             else:
                 tokenizer = self.tokenizer or self.source or self.vocab_size
                 result = train(cfg, self.recipe, self.text, tokenizer, out, source=self.source, view=view, **how)
@@ -188,17 +201,31 @@ class Train:
         from deepseek_jax.cli.summary import find_config
         from deepseek_jax.configs.schema import ConfigError
         from deepseek_jax.convert.folders import why_no_checkpoint
+        from deepseek_jax.convert.load import read_config
 
         if self.source is not None:
             if (why := why_no_checkpoint(self.source)) is not None:
                 raise ValueError(f"--from {why}")
-            return find_config(str(self.source))
+            return read_config(self.source)[0]
         try:
             return find_config(self.recipe.model)
         except ConfigError as error:
             if self.recipe_name in RECIPES and self.recipe.model == recipe(self.recipe_name).model:
                 raise ValueError(f"{error} --model takes the recipe {self.recipe_name} to another one.") from None
             raise
+
+    def _ablated(self, base: ModelConfig) -> ModelConfig:
+        """``base`` with what the --cfg options change."""
+        from deepseek_jax.cli.summary import find_config
+
+        changes = changed_fields(self.cfg, find_config(str(self.source or self.recipe.model)))
+        if "vocab_size" in changes and self.source is None:
+            raise ValueError(
+                "--cfg.vocab-size: a model has its tokenizer's vocabulary, which --vocab-size or --tokenizer chooses."
+            )
+        if "init_std" in changes and self.source is None:
+            raise ValueError("--cfg.init-std: fresh weights have the recipe's deviation; give --init-std.")
+        return replace(base, **changes)
 
     def _check(self, tuned: bool) -> None:
         if not self.lora.rank and self.lora != LoRA(rank=0):
@@ -212,7 +239,7 @@ class Train:
         if tuned and self.tokenizer is not None:
             raise ValueError("--tokenizer: a checkpoint is trained further with its own tokenizer.")
 
-    def _fine_tune(self, out: Path, view, how: dict):
+    def _fine_tune(self, out: Path, view, how: dict, cfg: ModelConfig):
         from deepseek_jax.data.chat_rows import ChatConfig
         from deepseek_jax.train.finetune import fine_tune
 
@@ -222,6 +249,7 @@ class Train:
             self.recipe,
             text if self.sft is None else self.sft,
             out,
+            cfg=cfg,
             epochs=self.epochs,
             chats=ChatConfig(self.too_long, text.held_out_share, text.damaged_share, text.workers),
             patterns=self.train,

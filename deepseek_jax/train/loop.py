@@ -91,11 +91,11 @@ def train(
 
     ``text``: the recipe's FIM rate and sample masks take the place of its own. ``tokenizer``: a folder with a
     tokenizer.json, or the vocabulary size of one to be trained on the text; the model's vocabulary becomes the
-    tokenizer's. ``source``: a checkpoint to continue from; ``cfg`` is then its config, which may have rows for more
-    ids than ``tokenizer`` has. ``resume``: go on with the run in ``folder``, from its newest whole checkpoint, bit for
-    bit as if it had never stopped (on a GPU with ``--xla_gpu_deterministic_ops=true`` in XLA_FLAGS). ``view``: sees
-    what is reported. ``began``: `time.monotonic()` at which the run counts as begun. ``command``, ``arguments``: what
-    started the run, for run.json.
+    tokenizer's. ``source``: a checkpoint to continue from, with rows for all of ``tokenizer``'s ids, or more; of a
+    ``cfg`` that is not its own the weights that fit are kept (`convert.other_config`). ``resume``: go on with the run
+    in ``folder``, from its newest whole checkpoint, bit for bit as if it had never stopped (on a GPU with
+    ``--xla_gpu_deterministic_ops=true`` in XLA_FLAGS). ``view``: sees what is reported. ``began``: `time.monotonic()`
+    at which the run counts as begun. ``command``, ``arguments``: what started the run, for run.json.
 
     ``ctx``: with a mesh the model is made or loaded in its shards and trained there; a run may be resumed on another
     mesh and by another number of processes. Several processes (`parallel.processes.join`) all call this, with a mesh
@@ -139,7 +139,8 @@ def train(
 
         def make() -> Transformer:
             if source is not None:
-                return load_pretrained(source, dtype=jnp.float32, ctx=ctx)
+                key = jax.random.key(recipe.seed)
+                return load_pretrained(source, dtype=jnp.float32, ctx=ctx, cfg=cfg, key=key)
             return fresh(cfg, recipe, ctx)
 
         with closing(batches):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tiny import tiny_config
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.train import HELD, Train
 from deepseek_jax.configs.hf import config_to_json
+from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.training import read_record
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.recipes import recipe
@@ -199,3 +201,61 @@ def jax_shape(dtype, shape):
     import jax.numpy as jnp
 
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+
+
+def test_any_field_of_the_architecture_is_an_option(capsys):
+    """In the project's own names, with the values of --model as defaults."""
+    changed = parsed("--model", "tiny-v3", "--cfg.moe.top-k", "2", "--cfg.attention.rope.theta", "5e4").cfg
+    base = zoo("tiny-v3")
+    rope = replace(base.attention.rope, theta=5e4)
+    assert changed == replace(base, moe=replace(base.moe, top_k=2), attention=replace(base.attention, rope=rope))
+    assert parsed().cfg == base
+    # A model without YaRN gets one by its fields.
+    yarn = parsed("--model", "moonlight-16b", "--cfg.attention.rope.yarn.factor", "8").cfg.attention.rope.yarn
+    assert (yarn.factor, yarn.original_length) == (8.0, 8192)
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("--cfg.moe.top-k INT (default: 4)", "--cfg.attention.rope.yarn.factor", "--cfg.n-dense-layers"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--cfg.moe.topk", "2"], "Unrecognized options: --cfg.moe.topk"),
+        (["--cfg.moe.topk", "2"], "Perhaps you meant --cfg.moe.top-k"),
+        (["--cfg.moe.top-k", "2.5"], "--cfg.moe.top-k: invalid literal for int"),
+        (["--cfg.moe.top-k", "200"], "top_k=200 exceeds the 8 experts that top_groups=2 of n_groups=4 offer"),
+        (["--cfg.vocab-size", "300"], "--cfg.vocab-size: a model has its tokenizer's vocabulary"),
+        (["--cfg.init-std", "1"], "--cfg.init-std: fresh weights have the recipe's deviation; give --init-std"),
+        (["--model", "nowhere", "--cfg.dim", "1"], "there is no model 'nowhere'"),
+    ],
+)
+def test_a_field_that_is_none_is_one_line(tmp_path, monkeypatch, capsys, words, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "out", *words]) in (1, 2)
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ablations_of_a_run_and_of_a_checkpoint(arguments, tmp_path, capsys):
+    """--cfg trains another architecture, which run.json has; with --from the weights that fit are kept."""
+    words = ["--tokens", "600", *arguments]
+    assert main(["train", str(tmp_path / "a"), *words, "--cfg.moe.top-k", "1"]) == 0
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert (about["model"]["moe"]["top_k"], about["settings"]["model"]["moe"]["top_k"]) == (1, 1)
+    assert main(["train", str(tmp_path / "a"), "--resume", "--cfg.moe.top-k", "2"]) == 1
+    assert "begun with model.moe.top_k = 1, not 2" in capsys.readouterr().err
+    # Neither the vocabulary nor the model is named again: they are the checkpoint's.
+    model, size = arguments.index("--model"), arguments.index("--vocab-size")
+    rest = [w for i, w in enumerate(arguments) if i not in (model, model + 1, size, size + 1)]
+    source = ["--from", str(tmp_path / "a" / "checkpoint"), "--tokens", "600", *rest]
+    assert main(["train", str(tmp_path / "b"), *source, "--cfg.n-layers", "4", "--cfg.mtp-depth", "0"]) == 0
+    said = capsys.readouterr().err
+    assert "note: checkpoint under another config: left out mtp.0." in said
+    assert "drawn anew layers.3." in said
+    exported = json.loads((tmp_path / "b" / "checkpoint" / "config.json").read_text())
+    assert (exported["num_hidden_layers"], exported["num_experts_per_tok"]) == (4, 1)
