@@ -104,6 +104,8 @@ class Generate:
             tokens, info = run.result()
             printer.finish()
             print(report(counts, times, info), file=sys.stderr)
+            if tokenizer is not None and (missing := {i for row in tokens for i in row if not tokenizer.has(i)}):
+                print(f"{len(missing)} of the ids have no token in the tokenizer and show as \ufffd.", file=sys.stderr)
             if self.json is not None:
                 rows = [
                     {

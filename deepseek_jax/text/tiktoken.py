@@ -77,9 +77,10 @@ def read_code(folder: Path) -> Code:
 def read(folder: Path, config: dict, code: Code) -> tokenizers.Tokenizer:
     """The tokenizer of ``tiktoken.model`` with the control tokens of ``config``, its tokenizer_config.json.
 
-    Reserved ids without a name there are called ``<|reserved_token_ID|>``, as the release's code does, as far as
-    config.json's vocab_size has rows for them. A piece may be of any length: the release's code cuts runs of 25,000
-    characters without a change between text and white space.
+    Reserved ids without a name there are called ``<|reserved_token_ID|>``, as the release's code does; of the two that
+    the code has beyond those reserved, for which Kimi-K2 has no rows, only what config.json's vocab_size has. A piece
+    may be of any length: the release's code cuts runs of 25,000 characters without a change between text and white
+    space.
 
     Raises:
         TokenizerError: lines that are no ranks, ranks or control tokens with gaps or twice, or a byte without a token.
@@ -134,10 +135,9 @@ def _ranks(file: Path) -> dict[bytes, int]:
 
 def _control(folder: Path, config: dict, first: int, reserved: int) -> dict[int, AddedToken]:
     """The control tokens by id, without gaps from ``first`` on."""
-    file, stop = folder / "tokenizer_config.json", first + reserved + BEYOND
+    file, most = folder / "tokenizer_config.json", first + reserved + BEYOND
     rows = read_config(folder / "config.json").get("vocab_size")
-    if isinstance(rows, int):
-        stop = min(stop, rows)
+    stop = min(most, rows) if isinstance(rows, int) else first + reserved
     named = {}
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
         content = entry.get("content") if isinstance(entry, dict) else None
@@ -146,11 +146,12 @@ def _control(folder: Path, config: dict, first: int, reserved: int) -> dict[int,
                 f"{file}: added_tokens_decoder must give ids objects with content, not {shown({key: entry})}."
             )
         named[int(key)] = AddedToken(content, special=bool(entry.get("special", True)), normalized=False)
-    if outside := [i for i in named if not first <= i < max(stop, first)]:
+    if outside := [i for i in named if not first <= i < most]:
         raise TokenizerError(
-            f"{file} names {named[outside[0]].content!r} as id {outside[0]}, outside {first} to {stop - 1}: behind the "
-            f"{first} ranks of {RANKS} come {reserved} reserved ids, as far as config.json's vocab_size has rows."
+            f"{file} names {named[outside[0]].content!r} as id {outside[0]}, outside {first} to {most - 1}: behind the "
+            f"{first} ranks of {RANKS} come {reserved} reserved ids and {BEYOND}."
         )
+    stop = max([first, stop, *(i + 1 for i in named)])
     empty = (AddedToken(f"<|reserved_token_{i}|>", special=True, normalized=False) for i in range(first, stop))
     return dict(zip(range(first, stop), empty, strict=True)) | named
 

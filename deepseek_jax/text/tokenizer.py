@@ -93,6 +93,10 @@ class Tokenizer:
         """Number of ids: the largest one and 1. A model may have rows for more."""
         return max(self._known, default=-1) + 1
 
+    def has(self, i: int) -> bool:
+        """Whether a token has the id ``i``."""
+        return i in self._known
+
     def check_fits(self, vocab_size: int) -> None:
         """Raises TokenizerError, naming a token, where an id has no row in a model of ``vocab_size`` rows."""
         if self.vocab_size <= vocab_size:

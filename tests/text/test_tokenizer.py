@@ -107,6 +107,7 @@ def test_decode_is_the_inverse(tokenizer):
 def test_an_id_without_a_token_shows_as_a_replacement_character(tokenizer):
     ids = tokenizer.encode("ab", add_bos=False)
     assert tokenizer.decode([*ids, 400, 70_000, *ids]) == "ab\ufffd\ufffdab"
+    assert [tokenizer.has(i) for i in (0, 399, 400, -1)] == [True, True, False, False]
 
 
 def test_special_tokens_can_be_read_as_text(tokenizer):
