@@ -35,6 +35,33 @@ STATE = "state"
 UNHASHED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
+def _is_leaf(spec) -> bool:
+    return isinstance(spec, list) and len(spec) == 2 and _is_dtype(spec[0]) and _are(spec[1], list, int)
+
+
+def _is_dtype(name) -> bool:
+    try:
+        return isinstance(name, str) and np.dtype(name) is not None
+    except TypeError:
+        return False
+
+
+def _are(values, container: type, kind: type) -> bool:
+    found = values.values() if isinstance(values, dict) else values
+    return isinstance(values, container) and all(type(value) is kind for value in found)
+
+
+# What a record must hold; whose hash fits may still have been written from what was damaged already.
+_FIELDS = {
+    "step": lambda value: type(value) is int and value >= 0,
+    "metric": lambda value: value is None or type(value) in (int, float),
+    "data_state": lambda value: isinstance(value, dict),
+    "extra": lambda value: isinstance(value, dict),
+    "leaves": lambda value: isinstance(value, dict) and all(map(_is_leaf, value.values())),
+    "files": lambda value: _are(value, dict, str),
+}
+
+
 def leaf_names(tree) -> list[str]:
     """The dotted path of every leaf of a pytree, in its order: `params.stacks.1.attn.q_a.value`."""
     return [
@@ -79,6 +106,10 @@ def read_record(folder: Path) -> dict:
         )
     if record.pop("sha256", None) != _hash(record):
         raise CheckpointError(f"{path} is damaged: its text does not have the hash that it names.")
+    for name, fits in _FIELDS.items():
+        if name not in record or not fits(record[name]):
+            found = shown(record[name]) if name in record else "missing"
+            raise CheckpointError(f"{path} is damaged: {name} is {found}.")
     return record
 
 
@@ -90,6 +121,10 @@ def check_files(folder: Path, record: dict) -> None:
             raise CheckpointError(f"{path} is missing.")
         if _file_hash(path) != digest:
             raise CheckpointError(f"{path} is damaged: its {path.stat().st_size} bytes are not those that were saved.")
+    for path in sorted((folder / STATE).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name not in UNHASHED and name not in record["files"]:
+            raise CheckpointError(f"{folder} is damaged: its record has no hash of {name}.")
 
 
 def read_leaves(folder: Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

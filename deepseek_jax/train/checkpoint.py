@@ -10,7 +10,8 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,21 @@ class Checkpoints:
 
     ``keep_last``, ``keep_best``: how many of the newest, and of those with the lowest measure (held-out bits per
     byte), stay; others are removed when a newer one is whole. ``files``: copied into every checkpoint under these
-    names (config.json, the tokenizer), so that it can be used by itself.
+    names (config.json, the tokenizer), so that it can be used by itself. ``check``: raises OSError where nothing should
+    be saved any more.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1, files: Mapping[str, Path] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        files: Mapping[str, Path] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last must be at least 1 and keep_best 0, not {keep_last} and {keep_best}.")
-        self.folder, self.files = Path(folder).resolve(), dict(files or {})
+        self.folder, self.files, self.check = Path(folder).resolve(), dict(files or {}), check
         self.kept = _Kept(keep_last, keep_best)
         self._manager: ocp.CheckpointManager | None = None
         self._pending: tuple[int, dict] | None = None
@@ -101,6 +110,7 @@ class Checkpoints:
         Raises OSError, naming the last good checkpoint, when this save or the one before could not be written.
         """
         self.wait()
+        self.check()
         names, leaves = leaf_names(state), jax.tree.leaves(state)
         if metric is not None and math.isfinite(metric):
             self.kept.metrics[step] = metric
@@ -124,18 +134,21 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             self._pending = None
 
-    def restore(self, abstract_state) -> Restored | None:
+    def restore(self, abstract_state, damage: Callable[[dict], str | None] = lambda record: None) -> Restored | None:
         """The newest checkpoint whose files are all as they were saved; None when there is none at all.
 
         ``abstract_state``: a pytree with shapes, dtypes and, under a mesh, shardings. A damaged checkpoint is moved
-        into the folder ``damaged``, and the one before it is tried.
+        into the folder ``damaged``, and the one before it is tried. ``damage``: what else is wrong with a record, whose
+        hash may fit what was damaged before it was written; None where nothing is.
 
         Raises CheckpointError when all are damaged, and for one that holds another tree than ``abstract_state``.
         """
         if self._manager is not None:
             raise ValueError("restore comes before the first save.")
         names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
-        found = from_first(lambda: self._newest_whole(names, leaves), f"looking for a checkpoint in {self.folder}")
+        found = from_first(
+            lambda: self._newest_whole(names, leaves, damage), f"looking for a checkpoint in {self.folder}"
+        )
         if found is None:
             return None
         folder, record = self.folder / str(found["step"]), found["record"]
@@ -143,7 +156,7 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[name] for name in names])
         return Restored(found["step"], state, record["data_state"], record["extra"], tuple(found["damaged"]))
 
-    def _newest_whole(self, names: list[str], leaves: list) -> dict | None:
+    def _newest_whole(self, names: list[str], leaves: list, damage: Callable) -> dict | None:
         """The step and record of the newest checkpoint that is not damaged, and what is wrong with newer ones."""
         self._remove_unfinished()
         damaged = []
@@ -152,6 +165,10 @@ class Checkpoints:
             try:
                 record = read_record(folder)
                 check_files(folder, record)
+                if record["step"] != step:
+                    raise CheckpointError(f"{folder} is damaged: its record is of step {record['step']}.")
+                if wrong := damage(record):
+                    raise CheckpointError(f"{folder} is damaged: {wrong}.")
             except CheckpointError as error:
                 damaged.append(f"{error} The checkpoint was moved to {self._set_aside(folder)}.")
                 continue
@@ -179,6 +196,7 @@ class Checkpoints:
                     if metric is not None:
                         self.kept.metrics[step] = metric
             self.folder.mkdir(parents=True, exist_ok=True)
+            _quiet_late_writes()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.kept,
                 save_root_metadata=False,
@@ -244,3 +262,24 @@ class Checkpoints:
         if manager is not None:
             with contextlib.suppress(Exception):  # its errors have been raised by `wait`
                 manager.close()
+
+
+def _quiet_late_writes() -> None:
+    """Keeps TensorStore from printing a traceback for each write that ends after another one failed.
+
+    At the first error Orbax closes the event loop that waits for all of them; the others then find it closed, on
+    threads of TensorStore, which hands what it cannot raise anywhere to `sys.unraisablehook`. The error itself is
+    raised by `Checkpoints.wait`.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "quiets_late_writes", False):
+        return
+
+    def hook(found) -> None:
+        # No object: nobody's destructor or callback in Python.
+        late = found.exc_type is RuntimeError and "Event loop is closed" in str(found.exc_value)
+        if not late or found.object is not None:
+            before(found)
+
+    hook.quiets_late_writes = True
+    sys.unraisablehook = hook

@@ -1,9 +1,12 @@
 """Checkpoints of any pytree: what comes back, which stay, what damage and a full disk leave."""
 
 import errno
+import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -16,7 +19,7 @@ import deepseek_jax as dsj
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.convert.training import UNHASHED
+from deepseek_jax.convert.training import UNHASHED, leaf_names, read_record
 from deepseek_jax.core.params import RouterBias, map_variables, named
 from deepseek_jax.train.checkpoint import Checkpoints
 
@@ -114,6 +117,41 @@ def damage(path, how):
         path.write_bytes(data)
 
 
+WRONG = {
+    "step": (None, "30", 29, -1, True),
+    "metric": ("low", {}),
+    "data_state": (None, [], 3),
+    "extra": (None, [], "text"),
+    "leaves": (None, [], {"params.0": None}, {"params.0": ["float32"]}, {"params.0": ["no dtype", [2]]}),
+    "files": (None, [], {}, {"config.json": 1}),
+}
+
+
+def test_a_record_whose_hash_fits_is_read_with_care(copy):
+    """Any field missing or of another kind is damage like any other: the checkpoint before it is taken."""
+    whole = read_record(copy / "30")
+
+    def written(values):
+        (copy / "30").mkdir(exist_ok=True)
+        record = {**values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+        (copy / "30" / RECORD).write_text(json.dumps(record))
+
+    cases = [{k: v for k, v in whole.items() if k != name} for name in WRONG]
+    cases += [{**whole, name: value} for name, values in WRONG.items() for value in values]
+    shutil.copytree(copy / "30", copy / "whole")
+    names, leaves = leaf_names(abstract(tree())), jax.tree.leaves(abstract(tree()))
+    for values in cases:
+        shutil.copytree(copy / "whole", copy / "30", dirs_exist_ok=True)
+        written(values)
+        found = Checkpoints(copy)._newest_whole(names, leaves, lambda record: None)
+        assert found["step"] == 20
+        assert "30" in found["damaged"][0]
+        shutil.rmtree(copy / "damaged")
+    shutil.copytree(copy / "whole", copy / "30", dirs_exist_ok=True)
+    found = Checkpoints(copy).restore(abstract(tree()), lambda record: "rows is None" if record["step"] > 20 else None)
+    assert (found.step, "30 is damaged: rows is None." in found.damaged[0]) == (20, True)
+
+
 @pytest.mark.parametrize("how", ["missing", "truncated", "one bit"])
 def test_damage_of_any_file_falls_back_and_is_named(copy, three, how, capfd):
     files = [p.relative_to(three / "30") for p in sorted((three / "30").rglob("*")) if p.is_file()]
@@ -202,6 +240,35 @@ def test_a_full_disk_is_one_error_and_the_last_good_one_stays(copy, monkeypatch,
     checkpoints.close()
     assert Checkpoints(copy).restore(abstract(tree())).step == 30
     assert "Traceback" not in capfd.readouterr().err
+
+
+NO_ROOM = """
+import resource, signal, sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from deepseek_jax.train.checkpoint import Checkpoints
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpoints = Checkpoints(Path(sys.argv[1]))
+rng = np.random.default_rng(0)
+checkpoints.save(1, {"a": jnp.ones(9)}, {}, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    checkpoints.save(2, {f"a{i}": jnp.asarray(rng.normal(size=40_000), jnp.float32) for i in range(40)}, {}, {})
+    checkpoints.close()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_no_library_prints_beside_the_error_of_a_disk_without_room(tmp_path):
+    """In a process of its own, with a limit on a file's size: the writes of many arrays fail at once, on threads."""
+    found = subprocess.run([sys.executable, "-c", NO_ROOM, tmp_path / "c"], capture_output=True, text=True)
+    assert "step 2 could not be written (File too large); the last good one is" in found.stdout
+    assert "Traceback" not in found.stderr
+    assert (found.stdout.count("\n"), found.returncode) == (1, 0)
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
