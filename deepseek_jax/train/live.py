@@ -93,10 +93,13 @@ class Panel:
         self.evaluation: Record = {}
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.first: tuple[float, int] | None = None
+        self.phase: tuple[str, float] | None = None  # what goes on that is no step, and since when
         self.left: float | None = None
 
     def take(self, record: Record) -> None:
-        if record["kind"] == "evaluation":
+        if record["kind"] == "phase":
+            self.phase = None if record["phase"] is None else (record["phase"], self.elapsed())
+        elif record["kind"] == "evaluation":
             self.evaluation = record
         elif record["kind"] == "step":
             self.step = record
@@ -144,7 +147,10 @@ class Panel:
         if self.step:
             items += [f"step {self.step['step']:,}", f"{short(self.step['tokens'])} of {short(self.total)} tokens"]
         else:
-            items.append("starting")
+            items += [] if self.phase else ["starting"]
+        if self.phase is not None:
+            what, since = self.phase
+            items.append(f"{what} {duration(self.elapsed() - since)}")
         items.append(f"{duration(self.elapsed())} gone")
         if self.left is not None:
             items.append(f"{duration(max(self.left - self.elapsed(), 0))} left")

@@ -1,7 +1,8 @@
 """Where a run's records go: `metrics.jsonl`, a text log, TensorBoard. Loads no JAX.
 
 A record is a dict with "kind" ("run", "step", "evaluation", "event", "result"), "minutes" into the run and, where they
-apply, "step" and "tokens" seen; its values are numbers, text, arrays, or lists and dicts of these.
+apply, "step" and "tokens" seen; its values are numbers, text, arrays, or lists and dicts of these. "phase" records are
+for views only: what goes on that is no step.
 """
 
 import json
@@ -105,7 +106,8 @@ class JsonLines:
         self.lines = _Lines(path)
 
     def record(self, record: Record) -> None:
-        self.lines.append(json.dumps(plain(record), allow_nan=False, ensure_ascii=False))
+        if record["kind"] != "phase":
+            self.lines.append(json.dumps(plain(record), allow_nan=False, ensure_ascii=False))
 
     def say(self, line: str) -> None:
         """Text has its own file."""

@@ -76,6 +76,29 @@ def test_it_shows_what_matters():
         assert part in text
 
 
+def test_it_shows_what_takes_time_beside_steps():
+    now = [0.0]
+    to = console(100, 30, force_terminal=False)
+    view = LiveView(1_000_000, console=to, clock=lambda: now[0])
+
+    def shown():
+        with to.capture() as text:
+            to.print(view.panel)
+        return text.get()
+
+    assert "starting" in shown()
+    for record, phase in ((None, "compiling"), (STEP, "measuring")):
+        if record is not None:
+            view.record(record)
+        view.record({"kind": "phase", "phase": phase})
+        now[0] += 75.0
+        assert f"{phase} 1:15" in shown()
+        assert "starting" not in shown()
+        view.record({"kind": "phase", "phase": None})
+        assert phase not in shown()
+    assert "phase" not in to.file.getvalue()
+
+
 @pytest.mark.parametrize("size", [(40, 24), (40, 10), (20, 6), (200, 60)])
 @pytest.mark.parametrize("shape", [(2, 16), (58, 256)])
 def test_it_fits_the_terminal(size, shape):
