@@ -19,7 +19,7 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import RECIPES, recipe
-from deepseek_jax.train.run_folder import read_run
+from deepseek_jax.train.run_folder import extended, read_run
 from deepseek_jax.train.tuning import FINE_TUNING, LoRA, fine_tuning
 
 # Said after the first Ctrl-C or SIGTERM that has something to keep, and after one that ends the process.
@@ -39,7 +39,7 @@ class Train:
 
     The text is the source of the running Python's standard library, without its tests, unless --data names other text.
     A tokenizer is trained on it, unless --tokenizer names one. Held-out files are measured in bits per byte beside a
-    Kneser-Ney trigram counted on the same tokens.
+    Kneser-Ney trigram counted on the same tokens (not with --from: the model has seen other text before).
 
     With --from, a checkpoint is trained further: on text, or with --sft on chats, of which the assistant's tokens are
     learned. --train names the parts to train, --lora.rank trains adapters beside weights that stay as they are stored.
@@ -60,7 +60,8 @@ class Train:
     --resume is given it must not exist, or be empty; by default the first free one of runs/MODEL-1, runs/MODEL-2..."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in OUT. Its own options are the defaults then; one that would change what is trained is an
-    error."""
+    error, but for more --tokens or --epochs: they extend the run. Its schedules stay where they were in tokens, so that
+    the rate stays at its last value (after a cosine; for a new schedule begin a run with --from)."""
     recipe_name: Annotated[str, tyro.conf.arg(name="recipe", metavar="NAME")] = "tiny"
     """Recipe: tiny, deepseek-v3, deepseek-v2, deepseek-v2-lite, deepseek-moe-2b, deepseek-moe-16b, deepseek-moe-145b,
     loss-free-1b, loss-free-3b, deepseek-v4-flash or deepseek-v4-pro; for fine-tuning sft-tiny (the default of --sft),
@@ -106,16 +107,26 @@ class Train:
 
         ``parse``: makes a command of arguments and defaults.
         """
+        if _given(arguments, "--from") is not None:
+            _refuse_others_with_from(arguments)
         default = cls._from_recipe(arguments)
         if "--resume" not in arguments:
             return default
         out = parse(arguments, default=default).out
         if out is None or not (out / "run.json").is_file():
             return default
-        begun = read_run(out).get("arguments")
+        run = read_run(out)
+        begun = run.get("arguments")
         if begun is None:
             return default
         was = parse(begun, default=cls._from_recipe(begun))
+        if was.source is not None:
+            _refuse_others_with_from(arguments)
+        tokens, epochs = extended(run, "recipe.tokens"), extended(run, "epochs")
+        if tokens is not None:
+            was = replace(was, recipe=replace(was.recipe, tokens=tokens))
+        if epochs is not None:
+            was = replace(was, epochs=epochs)
         # The processes are this command's own.
         devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
         was = replace(was, out=None, devices=devices)
@@ -236,8 +247,6 @@ class Train:
             raise ValueError("--sft, --train and --lora.rank train a checkpoint further: name it with --from.")
         if self.epochs is not None and self.sft is None:
             raise ValueError("epochs count passes over chats (--sft); the length of a run on text is --tokens.")
-        if tuned and self.tokenizer is not None:
-            raise ValueError("--tokenizer: a checkpoint is trained further with its own tokenizer.")
 
     def _fine_tune(self, out: Path, view, how: dict, cfg: ModelConfig):
         from deepseek_jax.data.chat_rows import ChatConfig
@@ -279,6 +288,16 @@ def _given(arguments: list[str], option: str) -> str | None:
         if name.replace("_", "-") == option:
             found = value if sign else after
     return found
+
+
+def _refuse_others_with_from(arguments: list[str]) -> None:
+    """A checkpoint has its architecture and tokenizer: what names others would be passed over."""
+    for option in ("--model", "--tokenizer", "--vocab-size"):
+        if _given(arguments, option) is not None:
+            raise ValueError(
+                f"{option} does not go with --from: a checkpoint is trained further with its own architecture and "
+                f"tokenizer. Leave {option} out, or --from to begin anew."
+            )
 
 
 def _count(text: str | None) -> int | None:

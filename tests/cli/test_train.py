@@ -82,6 +82,9 @@ def test_help_shows_the_recipes_numbers(capsys):
         (["out", "--data", "nowhere"], "nowhere"),
         (["out", "--model", "no-such-model"], "no-such-model"),
         (["out", "--from", "no-such-checkpoint"], "no-such-checkpoint"),
+        (["out", "--from", "no-such-checkpoint", "--model", "tiny-v3"], "--model does not go with --from"),
+        (["out", "--from=no-such-checkpoint", "--tokenizer=words"], "--tokenizer does not go with --from"),
+        (["out", "--from", "no-such-checkpoint", "--vocab_size", "2048"], "--vocab-size does not go with --from"),
         (["out", "--recipe", "loss-free-1b"], "--model takes the recipe loss-free-1b to another"),
         (["out", "--keep-last", "0"], "keep_last must be at least 1"),
         (["out", "--length", "0"], "length must be at least 3 tokens, not 0"),
@@ -107,6 +110,20 @@ def test_a_run_is_not_resumed_by_another_recipe(tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": [str(tmp_path), "--tokens", "100000"]}))
     assert main(["train", str(tmp_path), "--resume", "--recipe", "deepseek-v3"]) == 1
     assert "was begun with the recipe tiny, not deepseek-v3" in capsys.readouterr().err
+
+
+def test_a_resumed_run_has_its_own_options_and_what_extended_it(tmp_path, capsys):
+    begun = {"arguments": [str(tmp_path), "--tokens", "100000", "--from", "ckpt"]}
+    (tmp_path / "run.json").write_text(json.dumps(begun))
+    assert parsed(str(tmp_path), "--resume").recipe == recipe("tiny").scaled(100_000)
+    longer = parsed(str(tmp_path), "--resume", "--tokens", "200000").recipe
+    assert longer == replace(recipe("tiny").scaled(100_000), tokens=200_000)  # the schedule stays where it was
+    extended = [["recipe.tokens", 100_000, 150_000], ["recipe.tokens", 150_000, 200_000], ["epochs", 1, 2.5]]
+    (tmp_path / "run.json").write_text(json.dumps({**begun, "extended": extended}))
+    resumed = parsed(str(tmp_path), "--resume")
+    assert (resumed.recipe, resumed.epochs) == (longer, 2.5)
+    assert main(["train", str(tmp_path), "--resume", "--model", "tiny-v3"]) == 1
+    assert "--model does not go with --from" in capsys.readouterr().err
 
 
 def started(folder, *words):
@@ -168,8 +185,12 @@ def test_a_run_killed_at_random_steps_ends_bit_equal(arguments, tmp_path):
     rng, reached, kills = random.Random(0), 0, 0
     while True:
         process = started(killed, *(words if not (killed / "run.json").exists() else ["--resume"]))
-        until_step(process, killed, reached + rng.randrange(1, 12))
-        time.sleep(rng.random() * 0.1)
+        if kills < 2:  # before anything is recorded
+            while process.poll() is None and not (killed / ("metrics.jsonl" if kills else "run.json")).exists():
+                time.sleep(0.001)
+        else:
+            until_step(process, killed, reached + rng.randrange(1, 12))
+            time.sleep(rng.random() * 0.1)
         process.kill()
         assert process.communicate()[1] == ""
         if process.returncode == 0:
@@ -179,7 +200,7 @@ def test_a_run_killed_at_random_steps_ends_bit_equal(arguments, tmp_path):
         reached = max((r["step"] for r in records(killed, "step")), default=0)
     assert kills >= 5
     assert reached <= steps
-    for kind in ("step", "evaluation"):
+    for kind in ("run", "step", "evaluation"):
         assert records(killed, kind) == records(whole, kind)
     assert last_arrays(killed) == last_arrays(whole)
 
