@@ -192,6 +192,14 @@ class ChatData:
             digest.update(len(chat.ids_n).to_bytes(8, "little") + chat.ids_n.tobytes() + chat.mask_n.tobytes())
         return digest.hexdigest()
 
+    def line(self) -> str:
+        """What there is, in words."""
+        about = self.record()
+        return (
+            f"{self.file}: {about['chats']:,} chats to learn, of {about['tokens']:,} tokens, "
+            f"{about['assistant_tokens']:,} of the assistant; {about['held_out_chats']:,} chats are held out"
+        )
+
     def record(self) -> dict:
         """What identifies the chats, for a run's records; plain values for JSON."""
         return {

@@ -243,17 +243,34 @@ class Batches:
         Raises:
             ValueError: the state is of other text or settings, which the message names.
         """
-        here = self.get_state()
         different = [
             f"{name} was {state.get(name)} and is {value}"
-            for name, value in here.items()
+            for name, value in self.get_state().items()
             if name != "rows" and state.get(name) != value
         ]
-        if different or not isinstance(state.get("rows"), int) or state["rows"] < 0:
-            found = "; ".join(different) or f"rows is {state.get('rows')!r}"
+        if found := "; ".join(different) or self.damage(state):
             raise ValueError(f"The data cannot go on from the saved state: {found}.")
         self.close()
         self._first_row = state["rows"]
+
+    def damage(self, state) -> str | None:
+        """What a state lacks that every state of these batches has; None where it is whole, be it of other text."""
+        if not isinstance(state, dict):
+            return f"the data's state is {state!r}"
+        missing = [name for name in self.get_state() if name not in state]
+        if missing:
+            return f"the data's state has no {', '.join(missing)}"
+        rows = state["rows"]
+        return None if type(rows) is int and rows >= 0 else f"rows is {rows!r}"
+
+    def passes(self, rows: int) -> dict[str, float]:
+        """Of each source: how often the first ``rows`` rows on all hosts pass over its text, by the first pass's
+        rows."""
+        counts = self._mixture.counts(rows)
+        return {
+            label: count / max(len(source.first_epoch(sys.maxsize)), 1)
+            for label, source, count in zip(self.labels, self._sources, counts, strict=True)
+        }
 
     def drawn(self) -> dict[str, dict[str, float]]:
         """Of each source: rows and tokens drawn so far on all hosts, and passes over its text."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
@@ -24,23 +23,21 @@ from deepseek_jax.core.params import Trained, is_variable, map_variables
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.data.chat_rows import ChatConfig, ChatData, load_chats
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_share
-from deepseek_jax.parallel.processes import first_then_all, from_first, is_first, wait_for_all
+from deepseek_jax.parallel.processes import first_then_all, from_first, is_first
 from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
-from deepseek_jax.train.evaluate import evaluate
-from deepseek_jax.train.loop import Result, check_fit, fit, open_run
+from deepseek_jax.train.loop import Result, fit
 from deepseek_jax.train.lora import adapt, check_targets
+from deepseek_jax.train.measure import exporter, measurer
 from deepseek_jax.train.metrics import Reporter, Reporters
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
+from deepseek_jax.train.prepare import check_fit, open_run, origin
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.run_folder import RunFolder
-from deepseek_jax.train.step import State
-from deepseek_jax.train.trainer import Progress
 from deepseek_jax.train.tuning import LoRA, of_epochs
 
 
@@ -106,7 +103,7 @@ def fine_tune(
         "model": None if cfg == own else asdict(cfg),
         "data": _data_settings(data, chats),
     }
-    about = {"jax": jax.__version__, "command": command, "arguments": arguments}
+    about = origin() | {"command": command, "arguments": arguments}
     with open_run(folder, settings, about, resume) as run:
         from_first(lambda: _keep_tokenizer(source, run), "copying the tokenizer")
         if isinstance(data, DataConfig):
@@ -116,7 +113,11 @@ def fine_tune(
         else:
             loaded = load_chats(data, words, recipe.length, chats, view.say)
             if epochs is not None:
-                recipe = of_epochs(recipe, epochs, loaded.rows_an_epoch(recipe.length, recipe.seed))
+                rows = loaded.rows_an_epoch(recipe.length, recipe.seed)
+                # An extended run keeps the schedule that it was begun with.
+                begun = of_epochs(recipe, run.begun("epochs", epochs), rows)
+                recipe = replace(begun, tokens=of_epochs(recipe, epochs, rows).tokens)
+            view.say(loaded.line())
         planned(recipe)
         batches = loaded.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed, shard=row_share(ctx))
         held_out = loaded.held_out(recipe.length)
@@ -134,19 +135,29 @@ def fine_tune(
                 return thawed(load_pretrained(source, dtype=None, cfg=cfg, key=key), trained)
             return load_pretrained(source, dtype=jnp.float32, ctx=ctx, cfg=cfg, key=key)
 
+        def write(model: Transformer, folder: Path) -> None:
+            if lora is not None and not lora.merge:
+                save_adapter(model, folder, base=source)
+            else:
+                save_like(merge(model) if lora is not None else model, folder, source)
+
+        def adapted(folder: Path) -> Transformer:
+            return load_adapter(load_pretrained(source, dtype=None), folder)
+
         with closing(batches):
             return fit(
                 run,
                 make,
                 recipe,
                 batches,
-                _measurer(held_out, ctx),
-                _exporter(run, source, lora, options, held_out, ctx),
+                measurer(held_out, ctx),
+                exporter(run, options, held_out, ctx, write, None if lora is None or lora.merge else adapted),
                 options=options,
                 view=view,
                 ctx=ctx,
                 began=began,
                 trained=trained,
+                measure_first=True,
             )
 
 
@@ -196,40 +207,6 @@ def _fingerprint(source: Path) -> str:
     files = sorted(p for p in source.rglob("*") if p.is_file())
     listed = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def _measurer(held_out: HeldOut, ctx: Context) -> Callable[[State, Progress], dict]:
-    """Held-out figures of the model, and of the average where one is kept."""
-
-    def measure(state: State, progress: Progress) -> dict:
-        figures = asdict(evaluate(state.model, held_out, ctx))
-        if state.ema is not None:
-            figures["ema_bits_per_byte"] = evaluate(state.averaged, held_out, ctx).bits_per_byte
-        return figures
-
-    return measure
-
-
-def _exporter(
-    run: RunFolder, source: Path, lora: LoRA | None, options: Options, held_out: HeldOut, ctx: Context
-) -> Callable[[State], float]:
-    """Writes what was trained, with the source's tokenizer and licence; returns its bits per byte as written."""
-
-    def export(state: State) -> float:
-        model = state.averaged if options.export == "ema" else state.model
-        with run.exporting() as folder:
-            if lora is not None and not lora.merge:
-                save_adapter(model, folder, base=source)
-            else:
-                save_like(merge(model) if lora is not None else model, folder, source)
-        if lora is not None and not lora.merge:
-            stored = load_adapter(load_pretrained(source, dtype=None), run.export)
-        else:
-            wait_for_all("exporting")
-            stored = load_pretrained(run.export, dtype=np.float32, ctx=ctx)
-        return evaluate(stored, held_out, ctx).bits_per_byte
-
-    return export
 
 
 def _gives_all(source: Path, cfg: ModelConfig) -> bool:

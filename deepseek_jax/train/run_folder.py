@@ -21,6 +21,11 @@ from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.train.signals import undoing
 from deepseek_jax.version import __version__
 
+# Settings that a resumed run may have more of: it is extended.
+GROWING = ("recipe.tokens", "epochs")
+# What a process that was killed before it had written run.json leaves.
+LEFT_OVERS = frozenset({".lock", ".run.json.part"})
+
 
 class RunFolder:
     """Paths of a run; made by `opened`. ``writes``: False in all but the first of several processes, which share the
@@ -38,7 +43,8 @@ class RunFolder:
         """A new run's folder, or with ``resume`` that of a run with the same ``settings``; one process at a time.
 
         ``settings``: what decides what is trained; ``about``: other entries of run.json. A new folder that nothing
-        could be saved in vanishes after an error.
+        could be saved in vanishes after an error. A resumed run may have more of what `GROWING` names: run.json then
+        keeps the numbers under "extended", each with the one before it.
 
         Raises FileExistsError when a new run's folder is not empty, FileNotFoundError when there is no run to
         resume, ValueError when it has other settings or is in use.
@@ -47,7 +53,7 @@ class RunFolder:
         record = path / "run.json"
         made = not path.exists()
         if not resume:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - LEFT_OVERS):
                 hint = "; add --resume to go on with the run in it" if record.is_file() else ""
                 raise FileExistsError(f"{path} exists and is not an empty folder{hint}; choose another destination.")
             path.mkdir(parents=True, exist_ok=True)
@@ -56,19 +62,36 @@ class RunFolder:
         with _alone(path):
             if resume:
                 found = read_run(path)
-                check_same(path, found.get("settings", {}), settings)
+                begun = found.get("settings", {})
+                grown = _grown(begun, settings)
+                check_same(path, _changed(begun, {name: now for name, _, now in grown}), settings)
+                if grown:
+                    found["settings"] = settings
+                    found["extended"] = [*found.get("extended", []), *map(list, grown)]
             else:
                 found = {"deepseek_jax": __version__, **about, "settings": settings}
             run = cls(path, found, not resume)
 
             def vanish() -> None:
-                if run.fresh and not run.metrics.exists():
+                if run.fresh and path.is_dir() and not run.metrics.exists():
                     for entry in (path,) if made else tuple(path.iterdir()):
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
             with undoing(vanish):
                 run.describe()
                 yield run
+
+    def begun(self, name: str, now):
+        """What a setting of `GROWING` was when the run was begun; ``now`` where it has not grown."""
+        return next((was for grew, was, _ in self.about.get("extended", []) if grew == name), now)
+
+    def check(self) -> None:
+        """Raises OSError when the folder is gone, or is no longer this run's."""
+        if self.writes and not (self.path / "run.json").is_file():
+            raise OSError(
+                f"the run's folder {self.path} is gone, or its run.json is: the run cannot be saved there. Put it back "
+                "and go on with --resume, or begin anew."
+            )
 
     def describe(self, **more) -> None:
         """Adds to run.json."""
@@ -81,19 +104,26 @@ class RunFolder:
         if self.writes:
             write_whole(self.config, json.dumps(config, indent=2) + "\n")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Removes from metrics.jsonl what was recorded after ``step``, a result, and a line that is not whole."""
+    def truncate_metrics(self, step: int) -> bool:
+        """Removes from metrics.jsonl what was recorded after ``step``, a result, and a line that is not whole; whether
+        what is left has the run's own record.
+
+        Before the first step an evaluation goes too, for it is made again.
+        """
         if not self.writes or not self.metrics.exists():
-            return
-        kept = []
+            return False
+        kept, known = [], False
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record["kind"] != "result" and record.get("step", 0) <= step:
+            again = record["kind"] == "result" or (record["kind"] == "evaluation" and not step)
+            if not again and record.get("step", 0) <= step:
+                known |= record["kind"] == "run"
                 kept.append(line + "\n")
         write_whole(self.metrics, "".join(kept))
+        return known
 
     @contextmanager
     def exporting(self) -> Iterator[Path]:
@@ -137,6 +167,32 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def extended(run: Mapping, name: str):
+    """What a setting of `GROWING` has become in a run.json; None where it is what the run was begun with."""
+    return next((now for grew, _, now in reversed(run.get("extended", [])) if grew == name), None)
+
+
+def _grown(begun: Mapping, now: Mapping) -> list[tuple[str, float, float]]:
+    """Of each setting of `GROWING` that is larger now: its name, what it was and what it is."""
+    return [
+        (name, was, is_now)
+        for name, was, is_now in _differences(begun, now)
+        if name in GROWING and all(type(n) in (int, float) for n in (was, is_now)) and is_now > was
+    ]
+
+
+def _changed(settings: Mapping, values: Mapping) -> dict:
+    """Settings with others under dotted names."""
+    found = json.loads(json.dumps(settings))
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        at = found
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    return found
 
 
 def _differences(a, b, name: str = "") -> Iterator[tuple[str, object, object]]:

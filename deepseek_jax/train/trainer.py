@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from deepseek_jax.train import optim
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.feed import Fed, Feed
 from deepseek_jax.train.guards import Skips, Spikes, TrainingStopped, fault
-from deepseek_jax.train.metrics import Reporter, number, plain
+from deepseek_jax.train.journal import Journal, Progress, phase
+from deepseek_jax.train.metrics import number, plain
 from deepseek_jax.train.norms import fault_names
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
@@ -27,45 +28,7 @@ from deepseek_jax.train.signals import StopSignals
 from deepseek_jax.train.step import Knobs, State, start, train_step
 from deepseek_jax.train.throughput import Throughput
 
-Measure = Callable[[State, "Progress"], dict[str, Any]]
-
-
-@dataclass
-class Progress:
-    """What the host counts of a run; saved with every checkpoint, plain values for JSON.
-
-    ``evaluation``: the last measurement. ``minutes``: at the last checkpoint. ``crossed_at``: minutes at the first
-    measurement at which the model was better than the trigram.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    minutes: float = 0.0
-    skipped_in_a_row: int = 0
-    skipped: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    evaluation: dict[str, Any] | None = None
-    data_state: dict[str, Any] | None = None
-    crossed_at: float | None = None
-
-
-class Journal:
-    """Reports with the minutes that a run has taken in all its processes together."""
-
-    def __init__(self, reporter: Reporter, began: float):
-        self.reporter, self.began = reporter, began
-
-    def minutes(self) -> float:
-        return (time.monotonic() - self.began) / 60
-
-    def record(self, kind: str, **values) -> None:
-        self.reporter.record({"kind": kind, "minutes": round(self.minutes(), 3), **values})
-
-    def event(self, event: str, message: str, progress: Progress) -> None:
-        self.record("event", step=progress.step, tokens=progress.tokens, event=event, message=message)
-
-    def say(self, line: str) -> None:
-        self.reporter.say(line)
+Measure = Callable[[State, Progress], dict[str, Any]]
 
 
 def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None):
@@ -159,7 +122,6 @@ class Trainer:
         self.throughput, self.progress, self.ctx = throughput, progress, ctx
         self.spikes = Spikes(progress.recent_losses)
         self.skips = Skips(recipe.max_skipped, progress.skipped_in_a_row, progress.skipped)
-        self.vocab_size = state.rest.cfg.vocab_size
         self.saved = progress.step if progress.step else None
         self._unseen: tuple[int, dict] | None = None
 
@@ -169,6 +131,7 @@ class Trainer:
         Raises TrainingStopped after too many skipped steps in a row, OSError when a checkpoint cannot be written.
         """
         recipe, progress, save_every = self.recipe, self.progress, self.options.save_every
+        self._passes = self._begun_passes()
         with Feed(self.batches, recipe, progress.step, progress.tokens) as feed:
             compiled = False
             while stop.agreed() is None and (fed := next(feed, None)) is not None:
@@ -190,7 +153,10 @@ class Trainer:
     def evaluate(self) -> None:
         self._look()
         progress = self.progress
-        found = plain(self.measure(self.state, progress))
+        if not progress.step:
+            self.journal.say("measuring the held-out text before the first step")
+        with phase(self.journal.reporter, "measuring"):
+            found = plain(self.measure(self.state, progress))
         progress.evaluation = {"step": progress.step, "tokens": progress.tokens, **found}
         self.journal.record("evaluation", **progress.evaluation)
         trigram = found.get("trigram_bits_per_byte")
@@ -216,12 +182,15 @@ class Trainer:
     def _take(self, fed: Fed, compiled: bool) -> dict:
         progress, began = self.progress, time.monotonic()
         # Here they are known; in the compiled step an id without an embedding could only make the loss NaN.
-        check_ids(
-            f"tokens of step {progress.step + 1}", fed.batch["tokens"], fed.batch.get("segments"), self.vocab_size
-        )
-        self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
-        if not compiled:
-            jax.block_until_ready(metrics["loss"])
+        size = self.state.rest.cfg.vocab_size
+        check_ids(f"tokens of step {progress.step + 1}", fed.batch["tokens"], fed.batch.get("segments"), size)
+        if compiled:
+            self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
+        else:
+            self.journal.say("compiling the step")
+            with phase(self.journal.reporter, "compiling"):
+                self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
+                jax.block_until_ready(metrics["loss"])
         tokens = fed.setting.rows * self.recipe.length
         progress.step, progress.tokens, progress.data_state = (
             progress.step + 1,
@@ -260,8 +229,17 @@ class Trainer:
                 f"{cause.advice}."
             )
 
+    def _begun_passes(self) -> dict[str, int]:
+        """How often each source had been passed whole when the last batch was drawn."""
+        rows = (self.progress.data_state or {"rows": 0})["rows"]
+        return {label: int(passes) for label, passes in self.batches.passes(rows).items()}
+
     def _log(self, fed: Fed, metrics: dict) -> None:
         self._look()
+        before, self._passes = self._passes, self._begun_passes()
+        for label, passes in self._passes.items():
+            if passes > before[label]:
+                self.journal.event("pass", f"{label} has been passed {passes} times; its text repeats", self.progress)
         metrics = jax.device_get(metrics)
         now, progress = fed.setting, self.progress
         metrics["targets"] = metrics.pop("tokens")

@@ -103,6 +103,13 @@ def test_chats_are_learned_and_the_export_answers(source, chats, tmp_path, capsy
     assert 0 < first["targets"] < 2 * LENGTH / 2
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["data"]["chats"] == 16
+    assert records(tmp_path / "run", "evaluation")[0]["step"] == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "16 chats to learn" in log
+    assert log.index("measuring the held-out text before the first step") < log.index("compiling the step")
+    events = [(r["event"], r["message"]) for r in records(tmp_path / "run", "event")]
+    assert ("repeated", "chats has text for one pass; this run passes it 6 times") in events
+    assert [message for event, message in events if event == "pass"][-1].startswith("chats has been passed 6 times")
     assert run["recipe"]["tokens"] == result.tokens
     before, after = stored(source), stored(result.checkpoint)
     assert before.keys() == after.keys()

@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,23 @@ import pytest
 from tiny import tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.convert.training import read_leaves, read_record
+from deepseek_jax.convert.training import read_leaves, read_record, write_record
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train import loop as loop_module
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
+from deepseek_jax.train.journal import Progress, progress_damage
 from deepseek_jax.train.loop import check_fit, train
 from deepseek_jax.train.metrics import JsonLines, Reporters, TextLog
 from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
 from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.signals import StopSignals
-from deepseek_jax.train.trainer import Journal, Progress, Throughput, Trainer, fresh
+from deepseek_jax.train.trainer import Journal, Throughput, Trainer, fresh
 
 CFG = tiny_config()
 # Batches of 2, then of 4 rows: 6 steps, of which the last 3 take two micro-batches.
@@ -130,7 +133,7 @@ def final_state(folder):
 
 
 def assert_same_run(folder, reference):
-    for kind in ("step", "evaluation"):
+    for kind in ("run", "step", "evaluation"):
         assert records(folder, kind) == records(reference, kind), kind
     (arrays, extra, data), (arrays_, extra_, data_) = final_state(folder), final_state(reference)
     assert [name for name in arrays_ if arrays.get(name) != arrays_[name]] == []
@@ -140,6 +143,10 @@ def assert_same_run(folder, reference):
 def test_a_run_says_what_it_did(run):
     result, folder, _ = run
     described = json.loads((folder / "run.json").read_text())
+    assert {"commit", "date", "machine", "host", "recipe"} <= described.keys()
+    log = (folder / "train.log").read_text()
+    assert '"host": ' in log
+    assert f"recipe {json.dumps(described['recipe'])}" in log
     assert described["deepseek_jax"] == dsj.__version__
     assert described["model"]["vocab_size"] == VOCABULARY
     assert records(folder, "run")[0]["deepseek_jax"] == dsj.__version__
@@ -195,6 +202,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_bit_equal(run, text, tmp_pat
         patch.setattr(loop_module, "StopSignals", Early)
         result = go(text, folder)
     assert (result.steps, result.interrupted, result.checkpoint) == (0, "SIGINT", None)
+    (folder / "metrics.jsonl").write_text('{"kind": "ru')  # as a kill may leave it
     fresh = dsj.load_pretrained(folder / "checkpoints" / "0", dtype=None)
     assert float(fresh.stacks[1].ffn.gate_up.get_value().std()) == pytest.approx(RECIPE.init_std, rel=0.05)
 
@@ -223,14 +231,52 @@ def test_a_run_falls_back_over_a_damaged_checkpoint(run, text, tmp_path):
     go(text, folder, view=view)
     part = next((folder / "checkpoints" / "5" / "state" / "d").iterdir())
     part.write_bytes(part.read_bytes()[:-1])
+    record = read_record(folder / "checkpoints" / "4")
+    (folder / "checkpoints" / "4" / RECORD).unlink()
+    write_record(folder / "checkpoints" / "4", {**record, "data_state": {**record["data_state"], "rows": None}})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     go(text, folder, resume=True, options=replace(OPTIONS, tensorboard=True))
     assert list((folder / "tensorboard").iterdir())
     assert_same_run(folder, run[1])
-    (event,) = [r for r in records(folder, "event") if r["event"] == "damaged"]
-    assert part.name in event["message"]
+    events = [r["message"] for r in records(folder, "event") if r["event"] == "damaged"]
+    assert part.name in events[0]
+    assert "checkpoints/4 is damaged: rows is None" in events[1]
     assert (folder / "checkpoints" / "damaged" / "5").is_dir()
+
+
+def test_a_run_is_extended(run, text, tmp_path):
+    """Where its schedule is the same up to there it ends as one that was begun with the longer recipe."""
+    folder = tmp_path / "run"
+    short = replace(RECIPE, tokens=320)
+    train(CFG, short, text, VOCABULARY, folder, options=OPTIONS)
+    go(text, folder, resume=True)
+    assert_same_run(folder, run[1])
+    described = json.loads((folder / "run.json").read_text())
+    assert described["extended"] == [["recipe.tokens", 320, 576]]
+    with pytest.raises(ValueError, match=r"begun with recipe\.tokens = 576, not 320"):
+        train(CFG, short, text, VOCABULARY, folder, options=OPTIONS, resume=True)
+
+
+def test_a_run_whose_folder_vanishes_says_so(text, tmp_path):
+    folder = tmp_path / "run"
+    view = Lines(lambda step: shutil.rmtree(folder) if step == 1 else None)
+    with pytest.raises(OSError, match=r"the run's folder .*/run is gone"):
+        go(text, folder, view=view)
+    assert not folder.exists()
+
+
+def test_what_a_checkpoint_counts_is_checked():
+    whole = json.loads(json.dumps(asdict(Progress(step=3, data_state={"rows": 6}, recent_losses=[1.5]))))
+    assert progress_damage(whole, 3) is None
+    assert "of step 3" in progress_damage(whole, 4)
+    for name in whole:
+        assert name in progress_damage({k: v for k, v in whole.items() if k != name}, 3)
+        assert name in progress_damage({**whole, name: "text"}, 3)
+    assert "unknown more" in progress_damage({**whole, "more": 1}, 3)
+    assert progress_damage({**whole, "recent_losses": [None]}, 3)
+    assert progress_damage({**whole, "evaluation": {}}, 3)
+    assert progress_damage(None, 3)
 
 
 def test_a_runs_folder_is_not_a_model(run):
