@@ -382,7 +382,7 @@ def test_figures_that_are_not_finite_stop_no_save(tmp_path):
         checkpoints=checkpoints,
         journal=Journal(Reporters([JsonLines(tmp_path / "metrics.jsonl"), TextLog(tmp_path / "log")]), 0.0),
         throughput=Throughput(1.0, None),
-        progress=Progress(step=4),
+        progress=Progress(step=4, data_state={}),
     )
     trainer.evaluate()
     trainer.save()
