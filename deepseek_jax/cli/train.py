@@ -295,8 +295,8 @@ def _refuse_others_with_from(arguments: list[str]) -> None:
     for option in ("--model", "--tokenizer", "--vocab-size"):
         if _given(arguments, option) is not None:
             raise ValueError(
-                f"{option} does not go with --from: a checkpoint is trained further with its own architecture and "
-                f"tokenizer. Leave {option} out, or --from to begin anew."
+                f"{option} does not go with --from: a checkpoint is trained further with its own tokenizer and "
+                f"architecture. Leave {option} out, or --from to begin anew."
             )
 
 

@@ -117,7 +117,6 @@ def fine_tune(
                 # An extended run keeps the schedule that it was begun with.
                 begun = of_epochs(recipe, run.begun("epochs", epochs), rows)
                 recipe = replace(begun, tokens=of_epochs(recipe, epochs, rows).tokens)
-            view.say(loaded.line())
         planned(recipe)
         batches = loaded.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed, shard=row_share(ctx))
         held_out = loaded.held_out(recipe.length)
@@ -158,6 +157,7 @@ def fine_tune(
                 began=began,
                 trained=trained,
                 measure_first=True,
+                told=loaded.line() if isinstance(loaded, ChatData) else None,
             )
 
 

@@ -180,13 +180,14 @@ def fit(
     began: float,
     trained: Trained | None = None,
     measure_first: bool = False,
+    told: str | None = None,
 ) -> Result:
     """Trains what ``make`` makes on ``batches``, from the beginning or from ``run``'s newest checkpoint.
 
     ``batches``: endless micro-batches of `train_step` with ``get_state`` and ``set_state``. ``measure``: an
     evaluation's figures, "bits_per_byte" among them. ``export``: writes the trained model and returns its bits per byte
     as stored. ``trained``: which parameters are trained, by default all. ``measure_first``: measure before the first
-    step too.
+    step too. ``told``: a line for the log on what is learned from.
     """
     checkpoints = Checkpoints(run.checkpoints, options.keep_last, options.keep_best, _model_files(run), run.check)
     with phase(view, "making the model"):
@@ -217,6 +218,8 @@ def fit(
             f"deepseek_jax {__version__}, jax {jax.__version__}, {cfg.name}: {size:,} parameters, {moving:,} trained"
         )
         journal.say(f"from {json.dumps(origin())}")
+        if told is not None:
+            journal.say(told)
         journal.say(f"recipe {json.dumps(asdict(recipe))}")
         for message in damaged:
             journal.event("damaged", message, progress)
