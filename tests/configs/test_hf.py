@@ -345,7 +345,13 @@ def configs(draw):
     yarn = None
     if draw(st.booleans()):
         slow = positive()
-        yarn = Yarn(1 + positive(), size(), slow + positive(), slow, draw(st.floats(0, 2)), draw(st.floats(0, 2)))
+        yarn = Yarn(
+            1 + positive(),
+            size(),
+            slow + positive(),
+            slow,
+            *(draw(st.floats(0, 2, width=32, allow_subnormal=False)) for _ in range(2)),
+        )
     groups = draw(st.sampled_from([1, 2, 4]))
     per_group = draw(st.integers(2, 8))
     top_groups = draw(st.integers(1, groups))
