@@ -35,7 +35,7 @@ class Yarn:
 
     def __post_init__(self):
         check_types(self, finite=True)
-        _require_number(self, "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", low=-LARGEST)
+        _require_number(self, "factor")
         require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
         require(self.original_length > 0, f"YaRN original_length must be positive, not {self.original_length}.")
         require(
