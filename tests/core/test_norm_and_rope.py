@@ -1,5 +1,6 @@
 """RMSNorm, RoPE and YaRN against transformers' modules."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ ROPES = {
     "unequal mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=0.5)),
     "no mscale": Rope(10000.0, Yarn(40.0, 4096, mscale=0.0, mscale_all_dim=0.0)),
     "other betas": Rope(50000.0, Yarn(8.0, 2048, beta_fast=16.0, beta_slow=2.0)),
-    # Its slowest pair turns more than once within 4096 tokens: the range ends at dim - 1.
-    "range cut off": Rope(10.0, Yarn(8.0, 4096)),
+    # All pairs turn more than once within 900 tokens: the range, from 20 to 70, ends at dim - 1.
+    "range cut off": Rope(10.0, Yarn(8.0, 900)),
 }
 
 
@@ -136,6 +137,15 @@ def test_bfloat16_is_rotated_in_float32(interleaved):
     assert found.dtype == jnp.bfloat16
     exact = apply_rope(x.astype(jnp.float32), cos, sin, interleaved)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_partners_are_found_at_full_precision():
+    """On a TPU a float32 product at default precision rounds its operands to bfloat16."""
+    arrays = [jax.ShapeDtypeStruct((1, 9, n), jnp.float32) for n in (64, 32, 32)]
+    with jax.default_matmul_precision("default"):
+        program = jax.jit(apply_rope, static_argnums=3).trace(*arrays, True).lower(lowering_platforms=("tpu",))
+    (product,) = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert "precision = [HIGHEST, HIGHEST]" in product
 
 
 def test_interleaved_and_half_split_are_one_permutation_apart():

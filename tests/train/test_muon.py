@@ -58,6 +58,8 @@ def test_nothing_gives_a_zero_step_and_what_is_not_finite_is_not_hidden():
     found = np.asarray(orthogonalised(x))
     assert np.isfinite(found[:3]).all()
     assert np.isnan(found[3:]).any((1, 2)).all()
+    # In float32 whatever comes in.
+    assert orthogonalised(jnp.zeros((3, 4), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_a_matrix_whose_gradients_stop_stays_finite():
