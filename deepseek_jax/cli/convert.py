@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,16 +14,19 @@ from deepseek_jax.cli.main import UsageError
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a published checkpoint to Orbax, or a converted one back, byte for byte.
+    """Convert a published checkpoint to Orbax, or a converted one back, byte for byte; export a run's checkpoint.
 
     SRC decides the direction. Stored bytes are moved, never dequantised; every tensor is checked. A few chunks of
     16 MB are in memory at a time. Interrupted, the same command goes on where it stopped.
 
     With --adapter the adapters are added to SRC's weights; DST is a published folder in SRC's dtypes and file split.
+
+    A training run's RUN/checkpoints/STEP becomes the published layout with its tokenizer, as float32 unless --dtype
+    names another. With --dtype a published folder is written in that dtype, in the published layout.
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A folder with config.json and safetensors files, or one that this command has written."""
+    """A folder with config.json and safetensors files, one that this command has written, or RUN/checkpoints/STEP."""
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None
     """The folder to write; it must not exist, or be empty. Not needed with --dry-run."""
     dry_run: bool = False
@@ -31,6 +34,9 @@ class Convert:
     adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Low-rank adapters to merge into SRC, a published folder: adapter_config.json and adapter_model.safetensors, as
     PEFT or `train --lora.no-merge` writes them."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16", "fp8"] = "stored"
+    """Write a published folder or a run's checkpoint in this dtype; fp8: the linear maps in FP8 blocks, the rest
+    bfloat16, or as a published SRC has it. Router biases keep their dtype."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write the figures, and bytes and seconds of the conversion, to this file; "-" is the standard output."""
 
@@ -41,10 +47,25 @@ class Convert:
         if not self.dry_run:
             check_folder(self.dst, "DST")
 
+        if self.adapter is not None and self.dtype != "stored":
+            raise UsageError("--adapter keeps the dtypes of SRC: convert the merged folder with --dtype afterwards.")
         if self.adapter is not None:
             return self._merge(self.adapter)
         from deepseek_jax.convert.manifest import inspect
+        from deepseek_jax.convert.training import is_training
 
+        trained = is_training(self.src)
+        if trained or self.dtype != "stored":
+            if self.dry_run:
+                raise UsageError(
+                    "--dry-run compares published and converted folders; a run's checkpoint is neither."
+                    if trained
+                    else "--dry-run writes nothing in any dtype: leave --dtype out."
+                )
+            record = {"conversion": self._export()}
+            if self.json is not None:
+                write_json(self.json, record)
+            return 0
         report = inspect(self.src)
         print(report.text())
         record = report.record()
@@ -71,6 +92,18 @@ class Convert:
         if self.json is not None:
             write_json(self.json, {"source": str(self.src), "adapter": str(adapter), "destination": str(self.dst)})
         return 0
+
+    def _export(self) -> dict:
+        """Writes the published layout in --dtype, and returns what was written and how long it took."""
+        import time
+
+        from deepseek_jax.convert.export import export
+
+        start = time.monotonic()
+        export(self.src, self.dst, None if self.dtype == "stored" else self.dtype)
+        seconds, nbytes = time.monotonic() - start, sum(f.stat().st_size for f in self.dst.glob("*.safetensors"))
+        print(f"Wrote {self.dst} (published layout, {self.dtype}): {nbytes / 1e9:.2f} GB in {seconds:.1f} s.")
+        return {"destination": str(self.dst), "layout": "published", "bytes": nbytes, "seconds": seconds}
 
     def _convert(self, nbytes: int) -> dict:
         """Converts, and returns what was written and how long it took."""

@@ -9,11 +9,13 @@
 
 Keys are the names of our leaves. A matrix has its published orientation [out, in], dtype and bytes; gate and up
 are stacked, and so are experts: ffn/gate_up is [experts, 2, out, in]. Below a key stand ``values`` and, for FP8,
-``scale``. The folder does not depend on how a model groups its layers; `Layers` reads it tensor by tensor under
-the published names.
+``scale``. A tensor that is stored unlike the most of its stack stands apart, below ffn/gate_up/4_1, and its place in
+the stack is filled with zeros; the record lists these, and has format version 3 then. The folder does not depend on
+how a model groups its layers; `Layers` reads it tensor by tensor under the published names.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from deepseek_jax.small_files import LARGE
 RECORD = "deepseek_jax.json"
 FORMAT = "layers"
 FORMAT_VERSION = 2
+APART_VERSION = 3  # with tensors that stand apart: an older reader would take the zeros in their places
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Place:
     index: tuple[int, ...]
 
 
-def places(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, Place]:
-    """Published name -> place, for every tensor that is not a copy, in published order."""
+def places(cfg: ModelConfig, block: tuple[int, int], apart: Collection[str] = ()) -> dict[str, Place]:
+    """Published name -> place, for every tensor that is not a copy, in published order; ``apart``: those of a stack
+    that stand by themselves."""
     tensors, leaves = layout(cfg, block)
     found = {}
     for tensor in tensors:
@@ -49,6 +53,8 @@ def places(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, Place]:
             continue
         unit, key = _unit(tensor, cfg)
         index = tuple(i for i in tensor.index[leaves[tensor.path].stacked :] if isinstance(i, int))
+        if tensor.name in apart:
+            key, index = (*key, "_".join(map(str, index))), ()
         found[tensor.name] = Place(unit, key, index)
     return found
 
@@ -100,14 +106,16 @@ class Layers:
         check_size(cfg, {name for names in self.record["files"].values() for name in names}, self.folder)
         self.arrays: dict[tuple[str, tuple[str, ...]], Array | None] = {}
         self._held: tuple[Array | None, np.ndarray | None] = (None, None)
-        for name, place in places(cfg, block).items():
+        apart = self.record.get("apart", [])
+        for name, place in places(cfg, block, frozenset(apart)).items():
             for suffix, kind in (("", "values"), (SCALE, "scale")):
                 array, full = self._array(place.unit, (*place.key, kind)), name + suffix
                 if array is not None:
                     shape = array.shape[len(place.index) :]
                     self.entries[full] = LayerEntry(array, full, shape, place.index)
+        recorded = {name for names in self.record["files"].values() for name in names}
         for copy, original in copies(cfg, block).items():
-            if original in self.entries:
+            if original in self.entries and copy in recorded:
                 self.entries[copy] = self.entries[original]
 
     def _array(self, unit: str, key: tuple[str, ...]) -> Array | None:
@@ -132,7 +140,7 @@ class Layers:
 
 
 def copies(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, str]:
-    """The MTP layers' copies of embedding and head -> the tensors they repeat."""
+    """The copies of embedding and head -> the tensors they repeat."""
     tensors, _ = layout(cfg, block)
     originals = {t.path: t.name for t in tensors if not t.copy and len(t.path) == 1}
     return {t.name: originals[t.path] for t in tensors if t.copy}
@@ -142,13 +150,13 @@ def read_record(folder: Path) -> dict:
     """The folder's deepseek_jax.json.
 
     Raises CheckpointError for another format or version, and for contents of another form: ``files`` maps plain
-    names of safetensors files to lists of tensors, and no tensor stands in it twice.
+    names of safetensors files to lists of tensors, no tensor stands in it twice, and ``apart`` lists some of them.
     """
     record = load_json(folder / RECORD, LARGE)
-    if record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
+    if record.get("format") != FORMAT or record.get("format_version") not in (FORMAT_VERSION, APART_VERSION):
         raise CheckpointError(
             f"{folder / RECORD}: format {shown(record.get('format'))} version {shown(record.get('format_version'))} is "
-            f"not read here, only {FORMAT!r} version {FORMAT_VERSION}."
+            f"not read here, only {FORMAT!r} versions {FORMAT_VERSION} and {APART_VERSION}."
         )
     indexed, files = record.get("indexed"), record.get("files")
     if not isinstance(indexed, bool) or not isinstance(files, dict):
@@ -166,4 +174,7 @@ def read_record(folder: Path) -> dict:
         if len(set(names)) != len(names) or held & set(names):
             raise CheckpointError(f"{folder / RECORD}: {file} has a tensor that stood there before.")
         held |= set(names)
+    apart = record.get("apart", [])
+    if not isinstance(apart, list) or not all(isinstance(name, str) and name in held for name in apart):
+        raise CheckpointError(f"{folder / RECORD}: apart must list tensors of its files, not {shown(apart)}.")
     return record

@@ -3,6 +3,7 @@
 Tensors are read one at a time into the leaves' final, stacked arrays: memory is the model and one tensor.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.hf import config_from_json, eos_ids
+from deepseek_jax.configs.json_fields import ALIASES
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
+from deepseek_jax.convert.check import check_copy, check_tensors, some
 from deepseek_jax.convert.folders import why_no_checkpoint
-from deepseek_jax.convert.layers import RECORD, LayerEntry, Layers
-from deepseek_jax.convert.names import BLOCK, IGNORED, SCALE, Leaf, Tensor, check_size, layout, widest
+from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, cast, check_finite, shared, stored, usual
+from deepseek_jax.convert.layers import RECORD, Layers, read_record
+from deepseek_jax.convert.names import SCALE, Leaf, Tensor, check_size, layout
+from deepseek_jax.convert.naming import Prefix, find_prefix, fused_names, layer_of, published_entries
 from deepseek_jax.convert.other_config import with_config
-from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Entry, load_json
+from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, load_json, stored_names
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
 from deepseek_jax.core.axes import shardings
@@ -24,25 +29,12 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
-from deepseek_jax.notes import cut, shown
+from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.parallel.placement import place
 
-FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
-SCALES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float8_e8m0fnu))
-# dtype -> mask of the bits without the sign, the smallest pattern of these that is not finite.
-NOT_FINITE = {
-    np.dtype(jnp.float32): (0x7FFF_FFFF, 0x7F80_0000),
-    np.dtype(jnp.bfloat16): (0x7FFF, 0x7F80),
-    np.dtype(jnp.float16): (0x7FFF, 0x7C00),
-    np.dtype(jnp.float8_e4m3fn): (0x7F, 0x7F),
-    np.dtype(jnp.float8_e8m0fnu): (0xFF, 0xFF),
-}
-# So many problems of one kind are named; the rest are counted.
-NAMED = 5
 ALIGNMENT = 64
-COMPARED_ROWS = 4096
 STRIP = 64
-CHECKED = 2**18
+MTP_DEPTH = "num_nextn_predict_layers"
 
 
 def load_pretrained(
@@ -95,17 +87,43 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
     if not 1 <= n_layers <= cfg.n_layers:
         raise ValueError(f"{folder} has {cfg.n_layers} layers; its first {n_layers} cannot be taken.")
     cut = replace(cfg, n_layers=n_layers, n_dense_layers=min(cfg.n_dense_layers, n_layers), mtp_depth=0)
-    others = tuple(f"model.layers.{i}." for i in range(n_layers, cfg.n_layers + cfg.mtp_depth))
-    return _load(open_checkpoint(folder, cut, block, others), cut, block, np.dtype(dtype))
+
+    def wanted(name: str) -> bool:
+        layer = layer_of(name)
+        return layer is None or layer < n_layers
+
+    return _load(open_checkpoint(folder, cut, block, wanted), cut, block, np.dtype(dtype))
 
 
 def open_checkpoint(
-    folder: Path, cfg: ModelConfig, block: tuple[int, int], without: tuple[str, ...] = ()
+    folder: Path,
+    cfg: ModelConfig,
+    block: tuple[int, int],
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> Checkpoint | Layers:
-    """A published or converted folder, its tensors not yet read; ``without``: prefixes of names to leave out."""
-    if (folder / RECORD).exists():
-        return Layers(folder, cfg, block)
-    checkpoint = Checkpoint(folder, lambda name: not name.startswith(without))
+    """A published or converted folder, its tensors not yet read; ``wanted``: of a published one, the names to take."""
+    return Layers(folder, cfg, block) if (folder / RECORD).exists() else open_published(folder, cfg, block, wanted)
+
+
+def open_published(
+    folder: Path, cfg: ModelConfig, block: tuple[int, int], wanted: Callable[[str], bool] = lambda name: True
+) -> Checkpoint:
+    """A folder of safetensors files under their published names, whatever names they are stored under.
+
+    Raises CheckpointError as `Checkpoint` does, and where ``cfg`` implies far more tensors than there are.
+    """
+    names = stored_names(folder)
+    prefix = find_prefix(names)
+    checkpoint = Checkpoint(folder, lambda name: wanted(prefix.published(name)))
+    if prefix != Prefix():
+        note(f"{folder}: the names begin with {shown(prefix.trunk)}: read as if with 'model.'.")
+    fused = fused_names(map(prefix.published, checkpoint.entries))
+    if fused:
+        note(
+            f"{folder}: the experts of a layer are stored in one tensor ({cut(fused[0])} and {len(fused) - 1} more), "
+            "as transformers 5 writes them with save_original_format=False: read as each expert's published matrices."
+        )
+    checkpoint.entries = published_entries(checkpoint.entries, prefix, block)
     check_size(cfg, checkpoint.entries, folder)
     return checkpoint
 
@@ -125,26 +143,59 @@ def _load(
     for tensor in tensors:
         if not tensor.copy:
             by_leaf.setdefault(tensor.path, []).append(tensor)
-        elif isinstance(checkpoint, Checkpoint):
+        elif isinstance(checkpoint, Checkpoint) and tensor.name in checkpoint.entries:
             check_copy(checkpoint, tensor, tensors, ctx)
+    forms = {path: tuple(stored(checkpoint.entries, t.name) for t in group) for path, group in by_leaf.items()}
+    if dtype is None:
+        _tell_mixed(checkpoint, by_leaf, forms)
 
     def fill(path, variable):
-        leaf_dtype = np.dtype(np.float32) if isinstance(variable, RouterBias) else dtype
-        arguments = (checkpoint, by_leaf[path], leaves[path], leaf_dtype, block)
+        if isinstance(variable, RouterBias):
+            form = Stored(np.dtype(np.float32))
+        else:
+            form = Stored(dtype) if dtype is not None else _shared(checkpoint, by_leaf[path], forms[path])
+        arguments = (checkpoint, by_leaf[path], leaves[path], form, block)
         value = _load_leaf(*arguments) if ctx.mesh is None else _load_shards(*arguments, variable, ctx)
-        return type(variable)(value, **variable.get_metadata())
+        kept = {} if dtype is not None or set(forms[path]) == {form} else {STORED: forms[path]}
+        return type(variable)(value, **variable.get_metadata(), **kept)
 
     return map_variables(fill, abstract(cfg))
+
+
+def _shared(checkpoint: Checkpoint | Layers, tensors: list[Tensor], forms: tuple[Stored, ...]) -> Stored:
+    try:
+        return shared(forms)
+    except CheckpointError as error:
+        name = next(t.name for t, form in zip(tensors, forms, strict=True) if form.dtype not in (*FLOATS, FP8))
+        raise CheckpointError(f"{checkpoint.folder}: {cut(name)}: {error}.") from None
+
+
+def _tell_mixed(checkpoint, by_leaf: dict[tuple, list[Tensor]], forms: dict[tuple, tuple[Stored, ...]]) -> None:
+    """A note on the tensors that are stored unlike the most of their leaf."""
+    odd, dtypes = [], set()
+    for path, group in by_leaf.items():
+        most = usual(forms[path])
+        odd += [t.name for t, form in zip(group, forms[path], strict=True) if form != most]
+        if len(set(forms[path])) > 1:
+            held = _shared(checkpoint, group, forms[path])
+            dtypes.add(f"{held.dtype} with {held.scale} scales" if held.scale else str(held.dtype))
+    if odd:
+        note(
+            f"{checkpoint.folder}: {len(odd)} tensors are stored in another dtype than the most of their leaf "
+            f"({', '.join(some(odd))}): these leaves are held, every value exactly, as {' or '.join(sorted(dtypes))}."
+        )
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
     """A folder's config and the rows and columns of its FP8 blocks.
 
-    The tokens that end a text are those of generation_config.json, where it names any.
+    The tokens that end a text are those of generation_config.json, where it names any. The number of MTP layers is
+    that of the files where config.json does not say it, or announces layers of which no tensor is there; a note says
+    so then.
     """
     if (why := why_no_checkpoint(folder)) is not None:
         raise CheckpointError(why)
-    data = load_json(folder / "config.json")
+    data = _with_mtp_depth(folder, load_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     stops = load_json(generation) if generation.exists() else {}
     try:
@@ -156,118 +207,41 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
         raise ConfigError(f"{folder}: {e}") from None
 
 
-def block_size(data: dict, cfg: ModelConfig) -> tuple[int, int]:
-    """The FP8 block of a config.json's quantization_config, 128 x 128 without one.
-
-    A block beyond every tensor means one scale a tensor, as the smallest such block does, which is returned for it.
-    Raises ConfigError for another format than block-wise FP8 E4M3.
-    """
-    quantization = data.get("quantization_config")
-    if quantization is None:
-        return BLOCK
-    if not isinstance(quantization, dict):
-        raise ConfigError(f"config.json: quantization_config must be an object, not {shown(quantization)}.")
-    for field, built in (("quant_method", "fp8"), ("fmt", "e4m3")):
-        value = quantization.get(field, built if field == "fmt" else None)
-        if value != built:
-            raise ConfigError(
-                f"config.json: quantization_config {field} {shown(value)} is not supported, only {built!r}."
-            )
-    block = quantization.get("weight_block_size", list(BLOCK))
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {shown(block)}.")
-    return tuple(min(n, widest(cfg)) for n in block)
-
-
-def scale_shape(tensor: Tensor, block: tuple[int, int]) -> tuple[int, int]:
-    """The published shape of a quantised tensor's scales; blocks at the edges are partial."""
-    return tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=True))
-
-
-def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, block: tuple[int, int]) -> None:
-    """Compares the names, shapes and dtypes of a checkpoint with those that its config implies.
-
-    Raises one CheckpointError that names what is missing, unexpected and wrong.
-    """
-    entries, problems = checkpoint.entries, []
-    expected, missing = set(), []
-    for tensor in tensors:
-        expected.add(tensor.name)
-        entry = entries.get(tensor.name)
-        if entry is None:
-            missing.append(tensor.name)
-            continue
-        if entry.shape != tensor.shape:
-            problems.append(f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}")
-            continue
-        if entry.dtype == FP8 and tensor.fp8:
-            expected.add(tensor.name + SCALE)
-            scale, shape = entries.get(tensor.name + SCALE), scale_shape(tensor, block)
-            if scale is None:
-                missing.append(tensor.name + SCALE)
-            elif scale.shape != shape:
-                problems.append(f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}")
-            elif scale.dtype not in SCALES:
-                problems.append(f"{scale.file}: {scale.name} has dtype {scale.dtype}, not float32 or float8_e8m0fnu")
-        elif entry.dtype not in FLOATS:
-            problems.append(f"{entry.file}: {tensor.name} has dtype {entry.dtype}, which is not read here")
-    unexpected = [n for n in entries if n not in expected and not n.endswith(IGNORED)]
-    problems = _some(problems)
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing: {', '.join(_some(missing))}")
-        prefixes = tuple(f"model.layers.{cfg.n_layers + d}." for d in range(cfg.mtp_depth))
-        if all(name.startswith(prefixes) for name in missing) and not any(n.startswith(prefixes) for n in entries):
-            problems[-1] += " (no MTP layer is here: num_nextn_predict_layers in config.json should be 0)"
-    if unexpected:
-        files = [f"{name} in {entries[name].file.name}" for name in unexpected]
-        problems.append(f"{len(unexpected)} tensors are unexpected: {', '.join(_some(files))}")
-    if problems:
-        raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(problems) + ".")
-
-
-def _some(items: list[str]) -> list[str]:
-    named = [cut(item) for item in items[:NAMED]]
-    return named if len(items) <= NAMED else [*named, f"and {len(items) - NAMED} more"]
-
-
-def check_finite(entry: Entry | LayerEntry, array: np.ndarray) -> None:
-    """Raises CheckpointError naming the first value that is not finite, and for a negative scale."""
-    scale = entry.name.endswith(SCALE)
-    if not scale and not has_bad(array):
-        return
-    bad = not_finite(array)
-    if scale:
-        bad |= array.astype(np.float32) < 0
-    if bad.any():
-        where = np.unravel_index(int(bad.argmax()), array.shape)
-        value = float(array[where])
-        raise CheckpointError(
-            f"{entry.file}: {entry.name} is {value} at {[int(i) for i in where]}; "
-            f"{int(bad.sum())} of its values are not finite, or are negative scales."
+def _with_mtp_depth(folder: Path, data: dict) -> dict:
+    """A config.json with the number of MTP layers that the folder's files have, where it has none, or a larger one."""
+    named = next((name for name in (MTP_DEPTH, ALIASES[MTP_DEPTH]) if data.get(name) is not None), None)
+    layers, announced = data.get("num_hidden_layers"), data.get(named, 0)
+    counts = all(type(n) is int and n >= 0 for n in (layers, announced))
+    if not counts or (named is not None and not announced):
+        return data
+    names = tensor_names(folder)
+    if names is None:
+        return data
+    found = {layer - layers for layer in map(layer_of, names) if layer is not None and layer >= layers}
+    depth = max(found, default=-1) + 1
+    if named is None:
+        what = f"{depth} MTP layers are there" if depth else "no tensor of an MTP layer is there"
+        note(f"{folder}: config.json lacks {MTP_DEPTH}: taken to be {depth}, since {what}.")
+    elif depth < announced:
+        note(
+            f"{folder}: config.json announces {announced} MTP layers ({named}), of which the files hold "
+            f"{depth or 'none'}: read with {depth}."
         )
+    else:
+        return data
+    return {**data, named or MTP_DEPTH: depth, **({ALIASES[MTP_DEPTH]: depth} if ALIASES[MTP_DEPTH] in data else {})}
 
 
-def not_finite(array: np.ndarray) -> np.ndarray:
-    """Where a float array is NaN or infinite."""
-    magnitude, limit = _magnitude(array)
-    return magnitude >= limit
-
-
-def has_bad(array: np.ndarray) -> bool:
-    """Whether any value is NaN or infinite; several times faster than `not_finite`, and without its memory."""
-    flat = array.ravel(order="K")
-    for first in range(0, flat.size, CHECKED):
-        magnitude, limit = _magnitude(flat[first : first + CHECKED])
-        if magnitude.max() >= limit:
-            return True
-    return False
-
-
-def _magnitude(array: np.ndarray) -> tuple[np.ndarray, int]:
-    """The values' bits without the sign, and the first pattern that is not finite."""
-    mask, limit = NOT_FINITE[array.dtype]
-    bits = array.view(f"u{array.itemsize}")
-    return bits & bits.dtype.type(mask), limit
+def tensor_names(folder: Path) -> list[str] | None:
+    """The published names of a published or converted folder's tensors; None where it has none to look at."""
+    if (folder / RECORD).exists():
+        files = None if is_training(folder) else read_record(folder)["files"]
+        return None if files is None else [name for names in files.values() for name in names]
+    if not (folder / INDEX).exists() and not any(folder.glob("*.safetensors")):
+        return None
+    names = stored_names(folder)
+    prefix = find_prefix(names)
+    return [prefix.published(name) for name in names]
 
 
 def read_tensor(checkpoint: Checkpoint | Layers, name: str) -> np.ndarray:
@@ -277,45 +251,22 @@ def read_tensor(checkpoint: Checkpoint | Layers, name: str) -> np.ndarray:
     return array
 
 
-def check_copy(checkpoint: Checkpoint, copy: Tensor, tensors, ctx: Context = DEFAULT) -> None:
-    """The MTP layer's copy of the embedding or head equals the original, byte for byte; on a mesh every process
-    compares its part of the rows."""
-    original = next(t for t in tensors if t.path == copy.path and not t.copy)
-    ours, theirs = checkpoint.entries[copy.name], checkpoint.entries[original.name]
-    if ours.dtype != theirs.dtype:
-        raise CheckpointError(
-            f"{ours.file}: {copy.name} is a copy of {original.name}, but its dtype is {ours.dtype}, not {theirs.dtype}."
-        )
-    me, processes = (0, 1) if ctx.mesh is None else (jax.process_index(), jax.process_count())
-    start, stop = (ours.shape[0] * i // processes for i in (me, me + 1))
-    for first in range(start, stop, COMPARED_ROWS):
-        a, b = (entry.read(first, min(first + COMPARED_ROWS, stop)) for entry in (ours, theirs))
-        differ = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
-        if differ.any():
-            row, column = (int(i) for i in np.unravel_index(int(differ.argmax()), differ.shape))
-            raise CheckpointError(
-                f"{ours.file}: {copy.name} is a copy of {original.name}, but they differ: at "
-                f"[{first + row}, {column}] {float(a[row, column])} stands against {float(b[row, column])}."
-            )
-
-
-def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, dtype, block: tuple[int, int]):
-    """One leaf: an array, or with ``dtype`` None and FP8 tensors a `Quantized`."""
-    stored = _same_dtype(checkpoint, [t.name for t in tensors]) if dtype is None else dtype
-    values = aligned(leaf.matrix, stored)
-    scales = None
-    if stored == FP8:
-        scales = aligned(leaf.scale, _same_dtype(checkpoint, [t.name + SCALE for t in tensors]))
+def _load_leaf(
+    checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, form: Stored, block: tuple[int, int]
+):
+    """One leaf: an array of ``form``'s dtype, or with scales a `Quantized`."""
+    values = aligned(leaf.matrix, form.dtype)
+    scales = None if form.scale is None else aligned(leaf.scale, form.scale)
     for tensor in tensors:
         array = read_tensor(checkpoint, tensor.name)
-        if array.dtype == FP8:
-            scale = read_tensor(checkpoint, tensor.name + SCALE)
-            if scales is None:
-                array = dequantize_matrix(array, scale, block, stored)
-            else:
-                scales[tensor.index] = scale.T
+        if scales is not None:
+            fp8 = array.dtype == FP8
+            scales[tensor.index] = read_tensor(checkpoint, tensor.name + SCALE).T if fp8 else 1
+        elif array.dtype == FP8:
+            array = dequantize_matrix(array, read_tensor(checkpoint, tensor.name + SCALE), block, form.dtype)
+        array = cast(checkpoint.entries[tensor.name], array, form.dtype)
         if tensor.transposed:
-            _transpose_into(values[tensor.index], array.astype(stored, copy=False))
+            _transpose_into(values[tensor.index], array)
         else:
             values[tensor.index] = array
     if scales is None:
@@ -323,15 +274,13 @@ def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Lea
     return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block, leaf.dims)
 
 
-def _load_shards(checkpoint, tensors, leaf: Leaf, dtype, block: tuple[int, int], variable, ctx: Context):
+def _load_shards(checkpoint, tensors, leaf: Leaf, form: Stored, block: tuple[int, int], variable, ctx: Context):
     """`_load_leaf` into the leaf's shards."""
-    stored = _same_dtype(checkpoint, [t.name for t in tensors]) if dtype is None else dtype
-    if stored == FP8:
-        kind = _same_dtype(checkpoint, [t.name + SCALE for t in tensors])
-        shapes = (jax.ShapeDtypeStruct(leaf.matrix, FP8), jax.ShapeDtypeStruct(leaf.scale, kind))
+    if form.scale is not None:
+        shapes = (jax.ShapeDtypeStruct(leaf.matrix, form.dtype), jax.ShapeDtypeStruct(leaf.scale, form.scale))
         variable = variable.replace(Quantized(*shapes, leaf.block, leaf.dims))
     where = shardings(variable, ctx).get_value()
-    return load_leaf(checkpoint.entries, tensors, leaf, stored, block, where, check_finite)
+    return load_leaf(checkpoint.entries, tensors, leaf, form, block, where)
 
 
 def _transpose_into(out: np.ndarray, array: np.ndarray) -> None:
@@ -340,19 +289,6 @@ def _transpose_into(out: np.ndarray, array: np.ndarray) -> None:
     out, array = out.view(raw), array.view(raw)
     for first in range(0, array.shape[0], STRIP):
         out[:, first : first + STRIP] = array[first : first + STRIP].T
-
-
-def _same_dtype(checkpoint: Checkpoint | Layers, names: list[str]) -> np.dtype:
-    """The dtype of tensors that share a leaf."""
-    first = checkpoint.entries[names[0]]
-    for name in names:
-        entry = checkpoint.entries[name]
-        if entry.dtype != first.dtype:
-            raise CheckpointError(
-                f"{first.file}: {first.name} is stored as {first.dtype} and {name} as {entry.dtype}; they "
-                "share one leaf, so dtype=None cannot keep both: load with a dtype."
-            )
-    return first.dtype
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -8,7 +8,7 @@ stands: the leaf with fused heads, for instance q_b [L, Q, N * X], experts' gate
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
 
@@ -59,10 +59,10 @@ ROOT = (
 # The MTP layer's copies of the embedding and the head.
 COPIES = (("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head"))
 HALVES = ("gate", "up")
-# Buffers that older tools saved; they follow from the config.
 # What `layout` makes in a second, whatever the files hold.
 MOST_LAID_OUT = 100_000
-IGNORED = ("rotary_emb.inv_freq",)
+# Buffers that older tools saved, which follow from the config, and states of modules that are no weights.
+IGNORED = ("rotary_emb.inv_freq", "._extra_state")
 
 Path = tuple[str | int, ...]
 
@@ -73,7 +73,8 @@ class Tensor:
 
     ``path``: the leaf. ``index``: the part of the leaf's matrix form, stacked axes first. ``transposed``:
     whether the part is the published tensor's transpose. ``fp8``: whether releases quantise it. ``copy``:
-    whether it is the MTP layer's duplicate of a tensor that stands elsewhere.
+    whether it is a duplicate of a tensor that stands elsewhere, which exporters may leave out: of the MTP layer, or a
+    tied head. ``written``: whether it is written where no other folder says so; a tied head is not.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Tensor:
     transposed: bool
     fp8: bool
     copy: bool = False
+    written: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,18 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
             number += 1
     add((), ROOT[1:], "")
     main = {tensor.path: tensor for tensor in tensors if len(tensor.path) == 1}
+
+    def add_copy(name: str, source: Tensor, written: bool = True) -> None:
+        tensors.append(replace(source, name=name, fp8=False, copy=True, written=written))
+
+    if cfg.tie_embeddings:
+        add_copy("lm_head.weight", main[("embed",)], written=False)
     for depth in range(cfg.mtp_depth):
         published = f"model.layers.{number + depth}."
         add(("mtp", depth), MTP, published)
         add(("mtp", depth, "block"), ATTENTION + (MOE if cfg.mtp_is_moe else DENSE), published)
         for theirs, ours in COPIES:
-            source = main.get((ours,), main[("embed",)])
-            tensors.append(
-                Tensor(
-                    published + theirs,
-                    source.shape,
-                    source.path,
-                    source.index,
-                    source.transposed,
-                    False,
-                    True,
-                )
-            )
+            add_copy(published + theirs, main.get((ours,), main[("embed",)]))
     missing = set(shapes) - set(leaves)
     if missing:
         raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.formats import STORED
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.core.quant import Quantized
@@ -81,6 +82,9 @@ def with_config(
     fresh = init_leaves(cfg, key, tuple(sorted(incomplete, key=str))) if incomplete else {}
     values: dict[Path, object] = {}
     map_variables(lambda path, v: values.setdefault(path, v.get_value()), model)
+    metadata_of: dict[Path, dict] = {}
+    map_variables(lambda path, v: metadata_of.setdefault(path, v.get_metadata()), model)
+    forms = {path: metadata[STORED] for path, metadata in metadata_of.items() if STORED in metadata}
     by_leaf: dict[Path, list[tuple[str, Part]]] = {}
     for name, part in wanted.items():
         by_leaf.setdefault(part.path, []).append((name, part))
@@ -89,7 +93,8 @@ def with_config(
         parts = [(held[name], part, kept[name]) for name, part in by_leaf[path] if kept[name] is not None]
         shape = variable.get_value().shape
         if parts and _same(parts, len(by_leaf[path]), values, shape):
-            return variable.replace(values[parts[0][0].path])
+            source = parts[0][0].path
+            return variable.replace(values[source], **({STORED: forms[source]} if source in forms else {}))
         for source, _, _ in parts:
             if isinstance(values[source.path], Quantized):
                 name = ".".join(map(str, source.path))

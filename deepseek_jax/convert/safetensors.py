@@ -8,6 +8,7 @@ mapped file that is cut short kills the process, and its pages count as the proc
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from threading import Lock
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.notes import cut, shown
+from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.small_files import LARGE, SMALL, read_json
 from deepseek_jax.version import __version__
 
@@ -42,7 +43,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 LONGEST_NAME = 255  # of a file, on the systems in use
 FLUSHED = 2**28  # bytes that a file's writer leaves to the system's cache
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+MOST_NAMED = 5
 
 
 class CheckpointError(ValueError):
@@ -126,7 +130,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(f"{path}: the header is not valid JSON: {cut(e)}.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object, not {type(header).__name__}.")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings, not {shown(metadata)}.")
     entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
@@ -267,8 +272,57 @@ class Writer:
             self._discard()
 
 
+def model_files(folder: Path) -> tuple[list[Path], bool]:
+    """A folder's safetensors files that are the model, and whether an index lists them.
+
+    A note names the other files with weights. Raises CheckpointError where there are none.
+    """
+    files, single = sorted(folder.glob("*.safetensors")), folder / SINGLE
+    listed = set(read_index(folder / INDEX).values()) if (folder / INDEX).exists() else set()
+    indexed = bool(listed) and (SINGLE in listed or not single.is_file())
+    taken = [single] if single.is_file() else [file for file in files if SHARD.fullmatch(file.name)] or files
+    if indexed:
+        taken = [file for file in files if file.name in listed]
+    elif not files:
+        bins = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f"; {bins[0]} is a PyTorch file: save it as safetensors first" if bins else ""
+        raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
+    others = [file.name for file in [*files, *sorted(folder.glob("pytorch_model*.bin"))] if file not in taken]
+    if others:
+        model = taken[0].name if len(taken) == 1 else f"what {INDEX} lists" if indexed else "model-*.safetensors"
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        note(f"{folder}: {model} is the model; {', '.join(others[:MOST_NAMED])}{more} beside it: left out.")
+    return taken, indexed
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file name of an index. Raises CheckpointError for one that is damaged or leads out of its folder."""
+    found = load_json(path, LARGE).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path} has no weight_map.")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or len(file) > LONGEST_NAME:
+            raise CheckpointError(f"{path}: {cut(name)} is mapped to {shown(file)}, which is no file name.")
+    return found
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The names of a folder's tensors: of its index where it has one, else of its files' headers.
+
+    Raises CheckpointError as `Checkpoint` does.
+    """
+    files, indexed = model_files(folder)
+    if indexed:
+        return list(read_index(folder / INDEX))
+    return [name for file in files for name in read_header(file)[0]]
+
+
 class Checkpoint:
-    """The tensors of a folder: ``model.safetensors.index.json`` and its files, or all ``*.safetensors``.
+    """The tensors of a folder, as they are named in its files.
+
+    The files are those that transformers takes: ``model.safetensors``, else what ``model.safetensors.index.json``
+    lists. Without either, the files ``model-00001-of-0000N.safetensors``, else all
+    ``*.safetensors``. A note names other files with weights.
 
     ``entries``: name -> `Entry`, of those names that ``wanted`` accepts; with an index, only their files have to
     be there. Raises CheckpointError if the folder has no such file, if the index and the files disagree, or if two
@@ -279,14 +333,10 @@ class Checkpoint:
         self.folder, self.wanted = Path(folder), wanted
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.")
-        self.indexed = (self.folder / INDEX).exists()
-        files = self._indexed_files() if self.indexed else sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            bins = sorted(p.name for p in self.folder.glob("*.bin"))
-            hint = f"; {bins[0]} is a PyTorch file: save it as safetensors first" if bins else ""
-            raise CheckpointError(f"{self.folder} holds no .safetensors file{hint}.")
+        files, self.indexed = model_files(self.folder)
+        self.map = self._indexed() if self.indexed else {}
         self.entries: dict[str, Entry] = {}
-        for file in files:
+        for file in sorted({self.folder / file for file in self.map.values()}) if self.indexed else files:
             for name, entry in read_header(file)[0].items():
                 if name in self.entries:
                     raise CheckpointError(f"{name} stands in both {self.entries[name].file} and {file}.")
@@ -295,19 +345,14 @@ class Checkpoint:
         if self.indexed:
             self._check_index()
 
-    def _indexed_files(self) -> list[Path]:
+    def _indexed(self) -> dict[str, str]:
         path = self.folder / INDEX
-        self.map = load_json(path, LARGE).get("weight_map")
-        if not isinstance(self.map, dict) or not self.map:
-            raise CheckpointError(f"{path} has no weight_map.")
-        self.map = {name: file for name, file in self.map.items() if self.wanted(name)}
-        for name, file in self.map.items():
+        found = {name: file for name, file in read_index(path).items() if self.wanted(name)}
+        for name, file in found.items():
             name = cut(name)
-            if not isinstance(file, str) or Path(file).name != file or len(file) > LONGEST_NAME:
-                raise CheckpointError(f"{path}: {name} is mapped to {shown(file)}, which is no file name.")
             if not (self.folder / file).is_file():
                 raise CheckpointError(f"{self.folder / file} does not exist, but {path} has {name} in it.")
-        return [self.folder / file for file in sorted(set(self.map.values()))]
+        return found
 
     def _check_index(self) -> None:
         path = self.folder / INDEX

@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +25,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
 from deepseek_jax.configs.json_fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.load import block_size, has_bad, read_config, scale_shape
+from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, has_bad, scale_shape, shared, stored
+from deepseek_jax.convert.layers import Layers
+from deepseek_jax.convert.load import open_checkpoint, read_config
 from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Entry, Writer, load_json
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer, load_json
 from deepseek_jax.core.params import Adapter, RouterBias, map_variables, variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
 from deepseek_jax.model.transformer import Transformer
@@ -55,6 +58,8 @@ COPIED_FILES = (
 )
 E8M0 = np.dtype(jnp.float8_e8m0fnu)
 Spec = tuple[np.dtype, tuple[int, ...]]
+# An array, or FP8 values, scales and their block.
+Held = np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
 def save_pretrained(
@@ -63,13 +68,17 @@ def save_pretrained(
     quantize: str | None = None,
     like: str | Path | None = None,
     tokenizer: "str | Path | Tokenizer | None" = None,
+    dtype=None,
 ) -> None:
     """Writes ``config.json`` and safetensors files, with an index when there are several.
 
     ``quantize="fp8"``: the linear maps of attention and networks as FP8 E4M3 with a scale for each 128 x 128
-    block of the published matrix, all else bfloat16, the router bias float32. None: as the model holds it.
-    ``like``: a published folder whose dtypes, scales, file split, tokenizer files and further config fields
-    are taken; a block that its values still represent keeps its scale and bytes.
+    block of the published matrix, all else bfloat16, the router bias float32. ``dtype``: float32, bfloat16 or float16
+    for every tensor but the router bias, which is float32; FP8 is dequantised. Neither: as the model holds it, or, of a
+    model that was loaded with dtype=None, each tensor as it was stored.
+    ``like``: a published or converted folder whose dtypes, scales, file split, tokenizer files and further config
+    fields are taken; a block that its values still represent keeps its scale and bytes. ``quantize`` and ``dtype`` come
+    before its dtypes. What it stores under other names (`convert.naming`) is written under the published ones.
     ``tokenizer``: a folder, or a tokenizer loaded from one, whose tokenizer and templates are copied, byte for byte.
 
     Of a model in shards one published tensor after the other is gathered. Several processes all call this; the first
@@ -77,17 +86,15 @@ def save_pretrained(
 
     Raises, before anything is written, FileExistsError when ``path`` is there and not empty, ConfigError for a model
     that config.json cannot carry, CheckpointError when ``like`` does not hold the model's tensors, ValueError for an
-    unknown ``quantize`` and a model with adapters; later ValueError for values that are not finite.
+    unknown ``quantize`` or ``dtype`` and a model with adapters; later ValueError for values that are not finite.
     """
-    if quantize not in (None, "fp8"):
-        raise ValueError(f'quantize={quantize!r}: choose "fp8" or None.')
     if any(isinstance(v, Adapter) for v in variables(model)):
         raise ValueError("the model has adapters: merge them, or write them apart (convert.adapter).")
-    template = _Template(like, model.cfg) if like is not None else None
-    _config_fields(model.cfg, template)
+    how = Format.asked(quantize, dtype, like, model.cfg)
+    _config_fields(model.cfg, how)
     words = None if tokenizer is None else tokenizer_folder(tokenizer)
     with new_folder(path) if is_first() else nullcontext() as folder:
-        _write(model, folder, quantize, template)
+        _write(model, folder, how)
         if words is not None and folder is not None:
             copy_tokenizer(words, folder)
 
@@ -117,19 +124,29 @@ def check_free(path: Path) -> None:
         raise FileExistsError(f"{path} exists and is not an empty folder; choose another destination or remove it.")
 
 
-class _Template:
+class Template:
     """The folder that ``like`` names."""
 
     def __init__(self, folder: str | Path, cfg: ModelConfig):
-        self.checkpoint = Checkpoint(folder)
-        self.folder, self.entries = self.checkpoint.folder, self.checkpoint.entries
+        self.folder = Path(folder)
         self.config = load_json(self.folder / "config.json")
         self.block = block_size(self.config, cfg)
+        self.checkpoint = open_checkpoint(self.folder, cfg, self.block)
+        self.entries = self.checkpoint.entries
+        if isinstance(self.checkpoint, Layers):
+            record = self.checkpoint.record
+            self.indexed = record["indexed"]
+            self.file_of = {name: file for file, names in record["files"].items() for name in names}
+        else:
+            self.indexed = self.checkpoint.indexed
+            self.file_of = {name: entry.file.name for name, entry in self.entries.items()}
         self.powers_of_two = (self.config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
         tensors, _ = layout(cfg, self.block)
         for tensor in tensors:
             entry = self.entries.get(tensor.name)
             if entry is None:
+                if tensor.copy:
+                    continue
                 raise CheckpointError(f"like={self.folder} has no tensor {tensor.name}; it is another model's folder.")
             if entry.shape != tensor.shape:
                 raise CheckpointError(
@@ -139,40 +156,105 @@ class _Template:
                 raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.name + SCALE} is missing.")
 
 
-def _write(model: Transformer, folder: Path | None, quantize: str | None, like: _Template | None) -> None:
+@dataclass(frozen=True)
+class Format:
+    """What is asked for: the arguments of `save_pretrained`."""
+
+    quantize: str | None
+    dtype: np.dtype | None
+    like: Template | None
+
+    @classmethod
+    def asked(cls, quantize: str | None, dtype, like: str | Path | None, cfg: ModelConfig) -> "Format":
+        """Raises ValueError for an unknown ``quantize`` or ``dtype`` and for both, CheckpointError for ``like``."""
+        if quantize not in (None, "fp8"):
+            raise ValueError(f'quantize={quantize!r}: choose "fp8" or None.')
+        dtype = None if dtype is None else np.dtype(dtype)
+        if dtype is not None and (quantize is not None or dtype not in FLOATS):
+            raise ValueError(
+                f"dtype {dtype} with quantize={quantize!r}: choose float32, bfloat16 or float16, and no quantize then."
+            )
+        return cls(quantize, dtype, None if like is None else Template(like, cfg))
+
+    def written(self, tensor: Tensor) -> bool:
+        """Copies are written where ``like`` has them."""
+        if not tensor.copy:
+            return True
+        return tensor.name in self.like.entries if self.like else tensor.written
+
+    def of(self, tensor: Tensor, held: Stored) -> Stored:
+        """How a tensor is written that is ``held`` so."""
+        bias = tensor.path[-2:] == ("router", "bias")
+        if self.dtype is not None and not bias:
+            return Stored(self.dtype)
+        if self.like:
+            own = stored(self.like.entries, tensor.name)
+            if own.scale is not None or not (self.quantize and tensor.fp8):
+                return own
+        if held.scale is None and self.quantize and not bias:
+            return Stored(np.dtype(FP8), np.dtype(np.float32)) if tensor.fp8 else Stored(np.dtype(jnp.bfloat16))
+        return held
+
+
+def _write(model: Transformer, folder: Path | None, how: Format) -> None:
     """Without a folder: takes part in the gathering only."""
     values: dict[tuple, nnx.Variable] = {}
     map_variables(lambda path, v: values.setdefault(path, v), model)
-    block = like.block if like else _model_block(values)
+    block = how.like.block if how.like else _model_block(values)
     tensors, leaves = layout(model.cfg, block)
+    forms = _forms(values, tensors)
+    tensors = [tensor for tensor in tensors if how.written(tensor)]
+
+    def held(tensor: Tensor):
+        return _held(values[tensor.path].get_value(), leaves[tensor.path], tensor, forms.get(tensor.name))
+
     if folder is None:
         for tensor in tensors:
-            _held(values[tensor.path].get_value(), leaves[tensor.path], tensor)
+            held(tensor)
         return
-    specs: dict[str, Spec] = {}
-    for tensor in tensors:
-        dtype, scale_dtype = _stored_as(tensor, values[tensor.path], quantize, like)
-        specs[tensor.name] = (np.dtype(dtype), tensor.shape)
-        if scale_dtype is not None:
-            specs[tensor.name + SCALE] = (np.dtype(scale_dtype), scale_shape(tensor, block))
-    files = split_files(specs, like.entries if like else None)
-    if len(files) > 1 or (like and like.checkpoint.indexed):
+    written = [(t, how.of(t, forms.get(t.name) or held_as(values[t.path].get_value()))) for t in tensors]
+    write_published(folder, model.cfg, written, held, block, how)
+    if how.like:
+        copy_files(how.like.folder, folder)
+        _keep_stops(folder / "generation_config.json", model.cfg)
+
+
+def write_published(
+    folder: Path,
+    cfg: ModelConfig,
+    written: list[tuple[Tensor, Stored]],
+    held: Callable[[Tensor], Held],
+    block: tuple[int, int],
+    how: Format,
+) -> None:
+    """Writes config.json and safetensors files. ``written``: the tensors, in published order, and how each is stored;
+    ``held``: gives a tensor's values, one tensor at a time."""
+    like, specs = how.like, {}
+    for tensor, form in written:
+        specs[tensor.name] = (form.dtype, tensor.shape)
+        if form.scale is not None:
+            specs[tensor.name + SCALE] = (form.scale, scale_shape(tensor, block))
+    files = split_files(specs, like.file_of if like else None)
+    if len(files) > 1 or (like and like.indexed):
         write_json(folder / INDEX, index_json(specs, files))
     with ExitStack() as stack:
         writer_of = {}
         for file, names in files.items():
             writer = stack.enter_context(Writer(folder / file, {name: specs[name] for name in names}))
             writer_of |= dict.fromkeys(names, writer)
-        for tensor in tensors:
-            held = _held(values[tensor.path].get_value(), leaves[tensor.path], tensor)
-            array, scale = _published(tensor.name, held, specs, block, like)
+        for tensor, _ in written:
+            array, scale = _published(tensor.name, held(tensor), specs, block, like)
             writer_of[tensor.name].write(tensor.name, array)
             if scale is not None:
                 writer_of[tensor.name + SCALE].write(tensor.name + SCALE, scale)
-    write_json(folder / "config.json", _config(model.cfg, specs, block, like))
-    if like:
-        copy_files(like.folder, folder)
-        _keep_stops(folder / "generation_config.json", model.cfg)
+    write_json(folder / "config.json", _config(cfg, specs, block, how))
+
+
+def held_as(value) -> Stored:
+    """The dtypes of a leaf's value."""
+    if isinstance(value, Quantized):
+        return Stored(np.dtype(value.values.dtype), np.dtype(value.scale.dtype))
+    return Stored(np.dtype(value.dtype))
 
 
 def _model_block(values: dict) -> tuple[int, int]:
@@ -184,23 +266,21 @@ def _model_block(values: dict) -> tuple[int, int]:
     return blocks.pop() if blocks else BLOCK
 
 
-def _stored_as(tensor: Tensor, variable: nnx.Variable, quantize: str | None, like: _Template | None):
-    """The dtypes a tensor and its scales (None: it has none) are written in."""
-    value = variable.get_value()
-    if like and (like.entries[tensor.name].dtype == FP8 or not (quantize and tensor.fp8)):
-        dtype = like.entries[tensor.name].dtype
-        return dtype, like.entries[tensor.name + SCALE].dtype if dtype == FP8 else None
-    if isinstance(value, Quantized):
-        return value.values.dtype, value.scale.dtype
-    if quantize and tensor.fp8:
-        return FP8, np.float32
-    if quantize and not isinstance(variable, RouterBias):
-        return jnp.bfloat16, None
-    return value.dtype, None
+def _forms(values: dict[tuple, nnx.Variable], tensors) -> dict[str, Stored]:
+    """How the tensors of leaves of several forms were stored, as long as these leaves are held as they were loaded."""
+    found: dict[str, Stored] = {}
+    for path, variable in values.items():
+        forms, value = variable.get_metadata().get(STORED), variable.get_value()
+        if forms is None:
+            continue
+        if held_as(value) == shared(forms) or isinstance(variable, RouterBias):
+            own = [tensor.name for tensor in tensors if tensor.path == path and not tensor.copy]
+            found |= zip(own, forms, strict=True)
+    return found
 
 
-def _held(value, leaf: Leaf, tensor: Tensor) -> np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """A published tensor as the model holds it: an array, or FP8 values, scales and their block."""
+def _held(value, leaf: Leaf, tensor: Tensor, form: Stored | None) -> Held:
+    """A published tensor as the model holds it."""
 
     def part(array, shape):
         if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
@@ -209,10 +289,15 @@ def _held(value, leaf: Leaf, tensor: Tensor) -> np.ndarray | tuple[np.ndarray, n
             array = np.asarray(array).reshape(shape)[tensor.index]
         return array.T if tensor.transposed else array
 
-    if isinstance(value, Quantized):
-        scale = part(value.scale, value.scale.shape)
-        return part(value.values, leaf.matrix), scale, published_block(tensor.path, value.block)
-    return part(value, leaf.matrix)
+    if not isinstance(value, Quantized):
+        return part(value, leaf.matrix)
+    values = part(value.values, leaf.matrix)
+    if form is not None and form.scale is None:
+        return values.astype(form.dtype)  # its scales are 1
+    scale = part(value.scale, value.scale.shape)
+    if form is not None:
+        values, scale = values.astype(FP8), scale.astype(form.scale)
+    return values, scale, published_block(tensor.path, value.block)
 
 
 def _gathered(array: jax.Array, shape: tuple[int, ...], index: tuple[int | slice, ...]) -> np.ndarray:
@@ -236,7 +321,7 @@ def _piece(mesh, shape: tuple[int, ...], rest: tuple[int | None, ...]):
     return jax.jit(take, out_shardings=whole)
 
 
-def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], like: _Template | None):
+def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], like: Template | None):
     """A tensor's values and scales (None: it has none) in the dtypes of ``specs``."""
     dtype = specs[name][0]
     if isinstance(held, tuple):
@@ -249,28 +334,27 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         if has_bad(array):
             raise ValueError(f"{name} holds values that are not finite as {dtype}; it is not saved.")
         return array, None
-    stored = None
+    kept = None
     if like and like.entries[name].dtype == FP8:
-        stored = like.checkpoint.read(name), like.checkpoint.read(name + SCALE)
+        kept = like.checkpoint.read(name), like.checkpoint.read(name + SCALE)
     scale_dtype = specs[name + SCALE][0]
     powers = scale_dtype == E8M0 or bool(like and like.powers_of_two)
     try:
-        values, scale = quantize_matrix(held, block, stored, powers)
+        return quantize_matrix(held, block, kept, powers, scale_dtype)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from None
-    return values, scale.astype(scale_dtype)
 
 
-def split_files(specs: dict[str, Spec], like: dict[str, Entry] | None = None) -> dict[str, list[str]]:
-    """File name -> names of its tensors: the split of ``like``, else files of up to 5 GB in published order.
+def split_files(specs: dict[str, Spec], like: dict[str, str] | None = None) -> dict[str, list[str]]:
+    """File name -> names of its tensors: the split of ``like`` (name -> file), else files of up to 5 GB in published
+    order.
 
     A scale that ``like`` does not have goes where its tensor is.
     """
     files: dict[str, list[str]] = {}
     if like is not None:
         for name in specs:
-            entry = like.get(name) or like[name.removesuffix(SCALE)]
-            files.setdefault(entry.file.name, []).append(name)
+            files.setdefault(like.get(name) or like[name.removesuffix(SCALE)], []).append(name)
         return dict(sorted(files.items()))
     groups, size = [[]], 0
     for name, spec in specs.items():
@@ -294,7 +378,7 @@ def nbytes(spec: Spec) -> int:
     return math.prod(spec[1]) * spec[0].itemsize
 
 
-def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], like: _Template | None) -> dict:
+def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], how: Format) -> dict:
     """The config.json; of ``like``'s, fields that say nothing about our config are kept as they are."""
     quantization = None
     scales = {dtype for name, (dtype, _) in specs.items() if name.endswith(SCALE)}
@@ -307,23 +391,24 @@ def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], li
         }
         if E8M0 in scales:
             quantization["scale_fmt"] = "ue8m0"
-    data = _config_fields(cfg, like)
+    data, like = _config_fields(cfg, how), how.like
     if quantization is not None:
         data["quantization_config"] = quantization
-    if like and "quantization_config" in like.config:
+    if like and how.dtype is None and "quantization_config" in like.config:
         data["quantization_config"] = like.config["quantization_config"]
-    if like and same_model(like.folder, cfg):
+    if like and how.dtype is None and same_model(like.folder, cfg):
         return data
     data["torch_dtype"] = specs["model.embed_tokens.weight"][0].name
     return data
 
 
-def _config_fields(cfg: ModelConfig, like: _Template | None) -> dict:
+def _config_fields(cfg: ModelConfig, how: Format) -> dict:
     """What a config.json says of the model itself, and what it takes over from ``like``'s.
 
     Raises ConfigError where it would be read as another model.
     """
-    data = config_to_json(cfg)
+    data, like = config_to_json(cfg), how.like
+    replaced = set() if how.dtype is None else {"quantization_config", "torch_dtype", "dtype"}
     if like is None:
         kept = {}
     elif same_model(like.folder, cfg):
@@ -332,6 +417,7 @@ def _config_fields(cfg: ModelConfig, like: _Template | None) -> dict:
         known = {*ALIASES.values(), *ROPE_FIELDS, *FOLLOWING}
         kept = {key: value for key, value in like.config.items() if key not in known}
         check_carried(cfg, kept | data)
+    kept = {key: value for key, value in kept.items() if key not in replaced}
     return kept | data | {"deepseek_jax_version": __version__}
 
 

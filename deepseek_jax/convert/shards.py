@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from deepseek_jax.convert.formats import Stored, cast, check_finite
 from deepseek_jax.convert.layers import LayerEntry
 from deepseek_jax.convert.names import SCALE, Leaf, Tensor
 from deepseek_jax.convert.safetensors import CheckpointError, Entry
@@ -23,38 +24,58 @@ def load_leaf(
     entries: dict[str, Entry | LayerEntry],
     tensors: list[Tensor],
     leaf: Leaf,
-    dtype: np.dtype,
+    form: Stored,
     block: tuple[int, int],
     place: NamedSharding | Quantized,
-    check: Callable[[Entry | LayerEntry, np.ndarray], None],
 ) -> jax.Array | Quantized:
-    """An array of ``dtype`` laid out as ``place`` says, or with a `Quantized` of shardings such a leaf.
+    """An array of ``form``'s dtype laid out as ``place`` says, or with scales, and a `Quantized` of shardings, such a
+    leaf.
 
-    ``check``: raises for values that may not be. Raises CheckpointError for a file that ends too soon.
+    Raises CheckpointError for values that are not finite and for a file that ends too soon.
     """
 
-    def assemble(shape: tuple[int, ...], to: np.dtype, sharding: NamedSharding, suffix: str) -> jax.Array:
+    def assemble(shape: tuple[int, ...], to: np.dtype, sharding: NamedSharding, read: Callable) -> jax.Array:
         held: dict[str, np.ndarray] = {}
 
         def shard(index: Part) -> np.ndarray:
             part = tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True))
             if str(part) not in held:
-                held[str(part)] = _shard(entries, tensors, leaf, part, shape, to, block, suffix, check)
+                fused = _fused(part, leaf) if shape == leaf.shape else part
+                out = np.empty([s.stop - s.start for s in fused], to)
+                _fill_shard(out, tensors, fused, read)
+                held[str(part)] = out.reshape([s.stop - s.start for s in part])
             return held[str(part)]
 
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    if not isinstance(place, Quantized):
-        return assemble(leaf.shape, dtype, place, "")
-    values = assemble(leaf.matrix, FP8, place.values, "")
-    scale = assemble(leaf.scale, entries[tensors[0].name + SCALE].dtype, place.scale, SCALE)
-    return Quantized(values, scale, leaf.block, leaf.dims)
+    def checked(entry: Entry | LayerEntry, part: Part) -> np.ndarray:
+        array = read_part(entry, part)
+        check_finite(entry, array)
+        return array
+
+    def values(name: str, part: Part) -> np.ndarray:
+        array = checked(entries[name], part)
+        if array.dtype == FP8 and form.scale is None:
+            return _dequantized(entries[name + SCALE], array, part, block, checked)
+        return cast(entries[name], array, form.dtype)
+
+    def scales(name: str, part: Part) -> np.ndarray:
+        if entries[name].dtype != FP8:
+            return np.ones([s.stop - s.start for s in part], form.scale)
+        return checked(entries[name + SCALE], part)
+
+    if form.scale is None:
+        return assemble(leaf.shape, form.dtype, place, values)
+    return Quantized(
+        assemble(leaf.matrix, form.dtype, place.values, values),
+        assemble(leaf.scale, form.scale, place.scale, scales),
+        leaf.block,
+        leaf.dims,
+    )
 
 
-def _shard(entries, tensors, leaf: Leaf, part: Part, shape, dtype, block, suffix: str, check) -> np.ndarray:
-    """The part of the leaf, of its values or with a suffix of its scales."""
-    fused = part if suffix or len(shape) == len(leaf.matrix) else _fused(part, leaf)
-    out = np.empty([s.stop - s.start for s in fused], dtype)
+def _fill_shard(out: np.ndarray, tensors: list[Tensor], fused: Part, read: Callable[[str, Part], np.ndarray]) -> None:
+    """Fills the part ``fused`` of a leaf's matrix form, or of its scales, with what ``read`` gives of each tensor."""
     for tensor in tensors:
         where, wanted = [], []
         for at, mine in zip(tensor.index, fused, strict=True):
@@ -65,14 +86,8 @@ def _shard(entries, tensors, leaf: Leaf, part: Part, shape, dtype, block, suffix
                 where.append(at - mine.start if mine.start <= at < mine.stop else None)
         if None in where:
             continue
-        rows_columns = tuple(reversed(wanted)) if tensor.transposed else tuple(wanted)
-        entry = entries[tensor.name + suffix]
-        array = read_part(entry, rows_columns)
-        check(entry, array)
-        if not suffix and array.dtype == FP8 and np.dtype(dtype) != FP8:
-            array = _dequantized(entries[tensor.name + SCALE], array, rows_columns, block, check)
+        array = read(tensor.name, tuple(reversed(wanted)) if tensor.transposed else tuple(wanted))
         out[tuple(where)] = array.T if tensor.transposed else array
-    return out.reshape([s.stop - s.start for s in part])
 
 
 def _fused(part: Part, leaf: Leaf) -> Part:
@@ -90,11 +105,10 @@ def _fused(part: Part, leaf: Leaf) -> Part:
     return tuple(found)
 
 
-def _dequantized(scale: Entry | LayerEntry, array: np.ndarray, part: Part, block: tuple[int, int], check) -> np.ndarray:
+def _dequantized(scale: Entry | LayerEntry, array: np.ndarray, part: Part, block: tuple[int, int], read) -> np.ndarray:
     """float32: FP8 values that are ``part`` of a matrix, times the scales of their blocks."""
     blocks = tuple(slice(s.start // b, -(-s.stop // b)) for s, b in zip(part, block, strict=True))
-    grid = read_part(scale, blocks)
-    check(scale, grid)
+    grid = read(scale, blocks)
     of_row, of_column = (np.arange(s.start, s.stop) // b - s.start // b for s, b in zip(part, block, strict=True))
     return array.astype(np.float32) * grid.astype(np.float32)[of_row[:, None], of_column[None, :]]
 

@@ -19,11 +19,14 @@ import numpy as np
 
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
-from deepseek_jax.convert.layers import FORMAT, FORMAT_VERSION, RECORD, Layers, Place, places
-from deepseek_jax.convert.load import check_copy, check_finite, check_tensors, read_config
-from deepseek_jax.convert.names import IGNORED, SCALE, check_size, layout
+from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some
+from deepseek_jax.convert.formats import check_finite, stored, usual
+from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
+from deepseek_jax.convert.load import open_published, read_config
+from deepseek_jax.convert.names import IGNORED, SCALE, layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.convert.save import check_free, copy_files, index_json, write_json
+from deepseek_jax.notes import note
 from deepseek_jax.version import __version__
 
 # So many chunks are in memory, being read, checked or written. Waiting for the disk, threads outnumber cores.
@@ -50,10 +53,14 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
         with _staging(layers, destination) as folder:
             _to_published(layers, folder, progress)
         return "published"
-    checkpoint = Checkpoint(source)
-    check_size(cfg, checkpoint.entries, source)
+    checkpoint = open_published(source, cfg, block)
     check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
-    _check_uniform(checkpoint, places(cfg, block))
+    if layers := extra_layers(checkpoint, cfg):
+        raise CheckpointError(
+            f"{source}: config.json has {cfg.mtp_depth} MTP layers, the files more, as model.layers."
+            f"{', '.join(map(str, layers))}, which the conversion would lose: set num_nextn_predict_layers to "
+            f"{cfg.mtp_depth + len(layers)}."
+        )
     with _staging(checkpoint, destination) as folder:
         _to_layers(checkpoint, folder, cfg, block, progress)
     return FORMAT
@@ -108,54 +115,76 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
 
 
-def _check_uniform(checkpoint: Checkpoint, found: dict[str, Place]) -> None:
-    """Tensors that share an array share a dtype."""
-    first: dict[tuple, str] = {}
-    for name, place in found.items():
-        other = first.setdefault((place.unit, place.key), name)
-        for suffix in ("", SCALE):
-            a, b = (checkpoint.entries.get(n + suffix) for n in (name, other))
-            if (a and a.dtype) != (b and b.dtype):
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {other + suffix} is stored as {b and b.dtype} and {name + suffix} as "
-                    f"{a and a.dtype}; experts of a layer that differ in dtype cannot be converted."
-                )
+def _apart(checkpoint: Checkpoint, cfg, block: tuple[int, int]) -> list[str]:
+    """The tensors that are stored unlike the most of those that share an array; a note names them."""
+    groups: dict[tuple, list[str]] = {}
+    for name, place in places(cfg, block).items():
+        groups.setdefault((place.unit, place.key), []).append(name)
+    found = []
+    for names in groups.values():
+        forms = [stored(checkpoint.entries, name) for name in names]
+        most = usual(forms)
+        found += [name for name, form in zip(names, forms, strict=True) if form != most]
+    if found:
+        note(
+            f"{checkpoint.folder}: {len(found)} experts' tensors are stored in another dtype than the layer's others "
+            f"({', '.join(some(found))}): each has an array of its own."
+        )
+    return found
 
 
 def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, block, progress: Progress) -> None:
     tensors, _ = layout(cfg, block)
+    apart = _apart(checkpoint, cfg, block)
     units: dict[str, dict[tuple[str, ...], Members]] = {}
-    for tensor, place in places(cfg, block).items():
+    sizes: dict[tuple, tuple[int, ...]] = {}
+    for place in places(cfg, block).values():
+        size = sizes.get((place.unit, place.key), place.index)
+        sizes[place.unit, place.key] = tuple(max(n, i + 1) for n, i in zip(size, place.index, strict=True))
+    for tensor, place in places(cfg, block, frozenset(apart)).items():
         for name, kind in ((tensor, "values"), (tensor + SCALE, "scale")):
-            if name in checkpoint.entries:
+            if kind == "values" or stored(checkpoint.entries, tensor).scale is not None:
                 members = units.setdefault(place.unit, {}).setdefault((*place.key, kind), {})
                 members[place.index] = name
     for unit, arrays in units.items():
         if not (folder / unit).exists():
-            _write_unit(checkpoint, folder / unit, arrays, progress)
+            _write_unit(checkpoint, folder / unit, arrays, {k: sizes.get((unit, k[:-1]), ()) for k in arrays}, progress)
         else:
             progress(sum(checkpoint.entries[name].nbytes for names in arrays.values() for name in names.values()))
     for tensor in tensors:
-        if tensor.copy:
+        if tensor.copy and tensor.name in checkpoint.entries:
             check_copy(checkpoint, tensor, tensors)
             progress(checkpoint.entries[tensor.name].nbytes)
+    kept = {name for arrays in units.values() for members in arrays.values() for name in members.values()}
+    kept |= {tensor.name for tensor in tensors}
     files: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
-        files.setdefault(entry.file.name, []).append(name)
+        if name in kept:
+            files.setdefault(entry.file.name, []).append(name)
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     copy_files(checkpoint.folder, folder)
     record = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": APART_VERSION if apart else FORMAT_VERSION,
         "deepseek_jax_version": __version__,
         "indexed": checkpoint.indexed,
         "files": files,
+        **({"apart": apart} if apart else {}),
     }
     write_json(folder / RECORD, record)
 
 
-def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict[tuple[str, ...], Members], progress: Progress) -> None:
-    """One Orbax checkpoint, chunk by chunk; nothing stands at ``path`` before the last is written."""
+def _write_unit(
+    checkpoint: Checkpoint,
+    path: Path,
+    arrays: dict[tuple[str, ...], Members],
+    sizes: dict[tuple[str, ...], tuple[int, ...]],
+    progress: Progress,
+) -> None:
+    """One Orbax checkpoint, chunk by chunk; nothing stands at ``path`` before the last is written.
+
+    ``sizes``: the stacked axes of each array, which has zeros where it has no member.
+    """
     temporary = path.with_name(f".{path.name}.writing")
     for rest in path.parent.glob(f"{temporary.name}*"):  # of an earlier run that was interrupted
         shutil.rmtree(rest)
@@ -163,19 +192,19 @@ def _write_unit(checkpoint: Checkpoint, path: Path, arrays: dict[tuple[str, ...]
     write_skeleton(temporary, list(arrays))
 
     def move(array: Array, domain: Domain, members: Members) -> int:
-        values = np.empty([part.stop - part.start for part in domain], array.dtype)
+        values, nbytes = np.zeros([part.stop - part.start for part in domain], array.dtype), 0
         for index, where in _stack(domain, members):
             entry, rows = checkpoint.entries[members[index]], values[where]
             entry.read_into(rows, domain[len(index)].start)
             _check(checkpoint, entry.name, rows)
+            nbytes += rows.nbytes
         array.write(domain, values)
-        return values.nbytes
+        return nbytes
 
     moves = []
     for key, members in arrays.items():
-        entry, last = checkpoint.entries[members[min(members)]], max(members)
-        shape = (*(1 + i for i in last), *entry.shape)
-        array = Array.create(temporary, key, shape, entry.dtype, len(last))
+        entry, size = checkpoint.entries[members[min(members)]], sizes[key]
+        array = Array.create(temporary, key, (*size, *entry.shape), entry.dtype, len(size))
         moves += [(array, domain, members) for domain in array.chunks()]
     _each(move, moves, progress)
     temporary.replace(path)

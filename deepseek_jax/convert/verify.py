@@ -20,6 +20,7 @@ from deepseek_jax.convert.names import IGNORED
 from deepseek_jax.notes import cut
 from deepseek_jax.small_files import LARGE, read_json
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
 
 
@@ -239,6 +240,9 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
             raise VerifyError(f"{path} has {config['num_hidden_layers']} layers; its first {n_layers} cannot be taken.")
         config = {k: v for k, v in config.items() if k not in ("num_mtp_layers", "num_nextn_predict_layers")}
         config |= {"num_hidden_layers": n_layers, "num_mtp_layers": 0}
+    held = find_tensors(path, n_layers)
+    if n_layers is None:
+        config = _with_stored_mtp(config, held)
     reference = build_reference(config)
     import torch
 
@@ -248,8 +252,11 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
     if config.get("tie_word_embeddings"):
         missing.discard("lm_head.weight")
     copies, names = [], []
-    for name, tensor in read_tensors(path, config, n_layers):
-        names.append(name)
+    layers = len(reference.main.model.layers) + len(reference.mtp)
+    for name, tensor in read_tensors(path, config, held):
+        if (layer := LAYER.match(name)) and int(layer[1]) >= layers:
+            continue
+        names += _published(name, tensor)
         key, target = _place(name, targets, len(reference.main.model.layers))
         if key == "copy":
             copies.append((name, tensor, targets[target]))
@@ -258,13 +265,22 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
             raise VerifyError(f"{path}: {name} has shape {tuple(tensor.shape)}; the reference has {expected}.")
         else:
             target.copy_(tensor)
-            missing.discard(key)
+            missing -= set(_slots(key, target)) if key in targets else {key}
     if missing:
         raise VerifyError(f"{path} lacks {len(missing)} tensors of the reference, among them {min(missing)}.")
     for name, tensor, original in copies:
         if not torch.equal(tensor, original):
             raise VerifyError(f"{path}: {name} differs from the main model's, of which it is a copy.")
     return replace(reference, names=tuple(names))
+
+
+def _published(name: str, tensor) -> list[str]:
+    """The published names of what a stored tensor holds: itself, or the experts that transformers 5 has in one."""
+    fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
+    if fused is None:
+        return [name]
+    parts = ("gate", "up") if fused[2] == "gate_up" else ("down",)
+    return [f"{fused[1]}.{expert}.{part}_proj.weight" for expert in range(len(tensor)) for part in parts]
 
 
 def _slots(name: str, target) -> Iterator[str]:
@@ -277,41 +293,58 @@ def _slots(name: str, target) -> Iterator[str]:
         yield from (f"{name}[{expert}]{part}" for part in parts)
 
 
-def read_tensors(path: Path, config: dict, n_layers: int | None = None) -> Iterator[tuple[str, Any]]:
-    """(published name, float32 tensor) of every weight, FP8 times its scales; read by safetensors.
+def _with_stored_mtp(config: dict, held: dict) -> dict:
+    """The config with as many MTP layers as it announces and the files hold; where it announces none, as the files."""
+    layers = config.get("num_hidden_layers")
+    numbers = [int(layer[1]) for layer in map(LAYER.match, held) if layer]
+    stored = max((n + 1 - layers for n in numbers if n >= layers), default=0)
+    names = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(name) is not None]
+    depth = min(stored, config[names[0]]) if names else stored
+    return {**config, **dict.fromkeys(names or ["num_nextn_predict_layers"], depth)}
 
-    ``n_layers``: layers from this one on are left out.
-    """
-    import torch
+
+def find_tensors(path: Path, n_layers: int | None = None) -> dict[str, tuple[str, Any]]:
+    """Tensor -> its file's name and the file, opened by safetensors: of model.safetensors, else of the index's files,
+    else of all. ``n_layers``: layers from this one on are left out."""
 
     def wanted(name: str) -> bool:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        layer = LAYER.match(name)
         return n_layers is None or layer is None or int(layer[1]) < n_layers
 
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = _read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise VerifyError(f"{index} has no weight_map of tensors' names to files.")
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    files = _read_json(index).get("weight_map") if index.exists() else None
+    if index.exists() and (not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values())):
+        raise VerifyError(f"{index} has no weight_map of tensors' names to files.")
+    if files is not None and (single.name in files.values() or not single.exists()):
         files = {name: file for name, file in files.items() if wanted(name)}
         opened = {file: _open(path / file) for file in sorted(set(files.values()))}
         for name, file in files.items():
             if name not in opened[file].keys():  # noqa: SIM118
                 raise VerifyError(f"{path / file} lacks {name}, which {index} has in it.")
     else:
-        opened = {file.name: _open(file) for file in sorted(path.glob("*.safetensors"))}
+        shards = sorted(path.glob("model-*-of-*.safetensors")) or sorted(path.glob("*.safetensors"))
+        opened = {file.name: _open(file) for file in ([single] if single.exists() else shards)}
         files = {name: file for file, f in opened.items() for name in f.keys() if wanted(name)}  # noqa: SIM118
     if not files:
         raise VerifyError(f"{path} holds no *.safetensors with weights.")
+    return {name: (file, opened[file]) for name, file in files.items()}
+
+
+def read_tensors(path: Path, config: dict, held: dict[str, tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(stored name, float32 tensor) of every weight of `find_tensors`, FP8 times its scales."""
+    import torch
+
     rows, columns = (config.get("quantization_config") or {}).get("weight_block_size", (128, 128))
-    for name, file in files.items():
+    for name, (file, opened) in held.items():
         if name.endswith(("_scale_inv", *IGNORED)):
             continue
-        tensor = opened[file].get_tensor(name)
+        tensor = opened.get_tensor(name)
+        if not tensor.numel():
+            continue
         if tensor.dtype == torch.float8_e4m3fn:
-            if f"{name}_scale_inv" not in files:
+            if f"{name}_scale_inv" not in held:
                 raise VerifyError(f"{path}: {name} is FP8 but has no {name}_scale_inv.")
-            scale = opened[files[f"{name}_scale_inv"]].get_tensor(f"{name}_scale_inv").float()
+            scale = held[f"{name}_scale_inv"][1].get_tensor(f"{name}_scale_inv").float()
             n, k = tensor.shape if tensor.ndim == 2 else (0, 0)
             if scale.shape != (-(-n // rows), -(-k // columns)):
                 raise VerifyError(
@@ -331,8 +364,11 @@ def _read_json(path: Path) -> dict:
 
 
 def _open(file: Path):
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        import torch  # noqa: F401
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise VerifyError(f"{EXTRA} ({error})") from None
     if not file.is_file():
         raise VerifyError(f"{file} does not exist.")
     try:

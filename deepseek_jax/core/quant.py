@@ -22,7 +22,8 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny
 class Quantized:
     """A weight kept as low-precision values with a scale a block.
 
-    ``values``: [..., *dims], low precision. ``scale``: [..., *ceil(dims / block)], float32 or float8_e8m0fnu.
+    ``values``: [..., *dims], FP8, or a wider float that holds stacked matrices of both kinds exactly, the wider ones
+    under scales of 1. ``scale``: [..., *ceil(dims / block)], float32, bfloat16, float16 or float8_e8m0fnu.
     ``block``: the block's extent along each of the trailing ``len(block)`` axes. ``dims``: the logical shape
     of one leaf, to which ``values``'s trailing axes are reshaped (heads are fused in the stored matrix).
     Leading axes (stacked layers) stand before both.
@@ -93,25 +94,31 @@ def quantize_matrix(
     block: tuple[int, int],
     like: tuple[np.ndarray, np.ndarray] | None = None,
     powers_of_two: bool = False,
+    scale_dtype=np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """FP8 values [N, K] and float32 scales for a matrix w [N, K], on the host.
+    """FP8 values [N, K] and scales of ``scale_dtype`` for a matrix w [N, K], on the host.
 
-    A block's scale is its largest magnitude / 448, 1 for a block of zeros; ``powers_of_two`` rounds it up to
-    one (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored
+    A block's scale is its largest magnitude / 448, as ``scale_dtype`` has it, 1 for a block of zeros; ``powers_of_two``
+    rounds it up to one (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored
     values still represent w exactly in w's dtype keeps both, any other is quantised anew.
 
-    Raises ValueError for values that are not finite.
+    Raises ValueError for values that are not finite or need a larger scale than ``scale_dtype`` holds.
     """
     n, k = w.shape
     w32 = w.astype(np.float32)
     if not np.isfinite(w32).all():
         raise ValueError(f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised.")
     amax = _per_block(np.abs(w32), block, np.maximum)
-    scale = np.where(amax > 0, np.maximum(amax / np.float32(FP8_MAX), SMALLEST_SCALE), np.float32(1))
+    smallest = max(SMALLEST_SCALE, np.float32(jnp.finfo(scale_dtype).smallest_normal))
+    scale = np.where(amax > 0, np.maximum(amax / np.float32(FP8_MAX), smallest), np.float32(1))
     if powers_of_two:
         mantissa, exponent = np.frexp(scale)
         scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
-    scale = scale.astype(np.float32)
+    # The values are divided by the scale that is stored, rounded as it is.
+    with np.errstate(over="ignore"):
+        scale = scale.astype(scale_dtype).astype(np.float32)
+    if not np.isfinite(scale).all():
+        raise ValueError(f"values up to {amax.max():.3g} need larger scales than {np.dtype(scale_dtype)} holds.")
     if like is not None:
         values, stored = like
         same = dequantize_matrix(values, stored, block).astype(w.dtype) == w
@@ -125,7 +132,7 @@ def quantize_matrix(
         quantized = np.clip(w32 / whole(scale), -FP8_MAX, FP8_MAX).astype(FP8)
     if like is not None:
         quantized = np.where(whole(keep), values, quantized)
-    return quantized, scale
+    return quantized, scale.astype(scale_dtype)
 
 
 def _per_block(x: np.ndarray, block: tuple[int, int], reduce: np.ufunc) -> np.ndarray:

@@ -15,12 +15,9 @@ from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.adapter import load_adapter, merge, save_adapter
 from deepseek_jax.convert.load import load_pretrained, read_config
-from deepseek_jax.convert.names import layout
-from deepseek_jax.convert.save import copy_files, save_pretrained
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.lowrank import dense
-from deepseek_jax.core.params import Trained, is_variable, map_variables
-from deepseek_jax.core.quant import Quantized
+from deepseek_jax.core.params import Trained, map_variables
 from deepseek_jax.data.chat_rows import ChatConfig, ChatData, load_chats
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import Data, load_data
@@ -29,6 +26,7 @@ from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import first_then_all, from_first, is_first
 from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
+from deepseek_jax.train.export import export_model
 from deepseek_jax.train.loop import Result, fit
 from deepseek_jax.train.lora import adapt, check_targets
 from deepseek_jax.train.measure import exporter, measurer
@@ -61,7 +59,8 @@ def fine_tune(
     command: str | None = None,
     arguments: list[str] | None = None,
 ) -> Result:
-    """Trains a checkpoint further and exports it into ``folder`` in the dtypes of ``source``, FP8 included.
+    """Trains a checkpoint further and exports it into ``folder`` in the dtypes of ``source``, FP8 included, or in that
+    of ``options``.
 
     ``data``: a file of chats, of which the assistant's tokens are learned (``chats``: what becomes of them), or text.
     ``cfg``: another config than the checkpoint's, for which the weights that fit are kept (`convert.other_config`).
@@ -138,7 +137,7 @@ def fine_tune(
             if lora is not None and not lora.merge:
                 save_adapter(model, folder, base=source)
             else:
-                save_like(merge(model) if lora is not None else model, folder, source)
+                export_model(merge(model) if lora is not None else model, folder, options, source, recipe.dtype)
 
         def adapted(folder: Path) -> Transformer:
             return load_adapter(load_pretrained(source, dtype=None), folder)
@@ -207,24 +206,3 @@ def _fingerprint(source: Path) -> str:
     files = sorted(p for p in source.rglob("*") if p.is_file())
     listed = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def _gives_all(source: Path, cfg: ModelConfig) -> bool:
-    """Whether a folder has every tensor of a model of ``cfg``, which may be another config than its own."""
-    own, block = read_config(source)
-    ours, theirs = ({(t.name, t.shape) for t in layout(c, block)[0]} for c in (cfg, own))
-    return ours <= theirs
-
-
-def save_like(model: Transformer, folder: Path, source: Path) -> None:
-    """`save_pretrained` in the dtypes of ``source``, tokenizer files included; of a source without safetensors files, a
-    converted or a training folder, and for a model with other tensors, as the model holds it, or in FP8 blocks where
-    the source has any."""
-    if any(source.glob("*.safetensors")) and _gives_all(source, model.cfg):
-        save_pretrained(model, folder, like=source)
-        return
-    leaves = jax.tree.leaves(load_pretrained(source, dtype=None), is_leaf=is_variable)
-    fp8 = any(is_variable(v) and isinstance(v.get_value(), Quantized) for v in leaves)
-    save_pretrained(model, folder, quantize="fp8" if fp8 else None)
-    if is_first():
-        copy_files(source, folder)

@@ -15,7 +15,6 @@ from deepseek_jax.analysis.peaks import peak_of, training_flops
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.load import load_pretrained
-from deepseek_jax.convert.save import save_pretrained
 from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Trained, named
@@ -26,6 +25,7 @@ from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first
 from deepseek_jax.text.files import copy_tokenizer, tokenizer_files
 from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.train.export import export_model
 from deepseek_jax.train.journal import Journal, Progress, phase, progress_damage
 from deepseek_jax.train.measure import exporter, measurer
 from deepseek_jax.train.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, number, plain
@@ -50,7 +50,7 @@ class Result:
     bits per byte at the end of the weights, of a trigram counted on the tokens trained on (None for a checkpoint that
     is trained further), and of the weights' moving average. ``crossed_at``: minutes into the run of the first
     measurement at which the model was better than the trigram; None if it never was. ``stored_bits``: of the exported
-    FP8 weights.
+    weights.
     ``checkpoint``: the published folder; None when SIGTERM left no time for it.
     """
 
@@ -83,7 +83,7 @@ def train(
     command: str | None = None,
     arguments: list[str] | None = None,
 ) -> Result:
-    """Pre-trains ``cfg`` and exports it, with FP8 blocks, into ``folder``; `train.run_folder` says what lies there.
+    """Pre-trains ``cfg`` and exports it into ``folder``; `train.run_folder` says what lies there.
 
     ``text``: the recipe's FIM rate and sample masks take the place of its own. ``tokenizer``: a folder with a
     tokenizer.json, or the vocabulary size of one to be trained on the text; the model's vocabulary becomes the
@@ -146,7 +146,7 @@ def train(
             return data.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
 
         def write(model: Transformer, folder: Path) -> None:
-            save_pretrained(model, folder, quantize="fp8")
+            export_model(model, folder, options, source, recipe.dtype)
             if run.writes:
                 copy_tokenizer(run.tokenizer, folder)
 

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from tiny import random_model, tiny_config
 
 from deepseek_jax.convert.safetensors import Checkpoint, Writer
@@ -44,3 +45,17 @@ def edit_json(path: Path, change) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+def fuse(tensors: dict) -> None:
+    """Each layer's 8 experts in one tensor, as transformers 5 has them in memory."""
+    modules = {name.split(".experts.")[0] + ".experts" for name in tensors if ".experts.0." in name}
+    for module in modules:
+        for suffix in ("", "_scale_inv"):
+            if f"{module}.0.up_proj.weight{suffix}" in tensors:
+                gate, up, down = (
+                    np.stack([tensors.pop(f"{module}.{e}.{part}_proj.weight{suffix}") for e in range(8)])
+                    for part in ("gate", "up", "down")
+                )
+                tensors[f"{module}.gate_up_proj{suffix}"] = np.concatenate([gate, up], axis=1)
+                tensors[f"{module}.down_proj{suffix}"] = down

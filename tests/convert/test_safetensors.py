@@ -19,6 +19,7 @@ from deepseek_jax.convert.safetensors import (
     load_json,
     read_header,
 )
+from deepseek_jax.notes import CheckpointWarning
 
 
 def raw_file(path, header, body=b""):
@@ -198,7 +199,8 @@ def indexed(folder, **weight_map):
 def test_index(tmp_path):
     indexed(tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"not part of the index")
-    assert set(Checkpoint(tmp_path)) == {"a", "b"}
+    with pytest.warns(CheckpointWarning, match=r"what model\.\S+index\.json lists is the model; other\.safetensors"):
+        assert set(Checkpoint(tmp_path)) == {"a", "b"}
 
 
 def test_several_files_without_index(tmp_path):

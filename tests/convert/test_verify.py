@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
-from folders import arrays, edit_json, write_arrays
+from folders import arrays, edit_json, fuse, write_arrays
 from reference import torch_model
 from tiny import random_model, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -398,11 +398,11 @@ def weight_map(change):
 
 
 BROKEN = {
-    "truncated": (cut, "model.safetensors is damaged: safetensors cannot read it"),
-    "garbage": (lambda file: file.write_bytes(bytes(range(256)) * 9), "model.safetensors is damaged"),
-    "empty": (lambda file: file.write_bytes(b""), "model.safetensors is damaged"),
+    "truncated": (cut, "so that model.layers.4.self_attn.q_b_proj.weight is truncated"),
+    "garbage": (lambda file: file.write_bytes(bytes(range(256)) * 9), "too few for its header of 506097522914230528"),
+    "empty": (lambda file: file.write_bytes(b""), "model.safetensors: the file has 0 bytes"),
     "no weight_map": (weight_map(lambda names: {}), "index.json has no weight_map"),
-    "weight_map of numbers": (weight_map(lambda names: {"weight_map": {"a": 1}}), "index.json has no weight_map"),
+    "weight_map of numbers": (weight_map(lambda names: {"weight_map": {"a": 1}}), "a is mapped to 1, which is no file"),
     "names left out": (
         weight_map(lambda names: {"weight_map": {n: f for n, f in names.items() if n != "model.norm.weight"}}),
         "lacks 1 tensors of the reference, among them model.norm.weight",
@@ -516,3 +516,27 @@ def test_stored_reference_logits(scratch, monkeypatch, capsys):
     assert (stored["expert_margin"] >= TIE).all()
     for name, logits in (("logits", out.logits), ("mtp_logits", out.mtp_logits[0])):
         assert compare(logits[:, : stored[name].shape[1]], stored[name], None, name).ok
+
+
+@pytest.mark.parametrize(("announced", "depth"), [(None, 2), (3, 2), (0, 0)])
+def test_files_of_other_tools(tmp_path, announced, depth):
+    """The reference reads them with the meaning that `load_pretrained` gives them."""
+    for name in ("plain", "other"):
+        dsj.save_pretrained(random_model(CFG), tmp_path / name)
+    tensors = arrays(tmp_path / "other")
+    for copy in [n for n in tensors if re.search(r"layers\.\d+\.(embed_tokens|shared_head\.head)", n)]:
+        del tensors[copy]
+    fuse(tensors)
+    tensors["model.layers.1.mlp.experts._extra_state"] = np.zeros(0, np.float32)
+    write_arrays(tmp_path / "other", tensors)
+    write_arrays(tmp_path / "other", {"x.lora_A.weight": np.ones((2, 2), np.float32)}, "adapter_model.safetensors")
+    edit_json(tmp_path / "other/config.json", lambda c: c.update(num_nextn_predict_layers=announced))
+    whole, other = (reference_model(tmp_path / name) for name in ("plain", "other"))
+    assert len(other.mtp) == depth
+    expected = whole.main.state_dict() | whole.mtp[:depth].state_dict(prefix="mtp.")
+    found = other.main.state_dict() | other.mtp.state_dict(prefix="mtp.")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+    main_names = {name for name in whole.names if not name.startswith(("model.layers.3.", "model.layers.4."))}
+    assert main_names <= set(other.names) <= set(whole.names)

@@ -20,9 +20,11 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
+from deepseek_jax.convert.safetensors import Checkpoint, Writer
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
+from deepseek_jax.core.quant import dequantize_matrix
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score
 from deepseek_jax.model.attention import Span, attend
@@ -341,14 +343,30 @@ def loaded(case: str) -> dict:
 
 
 def saved(case: str) -> dict:
-    """The files of a model in its shards and of the same on one device, FP8 blocks and all."""
+    """The files of a model in its shards and of the same on one device, FP8 blocks and all; and these files, some of
+    their tensors no longer FP8, as they are stored in shards and on one device."""
     ctx, model = dsj.Context(mesh=mesh_of(case)), random_model(CFG)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("ours", "theirs")]
         for path, m in zip(paths, (place(model, ctx), model), strict=True):
             dsj.save_pretrained(m, path, quantize="fp8")
         ours, theirs = ({f.name: f.read_bytes() for f in path.iterdir()} for path in paths)
-    return {"files": sorted(ours), "equal": ours == theirs}
+        _thaw(paths[0], "model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.experts.5.up_proj.weight")
+        mixed = [jax.tree.leaves(dsj.load_pretrained(paths[0], dtype=None, ctx=c)) for c in (ctx, None)]
+    mixed_equal = all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in _pairs(*mixed))
+    return {"files": sorted(ours), "equal": ours == theirs, "mixed_equal": mixed_equal}
+
+
+def _thaw(folder: Path, *names: str) -> None:
+    """Makes FP8 tensors of a folder bfloat16."""
+    checkpoint = Checkpoint(folder)
+    tensors = {name: checkpoint.read(name) for name in checkpoint}
+    for name in names:
+        values = dequantize_matrix(tensors[name], tensors.pop(name + "_scale_inv"), (128, 128))
+        tensors[name] = values.astype(jnp.bfloat16)
+    with Writer(folder / "model.safetensors", {n: (a.dtype, a.shape) for n, a in tensors.items()}) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
 
 
 def _pairs(ours: list, theirs: list) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -228,6 +228,7 @@ def test_a_model_in_shards_is_written_as_on_one_device(default):
     found = default[f"saved|{SNAPSHOT}"]
     assert found["files"] == ["config.json", "model.safetensors"]
     assert found["equal"]
+    assert found["mixed_equal"]
 
 
 def test_layers_are_gathered_one_at_a_time(default):

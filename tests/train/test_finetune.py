@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -17,16 +18,21 @@ import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.cli.train import Train
 from deepseek_jax.convert.adapter import load_adapter, merge
-from deepseek_jax.convert.safetensors import CheckpointError, read_header
+from deepseek_jax.convert.safetensors import CheckpointError, Writer, read_header
 from deepseek_jax.convert.training import leaf_names, read_leaves, read_record
+from deepseek_jax.core.quant import FP8, dequantize_matrix
 from deepseek_jax.data.chat_rows import ChatConfig
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.model.transformer import abstract
+from deepseek_jax.notes import CheckpointWarning
 from deepseek_jax.text import bpe
 from deepseek_jax.train import loop
-from deepseek_jax.train.finetune import fine_tune
+from deepseek_jax.train.export import export_model
+from deepseek_jax.train.finetune import fine_tune, thawed
 from deepseek_jax.train.lora import adapt
 from deepseek_jax.train.metrics import Reporter
 from deepseek_jax.train.options import Options
+from deepseek_jax.train.patterns import select
 from deepseek_jax.train.tuning import LoRA, fine_tuning, of_epochs
 
 LENGTH = 48
@@ -192,6 +198,74 @@ def test_a_part_of_the_model_is_trained_and_the_rest_keeps_its_bytes(source, cha
     assert "model.layers.1.mlp.gate.weight" in changed
     assert all(".layers.2." in name or name == "model.layers.1.mlp.gate.weight" for name in changed)
     assert {n for n in changed if "correction_bias" in n} == {"model.layers.2.mlp.gate.e_score_correction_bias"}
+
+
+def dense(folder, into, *names):
+    """A copy in which some FP8 tensors are not quantised."""
+    shutil.copytree(folder, into)
+    tensors = {name: entry.read() for name, entry in read_header(into / "model.safetensors")[0].items()}
+    for name in names:
+        values = dequantize_matrix(tensors[name], tensors.pop(name + "_scale_inv"), (128, 128))
+        tensors[name] = values.astype(jnp.bfloat16)
+    with Writer(into / "model.safetensors", {n: (a.dtype, a.shape) for n, a in tensors.items()}) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+    return into
+
+
+@pytest.fixture(scope="module")
+def mixed(source, tmp_path_factory):
+    """One layer's o_proj and one expert are not quantised."""
+    names = ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.experts.3.up_proj.weight")
+    return dense(source, tmp_path_factory.mktemp("mixed") / "base", *names)
+
+
+def test_what_is_trained_of_mixed_leaves_is_exported_as_it_was_stored(mixed, tmp_path):
+    """Nothing has moved: parts made float32, and adapters of zero merged, come back byte for byte."""
+    with pytest.warns(CheckpointWarning, match=r"2 tensors are stored in another dtype.*layers\.2\.mlp\.experts\.3"):
+        model = dsj.load_pretrained(mixed, dtype=None)
+    assert model.stacks[1].attn.o.get_value().values.dtype == jnp.bfloat16
+    parts = thawed(model, select(abstract(model.cfg), ["layers.1-2.attn.o", "stacks.1.ffn.gate_up"]))
+    adapters = merge(adapt(model, LoRA(rank=2, targets=("layers.1-2.attn.o",))))
+    for name, trained in (("parts", parts), ("adapters", adapters)):
+        assert trained.stacks[1].attn.o.get_value().dtype == jnp.float32
+        export_model(trained, tmp_path / name, Options(), mixed, "float32")
+        assert stored(tmp_path / name) == stored(mixed)
+    # Without a folder to be like, what was made float32 is float32, the rest as it was stored.
+    dsj.save_pretrained(parts, tmp_path / "plain")
+    dtypes = {n: e.dtype.name for n, e in read_header(tmp_path / "plain" / "model.safetensors")[0].items()}
+    assert {dtypes[f"model.layers.{i}.self_attn.o_proj.weight"] for i in (1, 2)} == {"float32"}
+    assert dtypes["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"] == "float8_e4m3fn"
+
+
+@pytest.mark.slow
+def test_mixed_leaves_are_trained_on(mixed, chats, tmp_path):
+    """LoRA and parts, by the command; their exports keep all other bytes, and the stored model generates."""
+    before = stored(mixed)
+    for name, words, changes in (
+        ("lora", ["--lora.rank", "2", "--lora.targets", "layers.1.attn.*"], ".layers.1.self_attn"),
+        ("part", ["--train", "layers.2.ffn.gate_up"], ".layers.2.mlp.experts."),
+    ):
+        run = tmp_path / name
+        size = ["--tokens", str(4 * 2 * LENGTH), "--batch-rows", "2", "--length", str(LENGTH)]
+        assert main(["train", str(run), "--from", str(mixed), "--sft", str(chats), *size, *words]) == 0
+        with pytest.warns(CheckpointWarning):
+            dsj.load_pretrained(run / "checkpoint", dtype=None)
+        after = stored(run / "checkpoint")
+        assert before.keys() == after.keys()
+        changed = {n for n in before if before[n] != after[n]}
+        assert changed
+        assert all(changes in n for n in changed)
+    assert main(["generate", str(mixed), "--prompt", "say", "--dtype", "stored", "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize("asked", ["source", "bfloat16", "fp8"])
+def test_exports_in_the_dtype_that_is_asked_for(source, tmp_path, asked):
+    model = dsj.load_pretrained(source, dtype=jnp.float32)
+    export_model(model, tmp_path / "out", Options(export_dtype=asked), source, "float32")
+    entries = read_header(tmp_path / "out" / "model.safetensors")[0]
+    assert entries["model.layers.1.self_attn.o_proj.weight"].dtype == (jnp.bfloat16 if asked == "bfloat16" else FP8)
+    assert dsj.load_tokenizer(tmp_path / "out").has_template
 
 
 def test_settings_that_do_not_fit_are_refused(source, chats, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from tiny import tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.cli.main import main
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.training import read_leaves, read_record, write_record
@@ -176,9 +177,10 @@ def test_the_export_is_the_model_that_was_measured(run):
     result = run[0]
     model = dsj.load_pretrained(result.checkpoint, dtype=np.float32)
     assert model.cfg.vocab_size == dsj.load_tokenizer(result.checkpoint).vocab_size == VOCABULARY
-    # FP8 moves the measure by little; a leaf written to the wrong place would move it by much.
+    # Stored as it is computed in; a leaf written to the wrong place would move it by much.
     assert abs(result.stored_bits - result.model_bits) < 0.01 * result.model_bits
-    assert json.loads((result.checkpoint / "config.json").read_text())["quantization_config"]
+    config = json.loads((result.checkpoint / "config.json").read_text())
+    assert (config["torch_dtype"], "quantization_config" in config) == (RECIPE.dtype, False)
 
 
 def test_a_checkpoint_is_a_model_with_its_tokenizer(run):
@@ -187,6 +189,23 @@ def test_a_checkpoint_is_a_model_with_its_tokenizer(run):
     stored = dsj.load_pretrained(run[0].checkpoint, dtype=np.float32)
     for a, b in zip(jax.tree.leaves(dsj.load_pretrained(folder, dtype=None)), jax.tree.leaves(stored), strict=True):
         np.testing.assert_allclose(a, b, atol=0.07 * float(jnp.abs(a).max()))
+
+
+def test_a_checkpoint_is_written_in_the_published_layout(run, tmp_path, capsys):
+    """`convert RUN/checkpoints/STEP`: the weights themselves with their tokenizer, in any dtype."""
+    step = run[1] / "checkpoints" / "6"
+    assert main(["convert", str(step), str(tmp_path / "a")]) == 0
+    ours, theirs = (jax.tree.leaves(dsj.load_pretrained(folder, dtype=None)) for folder in (tmp_path / "a", step))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert dsj.load_tokenizer(tmp_path / "a").vocab_size == VOCABULARY
+    assert main(["convert", str(step), str(tmp_path / "b"), "--dtype", "fp8", "--json", str(tmp_path / "r")]) == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    assert json.loads((tmp_path / "r").read_text())["conversion"]["layout"] == "published"
+    capsys.readouterr()
+    assert main(["convert", str(step), "--dry-run"]) == 2
+    assert "a run's checkpoint is neither" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_bit_equal(run, text, tmp_path, monkeypatch, step):
