@@ -217,8 +217,10 @@ def _with_mtp_depth(folder: Path, data: dict) -> dict:
     names = tensor_names(folder)
     if names is None:
         return data
-    found = {layer - layers for layer in map(layer_of, names) if layer is not None and layer >= layers}
-    depth = max(found, default=-1) + 1
+    last = max((layer for layer in map(layer_of, names) if layer is not None), default=-1)
+    depth = max(0, last + 1 - layers)
+    if named is not None and last < layers - 1:
+        return data  # fewer layers than the model's own: the config is another's
     if named is None:
         what = f"{depth} MTP layers are there" if depth else "no tensor of an MTP layer is there"
         note(f"{folder}: config.json lacks {MTP_DEPTH}: taken to be {depth}, since {what}.")
