@@ -63,7 +63,7 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, bl
     missing = [t if isinstance(t, str) else t.name for t in missing]
     left = _left_out(checkpoint, cfg, expected)
     unexpected = [n for n in entries if n not in expected and n not in left]
-    problems = some(problems)
+    problems = _first(problems)
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {', '.join(some(missing))}")
     if unexpected:
@@ -125,9 +125,12 @@ def _tell(checkpoint, cfg: ModelConfig, shared: list[Tensor], left: set[str], sc
 
 
 def some(items: list[str]) -> list[str]:
-    """The first few, and how many more there are."""
-    named = [cut(item) for item in items[:NAMED]]
-    return named if len(items) <= NAMED else [*named, f"and {len(items) - NAMED} more"]
+    """The first few names, cut where they are long, and how many more there are."""
+    return _first([*map(cut, items[:NAMED]), *items[NAMED:]])
+
+
+def _first(items: list[str]) -> list[str]:
+    return items if len(items) <= NAMED else [*items[:NAMED], f"and {len(items) - NAMED} more"]
 
 
 def check_copy(checkpoint: Checkpoint, copy: Tensor, tensors, ctx: Context = DEFAULT) -> None:

@@ -461,7 +461,6 @@ CONFIG_ERRORS = {
     ),
     "many experts": ({"n_routed_experts": 8000}, CheckpointError, "tensors are missing"),
     "many layers": ({"num_hidden_layers": 10_000}, CheckpointError, "says num_hidden_layers 10000, "),
-    "many MTP layers": ({"num_nextn_predict_layers": 100}, CheckpointError, "tensors are missing"),
 }
 
 
