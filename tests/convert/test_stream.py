@@ -337,7 +337,7 @@ REFUSALS = {
         lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].pop("model.norm.weight")),
         r"\.safetensors holds model\.norm\.weight, which \S+index\.json does not list",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json; give a folder"),
     "config": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json must hold a JSON object, not list"),
     "model_type": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="mixtral")),
@@ -434,7 +434,7 @@ def test_destinations_that_cannot_be_written(fp8, tmp_path, monkeypatch, capsys)
     (tmp_path / "file").touch()
     assert main(["convert", str(fp8), str(tmp_path / "file/out")]) == 1
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'file'}: " in error
+    assert f"{tmp_path / 'file'} is a file." in error
     assert error.count("\n") == 1
 
     def refuse(path, *args, **kwargs):
@@ -529,7 +529,7 @@ def test_damaged_converted_folders(converted, tmp_path):
         with pytest.raises(CheckpointError, match=r"layers/2: ffn/gate_up/values cannot be read"):
             read(folder)
     chunk.unlink()
-    with pytest.raises(CheckpointError, match=r"layers/2: ffn/gate_up/values cannot be read.*0\.0\.0\.0.* is missing"):
+    with pytest.raises(CheckpointError, match=r"layers/2: ffn/gate_up/values cannot be read.*0\.0.* is missing"):
         convert(folder, tmp_path / "out")
     folder = copy("e")
     (folder / "layers/2/state/attn.o.scale/.zarray").unlink()
