@@ -22,13 +22,11 @@ def note(message: str) -> None:
     warnings.warn(message, CheckpointWarning, stacklevel=2)
 
 
-def shown(value, quoted: bool = True) -> str:
-    """A value as a message shows it: its repr (`cut` if not ``quoted``), cut where it is long.
+def shown(value) -> str:
+    """A value as a message shows it: its repr, cut where it is long.
 
     A file's value may have a million characters, an integer may have too many digits to be printed.
     """
-    if not quoted:
-        return cut(value)
     try:
         return _shortened(_SHORT.repr(value))
     except ValueError:  # Python prints no integer of more than 4300 digits

@@ -1,10 +1,9 @@
 """What a path is that was given for a checkpoint and is none, in a sentence, with the way out. Loads no JAX."""
 
-import json
 from pathlib import Path
 
 from deepseek_jax.configs.zoo import meant, zoo
-from deepseek_jax.notes import shown
+from deepseek_jax.notes import cut
 from deepseek_jax.small_files import read_json
 
 GIVE = "give a folder with config.json and safetensors files"
@@ -86,9 +85,8 @@ def _adapter(path: Path) -> str:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     except (ValueError, OSError) as error:
         return f"an adapter (LoRA) whose adapter_config.json cannot be read: {error}"
-    of = f" to {shown(base, quoted=False)}" if isinstance(base, str) and base else ""
+    of = f" to {cut(base)}" if isinstance(base, str) and base else ""
     return (
-        f"an adapter (LoRA){of}, not a whole model; merged into that it is one. In Python: "
-        f"merge(load_adapter(load_pretrained(BASE), {json.dumps(str(path))})), both of deepseek_jax.train.lora; "
-        "save_pretrained writes it."
+        f"an adapter (LoRA){of}, not a whole model: generate and score take it as --adapter {path} beside its base, and "
+        f"deepseek-jax convert BASE DST --adapter {path} writes the two as one model."
     )

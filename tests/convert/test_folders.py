@@ -68,7 +68,7 @@ def test_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/base"}))
     why = why_no_checkpoint(tmp_path)
     assert "is an adapter (LoRA) to models/base, not a whole model" in why
-    assert "load_adapter" in why
+    assert f"convert BASE DST --adapter {tmp_path}" in why
     (tmp_path / "adapter_config.json").write_text("{")
     assert "adapter_config.json cannot be read" in why_no_checkpoint(tmp_path)
 
