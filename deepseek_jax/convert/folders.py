@@ -87,6 +87,6 @@ def _adapter(path: Path) -> str:
         return f"an adapter (LoRA) whose adapter_config.json cannot be read: {error}"
     of = f" to {cut(base)}" if isinstance(base, str) and base else ""
     return (
-        f"an adapter (LoRA){of}, not a whole model: generate and score take it as --adapter {path} beside its base, and "
-        f"deepseek-jax convert BASE DST --adapter {path} writes the two as one model."
+        f"an adapter (LoRA){of}, not a whole model: generate and score take it as --adapter {path} beside "
+        f"its base, and deepseek-jax convert BASE DST --adapter {path} writes the two as one model."
     )
