@@ -12,13 +12,13 @@ C2, size of the embedding: beside Muon's first steps a small embedding is soon h
     which the module's own norm of the embedding avoids. Rule: with `embed_std` of 1 the main head's nats are lower in
     every seed, and so are they in comparison with the module's.
 
-Variants: the tiny recipe scaled to `TOKENS`, `embed_std` as the matrices' (small) or 1 (unit); same text, order and
-seeds. Besides: what replacing the token 1 or 8 places back changes of each layer's attention output, relative to that
-output; root mean square of the embedding and of the stream after each layer.
+Variants: the tiny recipe scaled to `TOKENS` on `MODEL` (1.4 million parameters), `embed_std` as the matrices' (small)
+or 1 (unit); same text, order and seeds. Besides: what replacing the token 1 or 8 places back changes of each layer's
+attention output, relative to that output; root mean square of the embedding and of the stream after each layer.
 
 Each run is written whole to runs/VARIANT-SEED.json and not repeated; results.json is made from these files.
 
-    python experiments/v3_mtp_targets/run.py                        # 6 runs of 4 minutes on 2 idle cores
+    python experiments/v3_mtp_targets/run.py                        # 6 runs of 2 minutes on 2 idle cores
     python experiments/v3_mtp_targets/run.py --measure CHECKPOINT   # the measures of any published folder with MTP
 """
 
@@ -46,7 +46,16 @@ from deepseek_jax.train.loop import train
 from deepseek_jax.train.recipes import recipe as named_recipe
 
 HERE = Path(__file__).parent
-TOKENS, SEEDS, VARIANTS = 200 * 4 * 512, (0, 1, 2), {"small": None, "unit": 1.0}
+MODEL = replace(
+    dsj.zoo("tiny-v3"),
+    name="tiny-v3 of half the width",
+    dim=128,
+    n_layers=4,
+    ffn_dim=160,
+    attention=replace(dsj.zoo("tiny-v3").attention, q_rank=64, kv_rank=32, nope_dim=16, v_dim=16),
+    moe=replace(dsj.zoo("tiny-v3").moe, n_experts=8, top_k=2, expert_dim=64),
+)
+TOKENS, SEEDS, VARIANTS = 600 * 4 * 512, (0, 1, 2), {"small": None, "unit": 1.0}
 LENGTH, WINDOWS, VOCABULARY = 512, 96, 2048
 
 
@@ -116,11 +125,11 @@ def held_out_windows(tokenizer) -> np.ndarray:
 def run(variant: str, seed: int) -> dict:
     """One training run and its figures."""
     began = time.monotonic()
-    recipe = replace(named_recipe("tiny").scaled(TOKENS), embed_std=VARIANTS[variant], seed=seed, evaluate_every=200)
+    recipe = replace(named_recipe("tiny").scaled(TOKENS), embed_std=VARIANTS[variant], seed=seed, evaluate_every=10**6)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         view = LiveView(recipe.tokens, f"{variant}, seed {seed}", began=began)
-        result = train(dsj.zoo("tiny-v3"), recipe, DataConfig(), VOCABULARY, folder, view=view, began=began)
+        result = train(MODEL, recipe, DataConfig(), VOCABULARY, folder, view=view, began=began)
         model = dsj.load_pretrained(result.checkpoint, dtype=jnp.float32)
         found = measure(model, held_out_windows(dsj.load_tokenizer(result.checkpoint)))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
