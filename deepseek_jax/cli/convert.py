@@ -82,8 +82,9 @@ class Convert:
             raise ValueError(f"{self.src} has no safetensors files: adapters are merged into a published folder.")
 
         from deepseek_jax.convert.adapter import load_adapter, merge
+        from deepseek_jax.convert.files import check_free
         from deepseek_jax.convert.load import load_pretrained
-        from deepseek_jax.convert.save import check_free, save_pretrained
+        from deepseek_jax.convert.save import save_pretrained
 
         check_free(self.dst)
         model = merge(load_adapter(load_pretrained(self.src, dtype=None), adapter))

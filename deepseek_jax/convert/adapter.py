@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.convert.files import new_folder, write_json
 from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Writer, load_json
-from deepseek_jax.convert.save import new_folder, write_json
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.params import Adapter, is_variable, map_variables
 from deepseek_jax.core.quant import Quantized

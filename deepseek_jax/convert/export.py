@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from deepseek_jax.convert.check import check_copy, check_tensors
+from deepseek_jax.convert.files import copy_files, new_folder
 from deepseek_jax.convert.formats import stored
+from deepseek_jax.convert.held import Held
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import read_config, read_tensor
 from deepseek_jax.convert.names import SCALE, Tensor, layout
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.convert.save import Format, Held, copy_files, new_folder, save_pretrained, write_published
+from deepseek_jax.convert.save import Format, save_pretrained, write_published
 from deepseek_jax.convert.training import is_training, load_training
 from deepseek_jax.core.quant import FP8
 

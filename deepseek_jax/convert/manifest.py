@@ -9,12 +9,12 @@ import numpy as np
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.check import check_tensors
+from deepseek_jax.convert.files import nbytes
 from deepseek_jax.convert.formats import scale_shape
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import open_checkpoint, read_config
 from deepseek_jax.convert.names import BLOCK, SCALE, layout
 from deepseek_jax.convert.safetensors import DTYPES, NAMES
-from deepseek_jax.convert.save import nbytes
 
 # The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")

@@ -4,34 +4,28 @@ Everything is written into a temporary folder beside the destination, which take
 the end: a failure leaves nothing.
 """
 
-import json
-import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
 from deepseek_jax.configs.json_fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, has_bad, scale_shape, shared, stored
+from deepseek_jax.convert.files import Spec, copy_files, index_json, new_folder, split_files, write_json
+from deepseek_jax.convert.formats import FLOATS, Stored, block_size, has_bad, scale_shape, stored
+from deepseek_jax.convert.held import Held, forms_of, held_as, model_block, tensor_of
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.load import open_checkpoint, read_config
-from deepseek_jax.convert.names import BLOCK, SCALE, Leaf, Tensor, layout, published_block
+from deepseek_jax.convert.names import SCALE, Tensor, layout
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer, load_json
-from deepseek_jax.core.params import Adapter, RouterBias, map_variables, variables
-from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
+from deepseek_jax.core.params import Adapter, map_variables, variables
+from deepseek_jax.core.quant import FP8, dequantize_matrix, quantize_matrix
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first
 from deepseek_jax.text.files import copy_tokenizer, tokenizer_folder
@@ -40,26 +34,7 @@ from deepseek_jax.version import __version__
 if TYPE_CHECKING:
     from deepseek_jax.text.tokenizer import Tokenizer
 
-SHARD_BYTES = 5_000_000_000
-COPIED_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "processor_config.json",
-    "generation_config.json",
-    "*.tiktoken",
-    "*.model",
-    "*.py",
-    "LICENSE*",
-)
 E8M0 = np.dtype(jnp.float8_e8m0fnu)
-Spec = tuple[np.dtype, tuple[int, ...]]
-# An array, or FP8 values, scales and their block.
-Held = np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
 def save_pretrained(
@@ -97,31 +72,6 @@ def save_pretrained(
         _write(model, folder, how)
         if words is not None and folder is not None:
             copy_tokenizer(words, folder)
-
-
-@contextmanager
-def new_folder(path: str | Path):
-    """A temporary folder beside ``path`` that takes its name at the end, and vanishes after an error.
-
-    Raises FileExistsError when ``path`` is a file or a folder that is not empty.
-    """
-    # Through a link, so that the temporary folder lies on the disk that the result will lie on.
-    path = Path(path).resolve()
-    check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        folder.replace(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def check_free(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; choose another destination or remove it.")
 
 
 class Template:
@@ -200,13 +150,13 @@ def _write(model: Transformer, folder: Path | None, how: Format) -> None:
     """Without a folder: takes part in the gathering only."""
     values: dict[tuple, nnx.Variable] = {}
     map_variables(lambda path, v: values.setdefault(path, v), model)
-    block = how.like.block if how.like else _model_block(values)
+    block = how.like.block if how.like else model_block(values)
     tensors, leaves = layout(model.cfg, block)
-    forms = _forms(values, tensors)
+    forms = forms_of(values, tensors)
     tensors = [tensor for tensor in tensors if how.written(tensor)]
 
     def held(tensor: Tensor):
-        return _held(values[tensor.path].get_value(), leaves[tensor.path], tensor, forms.get(tensor.name))
+        return tensor_of(values[tensor.path].get_value(), leaves[tensor.path], tensor, forms.get(tensor.name))
 
     if folder is None:
         for tensor in tensors:
@@ -250,77 +200,6 @@ def write_published(
     write_json(folder / "config.json", _config(cfg, specs, block, how))
 
 
-def held_as(value) -> Stored:
-    """The dtypes of a leaf's value."""
-    if isinstance(value, Quantized):
-        return Stored(np.dtype(value.values.dtype), np.dtype(value.scale.dtype))
-    return Stored(np.dtype(value.dtype))
-
-
-def _model_block(values: dict) -> tuple[int, int]:
-    """The block of the model's quantised leaves, as rows and columns of the published matrix."""
-    held = {path: v.get_value() for path, v in values.items()}
-    blocks = {published_block(path, q.block) for path, q in held.items() if isinstance(q, Quantized)}
-    if len(blocks) > 1:
-        raise ValueError(f"the model's quantised leaves have blocks of different sizes: {sorted(blocks)}.")
-    return blocks.pop() if blocks else BLOCK
-
-
-def _forms(values: dict[tuple, nnx.Variable], tensors) -> dict[str, Stored]:
-    """How the tensors of leaves of several forms were stored, as long as these leaves are held as they were loaded."""
-    found: dict[str, Stored] = {}
-    for path, variable in values.items():
-        forms, value = variable.get_metadata().get(STORED), variable.get_value()
-        if forms is None:
-            continue
-        if held_as(value) == shared(forms) or isinstance(variable, RouterBias):
-            own = [tensor.name for tensor in tensors if tensor.path == path and not tensor.copy]
-            found |= zip(own, forms, strict=True)
-    return found
-
-
-def _held(value, leaf: Leaf, tensor: Tensor, form: Stored | None) -> Held:
-    """A published tensor as the model holds it."""
-
-    def part(array, shape):
-        if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
-            array = _gathered(array, shape, tensor.index)
-        else:
-            array = np.asarray(array).reshape(shape)[tensor.index]
-        return array.T if tensor.transposed else array
-
-    if not isinstance(value, Quantized):
-        return part(value, leaf.matrix)
-    values = part(value.values, leaf.matrix)
-    if form is not None and form.scale is None:
-        return values.astype(form.dtype)  # its scales are 1
-    scale = part(value.scale, value.scale.shape)
-    if form is not None:
-        values, scale = values.astype(FP8), scale.astype(form.scale)
-    return values, scale, published_block(tensor.path, value.block)
-
-
-def _gathered(array: jax.Array, shape: tuple[int, ...], index: tuple[int | slice, ...]) -> np.ndarray:
-    """``array.reshape(shape)[index]`` of an array on a mesh; only that is ever whole on a device."""
-    lead = next((i for i, part in enumerate(index) if not isinstance(part, int)), len(index))
-    rest = tuple(part if isinstance(part, int) else None for part in index[lead:])
-    piece = _piece(array.sharding.mesh, shape[lead:], rest)
-    return np.asarray(piece(array, np.asarray(index[:lead], np.int32)))
-
-
-@lru_cache
-def _piece(mesh, shape: tuple[int, ...], rest: tuple[int | None, ...]):
-    """Takes an array's part at the first axes' places, a program for all of these; ``rest``: None for a whole axis."""
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def take(array, places):
-        for place in places:
-            array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
-        return array.reshape(shape)[tuple(slice(None) if part is None else part for part in rest)]
-
-    return jax.jit(take, out_shardings=whole)
-
-
 def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], like: Template | None):
     """A tensor's values and scales (None: it has none) in the dtypes of ``specs``."""
     dtype = specs[name][0]
@@ -343,39 +222,6 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         return quantize_matrix(held, block, kept, powers, scale_dtype)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from None
-
-
-def split_files(specs: dict[str, Spec], like: dict[str, str] | None = None) -> dict[str, list[str]]:
-    """File name -> names of its tensors: the split of ``like`` (name -> file), else files of up to 5 GB in published
-    order.
-
-    A scale that ``like`` does not have goes where its tensor is.
-    """
-    files: dict[str, list[str]] = {}
-    if like is not None:
-        for name in specs:
-            files.setdefault(like.get(name) or like[name.removesuffix(SCALE)], []).append(name)
-        return dict(sorted(files.items()))
-    groups, size = [[]], 0
-    for name, spec in specs.items():
-        if groups[-1] and size + nbytes(spec) > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes(spec)
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def index_json(specs: dict[str, Spec], files: dict[str, list[str]]) -> dict:
-    total = sum(nbytes(spec) for spec in specs.values())
-    weight_map = dict(sorted((name, file) for file, names in files.items() for name in names))
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def nbytes(spec: Spec) -> int:
-    return math.prod(spec[1]) * spec[0].itemsize
 
 
 def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], how: Format) -> dict:
@@ -435,21 +281,3 @@ def _keep_stops(path: Path, cfg: ModelConfig) -> None:
         data = load_json(path)
         if "eos_token_id" in data and eos_ids(data["eos_token_id"], path.name) != cfg.eos_ids:
             write_json(path, data | {"eos_token_id": list(cfg.eos_ids)})
-
-
-def copy_files(source: Path, destination: Path) -> None:
-    """Copies the tokenizer, its templates, the generation config and the licence."""
-    for pattern in COPIED_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                copy = destination / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
-
-
-def write_json(path: Path, data: dict) -> None:
-    with path.open("w") as file:
-        json.dump(data, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

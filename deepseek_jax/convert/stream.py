@@ -20,12 +20,12 @@ import numpy as np
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
 from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some
+from deepseek_jax.convert.files import check_free, copy_files, index_json, write_json
 from deepseek_jax.convert.formats import check_finite, stored, usual
 from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
 from deepseek_jax.convert.load import open_published, read_config
 from deepseek_jax.convert.names import IGNORED, SCALE, layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
-from deepseek_jax.convert.save import check_free, copy_files, index_json, write_json
 from deepseek_jax.notes import note
 from deepseek_jax.version import __version__
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.files import copy_files
 from deepseek_jax.convert.load import open_checkpoint, read_config
 from deepseek_jax.convert.names import layout
-from deepseek_jax.convert.save import copy_files, save_pretrained
+from deepseek_jax.convert.save import save_pretrained
 from deepseek_jax.convert.training import is_training
 from deepseek_jax.core.quant import FP8
 from deepseek_jax.model.transformer import Transformer

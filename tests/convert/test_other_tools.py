@@ -350,7 +350,7 @@ def test_files_beside_the_model(fp32, tmp_path):
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_several_files_beside_others(fp32, tmp_path, monkeypatch, indexed):
-    monkeypatch.setattr("deepseek_jax.convert.save.SHARD_BYTES", 1_000_000)
+    monkeypatch.setattr("deepseek_jax.convert.files.SHARD_BYTES", 1_000_000)
     folder = tmp_path / "model"
     dsj.save_pretrained(edge_model(), folder)
     if not indexed:

@@ -16,6 +16,7 @@ from tiny import random_model
 
 import deepseek_jax as dsj
 from deepseek_jax.configs.schema import ConfigError
+from deepseek_jax.convert import files as files_module
 from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
@@ -284,7 +285,7 @@ def test_a_tokenizer_goes_along_byte_for_byte(fp32, tmp_path, root):
 
 def test_shards_and_template_files(fp8, tmp_path, monkeypatch):
     """The split, the index, the tokenizer and unknown config fields come from ``like``."""
-    monkeypatch.setattr(save_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(files_module, "SHARD_BYTES", 100_000)
     model = dsj.load_pretrained(fp8, dtype=None)
     dsj.save_pretrained(model, tmp_path / "sharded")
     files = sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))

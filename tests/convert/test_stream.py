@@ -26,7 +26,7 @@ import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert import arrays as arrays_module
-from deepseek_jax.convert import save as save_module
+from deepseek_jax.convert import files as files_module
 from deepseek_jax.convert import stream as stream_module
 from deepseek_jax.convert.arrays import Array, chunk_shape
 from deepseek_jax.convert.layers import RECORD, read_record
@@ -41,7 +41,7 @@ def fp8(tmp_path_factory) -> Path:
     """Three files with an index, a tokenizer, unknown config fields."""
     folder = tmp_path_factory.mktemp("source")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save_module, "SHARD_BYTES", 400_000)
+        patch.setattr(files_module, "SHARD_BYTES", 400_000)
         dsj.save_pretrained(edge_model(), folder / "model", quantize="fp8")
     (folder / "model/tokenizer.json").write_text('{"a": 1}')
     (folder / "model/LICENSE-MODEL").write_text("terms")
@@ -257,7 +257,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, back):
     """kill -9 at random moments until one run gets through; what it leaves is whole."""
     rng = random.Random(0)
     cfg = replace(EDGES, n_layers=24, dim=512)
-    monkeypatch.setattr(save_module, "SHARD_BYTES", 3_000_000)
+    monkeypatch.setattr(files_module, "SHARD_BYTES", 3_000_000)
     dsj.save_pretrained(random_model(cfg, dtype=jnp.bfloat16), tmp_path / "a", quantize="fp8")
     source = tmp_path / "a"
     if back:
