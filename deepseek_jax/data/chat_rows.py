@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.data.batches import Batches, Shard
 from deepseek_jax.data.chat import Chat, UnsuitableTemplate, encode_chat
 from deepseek_jax.data.damage import Damage
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.packing import Layout, best_fit
-from deepseek_jax.data.pipeline import Batches, Shard
 from deepseek_jax.data.records import json_objects
 from deepseek_jax.data.rows import Epochs
 from deepseek_jax.data.shuffle import ORDER, ROWS, seed_key, shuffled, text_key

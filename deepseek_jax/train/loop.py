@@ -18,8 +18,9 @@ from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Trained, named
+from deepseek_jax.data.batches import Batches
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.pipeline import Batches, load_data
+from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first

@@ -8,8 +8,8 @@ import numpy as np
 
 from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import Context
+from deepseek_jax.data.batches import Batches
 from deepseek_jax.data.held_out import HeldOut
-from deepseek_jax.data.pipeline import Batches
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first, wait_for_all
 from deepseek_jax.train.evaluate import evaluate, trigram_bits_per_byte
