@@ -20,12 +20,13 @@ from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import RECIPES, recipe
 from deepseek_jax.train.run_folder import extended, read_run
+from deepseek_jax.train.scaling import scaled
 from deepseek_jax.train.tuning import FINE_TUNING, LoRA, fine_tuning
 
 # Said after the first Ctrl-C or SIGTERM that has something to keep, and after one that ends the process.
 HELD = "stopping after the step under way; Ctrl-C again stops at once."
 GO_ON = "deepseek-jax train {} --resume goes on"
-# Options that scale the recipe, and the arguments of `Recipe.scaled` that they are.
+# Options that scale the recipe, and the arguments of `scaled` that they are.
 SCALES = {"--tokens": "tokens", "--batch-rows": "batch_rows", "--length": "length"}
 
 
@@ -159,7 +160,7 @@ class Train:
                 recipe_name=name, recipe=found.recipe, epochs=found.epochs, lora=lora, arguments=tuple(arguments)
             )
         numbers = recipe(name)
-        numbers = numbers.scaled(**{"tokens": numbers.tokens, **scale}) if scale else numbers
+        numbers = scaled(numbers, **{"tokens": numbers.tokens, **scale}) if scale else numbers
         return cls(recipe_name=name, recipe=numbers, arguments=tuple(arguments))
 
     def run(self) -> int:

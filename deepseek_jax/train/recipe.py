@@ -4,26 +4,17 @@ The defaults are DeepSeek-V3's (2412.19437 §4.2); `recipes.py` has the other pa
 schedule is a number of tokens seen: rows times length, padding included.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 from deepseek_jax.configs.checks import check_types
 from deepseek_jax.configs.numbers import LARGEST, ONE, complaint
-from deepseek_jax.train.schedule import count_steps
 
 B, T = 10**9, 10**12
 DTYPES = ("float32", "bfloat16")
-
-# How a recipe is scaled down.
-ENOUGH_STEPS = 1000
-FEWEST_ROWS = 8
-# A sigmoid score lies within 1, so a bias that travels 8 can cross the scores' range several times.
-REACH = 8.0
 AT_ZERO = {
     "eps": "a parameter without a gradient, such as an unseen token's embedding, is divided by 0",
     "clip": "no gradient is left",
 }
-# 2408.15664 figure 4: at 0.01 the balance oscillates late in the run.
-FASTEST_BIAS = 0.01
 
 
 def _within(owner, low: float, high: float, *names: str) -> None:
@@ -234,65 +225,3 @@ class Recipe:
     def micro_batches(self) -> int:
         """Micro-batches of the largest step."""
         return self.batch_rows // self.pass_rows
-
-    def scaled(self, tokens: int, batch_rows: int | None = None, length: int | None = None) -> "Recipe":
-        """This recipe in proportion to a budget of ``tokens``.
-
-        - Every point given in tokens (decay, drops, ramp, MTP weight, end of the bias's moves) keeps its share.
-        - The batch: ``batch_rows`` rows; by default the recipe's own, or fewer, but not under `FEWEST_ROWS`, so that
-          the run has `ENOUGH_STEPS` steps. The ramp begins at the same share of the batch, and where the batch
-          changes, a micro-batch is the first step's batch.
-        - The warm-up keeps its share of the steps, but is no shorter than 2% of them and no longer than it was.
-        - The bias speed rises so that a bias can travel `REACH` over the run, or as far as it could if that was
-          less, but not above `FASTEST_BIAS`.
-        - The moving average keeps its share of the run.
-        - Learning rates stay: they depend on the model's width more than on the run's length.
-
-        Raises ValueError for a budget of less than one row.
-        """
-        length = self.length if length is None else length
-        if tokens < length:
-            raise ValueError(f"{tokens} tokens do not fill one row of {length}.")
-        paper_steps, share = count_steps(self), tokens / self.tokens
-
-        def at(point: int | None) -> int | None:
-            return None if point is None else round(point * share)
-
-        if batch_rows is None:
-            enough = tokens // (length * min(ENOUGH_STEPS, paper_steps))
-            batch_rows = min(self.batch_rows, max(enough, FEWEST_ROWS))
-        first_rows, micro_rows = self.first_rows, self.micro_rows
-        if batch_rows != self.batch_rows:
-            # The nearest divisor below, so that every step is a whole number of equal micro-batches.
-            first_rows = max(1, batch_rows * self.start_rows // self.batch_rows)
-            first_rows = next(rows for rows in range(first_rows, 0, -1) if batch_rows % rows == 0)
-            first_rows = micro_rows = None if first_rows == batch_rows else first_rows
-        rate = self.rate
-        new = replace(
-            self,
-            tokens=tokens,
-            length=length,
-            batch_rows=batch_rows,
-            first_rows=first_rows,
-            micro_rows=micro_rows,
-            ramp_tokens=at(self.ramp_tokens),
-            mtp_change=at(self.mtp_change),
-            bias_until=at(self.bias_until),
-            rate=replace(
-                rate,
-                decay_from=at(rate.decay_from),
-                decay_until=max(at(rate.decay_until), 1 + (at(rate.decay_from) or 0)),
-                drops=tuple((at(point), value) for point, value in rate.drops),
-            ),
-        )
-        steps = count_steps(new)
-        ratio = steps / paper_steps
-        travel = min(self.bias_speed * paper_steps, REACH)
-        speed = max(self.bias_speed, min(travel / steps, FASTEST_BIAS)) if self.bias_speed else 0.0
-        warmup = min(rate.warmup_steps, max(round(rate.warmup_steps * ratio), round(0.02 * steps)))
-        return replace(
-            new,
-            bias_speed=speed,
-            ema_decay=max(0.0, 1 - (1 - self.ema_decay) / ratio) if self.ema_decay else 0.0,
-            rate=replace(new.rate, warmup_steps=warmup),
-        )

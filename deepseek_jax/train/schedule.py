@@ -7,10 +7,8 @@ model or the data do. V3 §4.2 gives its points in tokens, its warm-up in steps.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from deepseek_jax.train.recipe import LearningRate, Recipe
+from deepseek_jax.train.recipe import LearningRate, Recipe
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Setting:
     rows: int
 
 
-def setting(recipe: "Recipe", tokens: int, step: int) -> Setting:
+def setting(recipe: Recipe, tokens: int, step: int) -> Setting:
     """The numbers of step ``step`` (from 0), before which ``tokens`` tokens were seen."""
     micro_batches = batch_rows(recipe, tokens) // recipe.pass_rows
     return Setting(
@@ -36,7 +34,7 @@ def setting(recipe: "Recipe", tokens: int, step: int) -> Setting:
     )
 
 
-def learning_rate(rate: "LearningRate", tokens: int, step: int) -> float:
+def learning_rate(rate: LearningRate, tokens: int, step: int) -> float:
     """Linear in steps up to the peak, which step ``warmup_steps - 1`` is the first to have; then by tokens."""
     value = rate.peak
     if rate.decay_from is not None and tokens > rate.decay_from:
@@ -48,7 +46,7 @@ def learning_rate(rate: "LearningRate", tokens: int, step: int) -> float:
     return value * min((step + 1) / rate.warmup_steps, 1.0) if rate.warmup_steps else value
 
 
-def batch_rows(recipe: "Recipe", tokens: int) -> int:
+def batch_rows(recipe: Recipe, tokens: int) -> int:
     """Rows of the step after ``tokens``: linear in tokens over the ramp, down to a whole number of micro-batches."""
     if tokens >= recipe.ramp_tokens:
         return recipe.batch_rows
@@ -56,18 +54,18 @@ def batch_rows(recipe: "Recipe", tokens: int) -> int:
     return recipe.start_rows + int(grown // recipe.pass_rows) * recipe.pass_rows
 
 
-def bias_speed(recipe: "Recipe", tokens: int) -> float:
+def bias_speed(recipe: Recipe, tokens: int) -> float:
     """The router bias's step."""
     return recipe.bias_speed if recipe.bias_until is None or tokens < recipe.bias_until else 0.0
 
 
-def mtp_weight(recipe: "Recipe", tokens: int) -> float:
+def mtp_weight(recipe: Recipe, tokens: int) -> float:
     """The weight of multi-token prediction."""
     before = recipe.mtp_change is None or tokens < recipe.mtp_change
     return recipe.weights.mtp if before or not recipe.weights.mtp else recipe.mtp_later
 
 
-def tokens_by_step(recipe: "Recipe") -> Iterator[int]:
+def tokens_by_step(recipe: Recipe) -> Iterator[int]:
     """Tokens seen before step 0, 1, ...: the run's steps, the last of which reaches ``recipe.tokens``."""
     tokens = 0
     while tokens < recipe.tokens:
@@ -75,7 +73,7 @@ def tokens_by_step(recipe: "Recipe") -> Iterator[int]:
         tokens += batch_rows(recipe, tokens) * recipe.length
 
 
-def count_steps(recipe: "Recipe") -> int:
+def count_steps(recipe: Recipe) -> int:
     """Steps of the run."""
     steps = 0
     for tokens in tokens_by_step(recipe):

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
+from deepseek_jax.train.scaling import scaled
 
 # Nominal length of a recipe whose real one follows from the data.
 NOMINAL = 10**9
@@ -67,8 +68,8 @@ def of_epochs(recipe: Recipe, epochs: float, rows: int) -> Recipe:
 
 
 def _of_tokens(recipe: Recipe, tokens: int) -> Recipe:
-    scaled = recipe.scaled(tokens, batch_rows=recipe.batch_rows, length=recipe.length)
-    return replace(scaled, micro_rows=recipe.micro_rows)
+    shorter = scaled(recipe, tokens, batch_rows=recipe.batch_rows, length=recipe.length)
+    return replace(shorter, micro_rows=recipe.micro_rows)
 
 
 def _recipe(peak: float, final: float, *, length: int, batch_rows: int, micro_rows: int, **changes) -> Recipe:

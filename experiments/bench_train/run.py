@@ -21,6 +21,7 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.train.live import LiveView
 from deepseek_jax.train.loop import train
 from deepseek_jax.train.recipes import recipe as named_recipe
+from deepseek_jax.train.scaling import scaled
 
 HERE = Path(__file__).parent
 VOCABULARY, AIM_MINUTES = 2048, 15
@@ -33,11 +34,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     given = parser.parse_args()
     cfg, data, vocabulary, steps = dsj.zoo("tiny-v3"), DataConfig(), VOCABULARY, given.steps
-    recipe = replace(named_recipe("tiny").scaled(steps * 4 * 512), evaluate_every=150)
+    recipe = replace(scaled(named_recipe("tiny"), steps * 4 * 512), evaluate_every=150)
     if given.smoke:
         cfg = replace(cfg, n_layers=2, dim=64, moe=replace(cfg.moe, expert_dim=16))
         data, vocabulary = DataConfig(data=(f"notes={HERE.parents[1] / 'paper_notes'}",)), 300
-        recipe = replace(named_recipe("tiny").scaled(4 * 4 * 64), length=64, evaluate_every=2)
+        recipe = replace(scaled(named_recipe("tiny"), 4 * 4 * 64), length=64, evaluate_every=2)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"

@@ -44,6 +44,7 @@ from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.train.live import LiveView
 from deepseek_jax.train.loop import train
 from deepseek_jax.train.recipes import recipe as named_recipe
+from deepseek_jax.train.scaling import scaled
 
 HERE = Path(__file__).parent
 MODEL = replace(
@@ -125,7 +126,7 @@ def held_out_windows(tokenizer) -> np.ndarray:
 def run(variant: str, seed: int) -> dict:
     """One training run and its figures."""
     began = time.monotonic()
-    recipe = replace(named_recipe("tiny").scaled(TOKENS), embed_std=VARIANTS[variant], seed=seed, evaluate_every=10**6)
+    recipe = replace(scaled(named_recipe("tiny"), TOKENS), embed_std=VARIANTS[variant], seed=seed, evaluate_every=10**6)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         view = LiveView(recipe.tokens, f"{variant}, seed {seed}", began=began)

@@ -19,6 +19,7 @@ from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.training import read_record
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.recipes import recipe
+from deepseek_jax.train.scaling import scaled
 
 # What is compiled is what tests/train/test_loop.py compiles.
 SIZES = [
@@ -56,12 +57,12 @@ def test_a_recipe_is_scaled_and_then_overridden():
     v3 = recipe("deepseek-v3")
     assert parsed("--recipe", "deepseek-v3").recipe == v3
     small = parsed("--recipe=deepseek-v3", "--tokens", "1000000", "--length=512", "--rate.peak", "0.5").recipe
-    scaled = v3.scaled(1_000_000, length=512)
+    expected = scaled(v3, 1_000_000, length=512)
     assert small.rate.peak == 0.5
-    assert (small.tokens, small.length, small.batch_rows) == (1_000_000, 512, scaled.batch_rows)
-    assert (small.bias_until, small.rate.decay_from) == (scaled.bias_until, scaled.rate.decay_from)
+    assert (small.tokens, small.length, small.batch_rows) == (1_000_000, 512, expected.batch_rows)
+    assert (small.bias_until, small.rate.decay_from) == (expected.bias_until, expected.rate.decay_from)
     # Every spelling that the parser takes is one that scales.
-    assert parsed("--tokens", "1_000_000", "--batch_rows=8").recipe == recipe("tiny").scaled(1_000_000, batch_rows=8)
+    assert parsed("--tokens", "1_000_000", "--batch_rows=8").recipe == scaled(recipe("tiny"), 1_000_000, batch_rows=8)
     assert parsed("--fim-rate", "0.5", "--data", "a=x@2", "--data", "b=y@1").text.data == ("a=x@2", "b=y@1")
 
 
@@ -115,9 +116,9 @@ def test_a_run_is_not_resumed_by_another_recipe(tmp_path, capsys):
 def test_a_resumed_run_has_its_own_options_and_what_extended_it(tmp_path, capsys):
     begun = {"arguments": [str(tmp_path), "--tokens", "100000", "--from", "ckpt"]}
     (tmp_path / "run.json").write_text(json.dumps(begun))
-    assert parsed(str(tmp_path), "--resume").recipe == recipe("tiny").scaled(100_000)
+    assert parsed(str(tmp_path), "--resume").recipe == scaled(recipe("tiny"), 100_000)
     longer = parsed(str(tmp_path), "--resume", "--tokens", "200000").recipe
-    assert longer == replace(recipe("tiny").scaled(100_000), tokens=200_000)  # the schedule stays where it was
+    assert longer == replace(scaled(recipe("tiny"), 100_000), tokens=200_000)  # the schedule stays where it was
     extended = [["recipe.tokens", 100_000, 150_000], ["recipe.tokens", 150_000, 200_000], ["epochs", 1, 2.5]]
     (tmp_path / "run.json").write_text(json.dumps({**begun, "extended": extended}))
     resumed = parsed(str(tmp_path), "--resume")

@@ -7,6 +7,7 @@ import pytest
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.train.recipe import B, LearningRate, LossWeights, Optimizer, Recipe, T
 from deepseek_jax.train.recipes import RECIPES, recipe
+from deepseek_jax.train.scaling import scaled
 from deepseek_jax.train.schedule import count_steps
 
 
@@ -109,7 +110,7 @@ def test_tiny_has_every_part_of_v3():
 
 
 def test_scaled_keeps_every_points_share():
-    small = recipe("deepseek-v3").scaled(14_800_000, length=512)
+    small = scaled(recipe("deepseek-v3"), 14_800_000, length=512)
     assert (small.rate.decay_from, small.rate.decay_until, small.mtp_change) == (10_000_000, 14_300_000, 10_000_000)
     assert (small.rate.drops, small.ramp_tokens) == (((14_633_000, 7.3e-6),), 469_000)
     # 28 rows of 512 leave 1032 steps; V3's ramp begins at a fifth of the batch, here 4 of 28 (5 does not divide it).
@@ -125,18 +126,18 @@ def test_scaled_keeps_every_points_share():
 
 def test_scaled_to_its_own_size_is_the_same_recipe():
     for name in RECIPES:
-        assert recipe(name).scaled(recipe(name).tokens) == recipe(name)
+        assert scaled(recipe(name), recipe(name).tokens) == recipe(name)
 
 
 def test_scaled_keeps_a_small_batch_and_takes_a_given_one():
     tiny = recipe("tiny")
-    assert tiny.scaled(600_000).batch_rows == 4
-    assert tiny.scaled(600_000, batch_rows=8).first_rows == 4
-    assert tiny.scaled(600_000, batch_rows=1).first_rows is None
-    assert tiny.scaled(50_000).bias_speed == 0.01
-    assert recipe("deepseek-v2").scaled(1_000_000).bias_speed == 0
+    assert scaled(tiny, 600_000).batch_rows == 4
+    assert scaled(tiny, 600_000, batch_rows=8).first_rows == 4
+    assert scaled(tiny, 600_000, batch_rows=1).first_rows is None
+    assert scaled(tiny, 50_000).bias_speed == 0.01
+    assert scaled(recipe("deepseek-v2"), 1_000_000).bias_speed == 0
     with pytest.raises(ValueError, match="100 tokens do not fill one row of 512"):
-        tiny.scaled(100)
+        scaled(tiny, 100)
 
 
 def test_an_unknown_name_is_refused():
