@@ -126,7 +126,7 @@ def test_signals_at_random_moments(tmp_path):
     texts.mkdir()
     for i in range(12):
         (texts / f"{i}.txt").write_text(f"def f{i}(x):\n    return x + {i}\n" * 60)
-    small = ["--length", "32", "--batch-rows", "4", "--vocab-size", "300", "--tokens", "100000", "--log-every", "1"]
+    small = ["--length", "32", "--batch-rows", "4", "--vocab-size", "276", "--tokens", "100000", "--log-every", "1"]
     rng, began, tries, whole, cold = random.Random(0), time.monotonic(), 0, 0, str(tmp_path / "cold")
     commands = {
         "score": [CKPT, str(text), "--dtype", "float32", "--no-compilation-cache"],
