@@ -72,19 +72,21 @@ def test_embedding_and_head_are_the_main_models(model, tokens):
     assert not [v for v in jax.tree.leaves(model.mtp, is_leaf=is_variable) if CFG.vocab_size in v.get_value().shape]
 
 
+def mean_nats(logits, tokens, ahead: int) -> float:
+    """The mean cross-entropy of the token ``ahead`` places on, by hand."""
+    logits = np.asarray(logits, np.float64)[:, : T - ahead]
+    target = np.asarray(tokens)[:, ahead:]
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, target[..., None], -1)[..., 0]
+    return nats.mean()
+
+
 def test_loss_is_the_papers(model, tokens):
     """Equations 24 and 25: each module's mean cross-entropy of the token k + 1 ahead, their mean times lambda."""
     weights = LossWeights(mtp=0.3, balance=0.0)
     total, out = jax.jit(partial(dsj.loss, weights=weights))(model, {"tokens": tokens})
 
-    def mean_nats(logits, ahead):
-        logits = np.asarray(logits, np.float64)[:, : T - ahead]
-        target = np.asarray(tokens)[:, ahead:]
-        nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, target[..., None], -1)[..., 0]
-        return nats.mean()
-
-    main = mean_nats(out.logits, 1)
-    modules = [mean_nats(logits, 2 + depth) for depth, logits in enumerate(out.mtp_logits)]
+    main = mean_nats(out.logits, tokens, 1)
+    modules = [mean_nats(logits, tokens, 2 + depth) for depth, logits in enumerate(out.mtp_logits)]
     assert float(total) == pytest.approx(main + 0.3 / 2 * sum(modules), rel=1e-6)
     assert LossWeights().mtp == 0.3
 
@@ -103,16 +105,12 @@ def test_the_papers_t_is_offered_beside_each_modules_own_targets():
 @pytest.mark.slow
 def test_divided_by_t_a_module_weighs_less_the_further_it_looks(model, tokens):
     """The same nats, over 2 x 24 tokens where the modules have 2 x 22 and 2 x 21 targets."""
-    found = {}
-    for depth in (1, 2):
-        one = random_model(tiny_config(mtp_depth=depth))
-        for over in ("targets", "tokens"):
-            weights = LossWeights(mtp=0.3, balance=0.0, mtp_over=over)
-            found[depth, over] = jax.jit(partial(dsj.loss, weights=weights))(one, {"tokens": tokens})[1].losses["mtp"]
-    first, both = found[1, "targets"], found[2, "targets"]
-    assert float(found[1, "tokens"]) == pytest.approx(float(first) * 22 / 24, rel=1e-6)
-    second = 2 * both - first
-    assert float(found[2, "tokens"]) == pytest.approx(float(first * 22 + second * 21) / 48, rel=1e-5)
+    weights = LossWeights(mtp=0.3, balance=0.0, mtp_over="tokens")
+    total, out = jax.jit(partial(dsj.loss, weights=weights))(model, {"tokens": tokens})
+    modules = [mean_nats(logits, tokens, 2 + depth) for depth, logits in enumerate(out.mtp_logits)]
+    over_t = (modules[0] * 22 / 24 + modules[1] * 21 / 24) / 2
+    assert float(out.losses["mtp"]) == pytest.approx(over_t, rel=1e-6)
+    assert float(total) == pytest.approx(float(out.losses["main"]) + 0.3 * over_t, rel=1e-6)
 
 
 def test_module_of_v3_counts_its_parameters():
