@@ -265,12 +265,13 @@ class Checkpoints:
 
 
 def _quiet_late_writes() -> None:
-    """Keeps TensorStore from printing a traceback for each write that ends after another one failed.
+    """Keeps libraries from printing a traceback for each write that fails beside the first one.
 
-    At the first error Orbax closes the event loop that waits for all of them; the others then find it closed, on
-    threads of TensorStore, which hands what it cannot raise anywhere to `sys.unraisablehook`. The error itself is
-    raised by `Checkpoints.wait`.
+    At the first error Orbax closes the event loop that waits for all of them. Those that failed by then are tasks that
+    nobody asks for their error, which asyncio logs; the others find the loop closed, on threads of TensorStore, which
+    hands what it cannot raise anywhere to `sys.unraisablehook`. The first error is raised by `Checkpoints.wait`.
     """
+    logging.getLogger("asyncio").addFilter(_is_no_late_write)
     before = sys.unraisablehook
     if getattr(before, "quiets_late_writes", False):
         return
@@ -283,3 +284,8 @@ def _quiet_late_writes() -> None:
 
     hook.quiets_late_writes = True
     sys.unraisablehook = hook
+
+
+def _is_no_late_write(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
