@@ -149,7 +149,7 @@ def test_layers_that_the_config_does_not_have(fp32, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("gone", [COPIES, COPIES[:1]])
+@pytest.mark.parametrize("gone", [COPIES, pytest.param(COPIES[:1], marks=pytest.mark.slow)])
 def test_shared_copies_left_out(fp8, tmp_path, gone):
     folder = edited(fp8, tmp_path / "model", lambda tensors: [tensors.pop(name) for name in gone])
     there_and_back(folder, tmp_path, *gone, "the main model's embedding and head are taken")
@@ -183,7 +183,7 @@ def both(tensors: dict) -> dict:
 # --- Dtypes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [BF16, F16, "both"], ids=str)
+@pytest.mark.parametrize("kind", ["both", *(pytest.param(d, marks=pytest.mark.slow) for d in (BF16, F16))], ids=str)
 def test_scales_of_other_dtypes(fp8, tmp_path, kind):
     """Value times scale in float32; every form is kept."""
 
@@ -237,7 +237,11 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("case", MIXED)
+# Each of these two is a part of another case.
+SLOWLY = ("one expert, the last", "a float16 expert")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOWLY else c for c in MIXED])
 def test_mixed_dtypes_in_one_leaf(fp8, tmp_path, case):
     kept, held = MIXED[case]
 
