@@ -237,7 +237,7 @@ MIXED = {
 }
 
 
-# Each of these two is a part of another case.
+# Near relatives of the others.
 SLOWLY = ("one expert, the last", "a float16 expert")
 
 
