@@ -1,16 +1,20 @@
 """The training loss against NumPy on the model's own logits."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.lowrank import LowRank, dense
 from deepseek_jax.core.params import combine, named, partition
+from deepseek_jax.train.loss import _nats, cross_entropy
 
 CFG = tiny_config(mtp_depth=2)
 WEIGHTS = dsj.LossWeights(mtp=0.3, balance=0.01)
@@ -174,3 +178,18 @@ def test_arguments_of_other_kinds_are_named(model):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_an_adapted_head_in_chunks(model):
+    """Not an array: it is multiplied out before it is cut."""
+    rng = np.random.default_rng(0)
+    a, b = (
+        nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)) for shape in ((CFG.dim, 2), (2, CFG.vocab_size))
+    )
+    head = LowRank(model.head, a, b, alpha=1.0, inputs=1, split=0, outputs=1)
+    hidden = jnp.asarray(rng.normal(size=(2, 12, CFG.dim)), jnp.float32)
+    target = random_tokens(CFG, 2, 12).at[0, 3].set(-1)
+    whole = cross_entropy(hidden @ dense(head, jnp.float32), target)[0]
+    adapted = SimpleNamespace(head=head, embed=None)
+    found = jax.jit(lambda: _nats(adapted, hidden, None, target, Context(loss_chunk=5)))()
+    assert float(found) == pytest.approx(float(whole), rel=2e-6)
