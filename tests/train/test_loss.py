@@ -61,11 +61,13 @@ def test_terms_are_those_of_the_paper(model):
 def test_without_mtp_weight_the_modules_are_not_run(model):
     tokens = random_tokens(CFG, 2, 24)
     with_mtp = loss(model, {"tokens": tokens}, dsj.LossWeights(mtp=0.3, balance=0.0))[1]
-    total, out = loss(model, {"tokens": tokens}, dsj.LossWeights(mtp=0.0, balance=0.0))
+    total, out = loss(model, {"tokens": tokens}, dsj.LossWeights(mtp=0.0, balance=0.01))
     assert out.mtp_logits == ()
     assert "mtp" not in out.losses
     np.testing.assert_array_equal(out.losses["main"], with_mtp.losses["main"])
-    np.testing.assert_array_equal(total, out.losses["main"])
+    balance = float(out.losses["balance"]["sequence"])
+    assert balance > 0.5
+    assert float(total) == pytest.approx(float(out.losses["main"]) + 0.01 * balance, rel=1e-6)
 
 
 def test_masked_targets_and_padded_rows_take_no_part(model):
