@@ -116,6 +116,15 @@ def test_steps_are_orthogonalised_nesterov_momentum():
         assert np.sqrt(np.mean(np.square(found["gate_up"]))) == pytest.approx(0.18, rel=0.01)
 
 
+def test_an_update_leaves_its_gradients_as_they_are():
+    """The step hands the same ones in twice, before and after it knows that the update is finite."""
+    given = {"w": jnp.ones((3, 4)), "norm": jnp.ones(3)}
+    rule, kept = scale_by_muon({"w": Axes((-2,), (-1,))}, 0.95, 0.18), dict(given)
+    found, _ = rule.update(given, rule.init(given))
+    assert all(given[name] is kept[name] for name in kept)
+    assert found["norm"] is given["norm"]
+
+
 def test_the_first_step_is_optaxs():
     x = RNG.normal(size=(16, 24)).astype(np.float32)
     theirs = optax.contrib.scale_by_muon(
