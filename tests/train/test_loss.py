@@ -14,7 +14,7 @@ import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.lowrank import LowRank, dense
 from deepseek_jax.core.params import combine, named, partition
-from deepseek_jax.train.loss import _nats, cross_entropy
+from deepseek_jax.train.loss import _nats, check_entries, cross_entropy
 
 CFG = tiny_config(mtp_depth=2)
 WEIGHTS = dsj.LossWeights(mtp=0.3, balance=0.01)
@@ -180,6 +180,15 @@ def test_arguments_of_other_kinds_are_named(model):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_masks_may_be_booleans_and_ids_may_not():
+    ids, mask = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
+    check_entries({"tokens": ids, "segments": mask, "loss_mask": mask})
+    check_entries({"tokens": ids, "loss_mask": mask.astype(np.float32)})
+    for batch in ({"tokens": mask}, {"tokens": ids, "positions": mask}, {"tokens": ids, "segments": mask * 1.0}):
+        with pytest.raises(ValueError, match=f"{list(batch)[-1]} are integers, not"):
+            check_entries(batch)
 
 
 def test_an_adapted_head_in_chunks(model):
