@@ -72,7 +72,7 @@ def test_automatic_form_takes_the_fewer_multiplications():
     mla = unstack(pair(CONFIGS["tiny-v3"][0]).model.stacks[0], 0).attn
     assert not mla._absorbs(96, 96, Context())
     assert mla._absorbs(1, 96, Context())
-    # 23 queries of 96 keys take 182,528 multiplications a head absorbed and 186,624 expanded, 24 take 190,464 either way.
+    # A head multiplies 182,528 times absorbed and 186,624 expanded for 23 queries, 190,464 times either way for 24.
     assert [mla._absorbs(T, 96, Context()) for T in (23, 24)] == [True, False]
     assert mla._absorbs(96, 96, Context(mla="absorbed"))
     assert not mla._absorbs(1, 96, Context(mla="expanded"))
