@@ -24,12 +24,9 @@ Each run is written whole to runs/VARIANT-SEED.json and not repeated; results.js
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import deepseek_jax as dsj
+from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.train.live import LiveView
@@ -146,11 +144,7 @@ def run(variant: str, seed: int) -> dict:
             {key: round(line[key], 4) for key in ("step", "main", "mtp")} for line in lines if line["kind"] == "step"
         ],
         **found,
-        "deepseek_jax": dsj.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "date": date.today().isoformat(),
+        **provenance(),
     }
 
 
@@ -170,6 +164,9 @@ def verdict(runs: list[dict]) -> dict:
     }
     whole = len(seeds) == len(SEEDS)
     return {
+        "commit": ", ".join(sorted({r["commit"] for r in runs})),
+        "date": max(r["date"] for r in runs),
+        "cores": runs[0]["machine"]["cores"],
         "mtp_minus_main": pairs,
         "main": {f"{v}-{s}": r["main"]["all"] for (v, s), r in by.items()},
         "verdict": {c: ("holds" if h else "does not hold") if whole else "open" for c, h in holds.items()},
