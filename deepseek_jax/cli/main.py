@@ -142,10 +142,15 @@ def _parse(name: str, arguments: list[str]):
 
     import tyro
 
+    from deepseek_jax.cli.helptext import description, flow
+
     command = getattr(importlib.import_module(f"deepseek_jax.cli.{name}"), COMMANDS[name][0])
+    if {"-h", "--help"} & {*arguments}:
+        flow(command)
+    text = description(command)
 
     def parse(arguments: list[str], **default):
-        return tyro.cli(command, prog=f"deepseek-jax {name}", args=arguments, **default)
+        return tyro.cli(command, prog=f"deepseek-jax {name}", description=text, args=arguments, **default)
 
     complaint = io.StringIO()
     try:

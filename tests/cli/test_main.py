@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
 import pytest
@@ -66,11 +67,16 @@ def test_no_command_shows_the_help(arguments, capsys):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help_with_its_name(name, capsys):
+def test_every_command_has_help_with_its_name_in_full_lines(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     captured = capsys.readouterr()
     assert f"usage: deepseek-jax {name}" in captured.out
     assert captured.err == ""
+    boxed = [line.strip("│ ") if line[2:26].isspace() else "" for line in captured.out.splitlines()]
+    for line, following in pairwise(boxed):
+        # A line ends where the next word would not have fitted, not where the source breaks its line.
+        assert not line or not following or len(f"{line} {following.split()[0]}") > 52, (line, following)
 
 
 def test_version(capsys):
