@@ -25,7 +25,7 @@ TEXTS = (
     "experiments/bench_cpu/README.md",
     "experiments/compile_671b/README.md",
     "deepseek_jax/convert/README.md",
-    "deepseek_jax/train/README.md",
+    "deepseek_jax/runs/README.md",
 )
 # From the history of each file.
 EARLIER = {

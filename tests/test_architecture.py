@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "convert": {"configs", "core", "model", "parallel", "text"},
     "analysis": {"configs", "core", "model"},
     "generation": {"core", "model", "parallel"},
-    "train": {"configs", "core", "model", "text", "data", "convert", "analysis", "parallel"},
+    "train": {"configs", "core", "model", "convert", "parallel"},
+    "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
     "aot": {"configs", "core", "model", "parallel", "convert", "analysis", "train"},
 }
 # Files longer than `LONGEST` lines, and what they are allowed. Nothing is added here: they are to be parted.
@@ -41,7 +42,6 @@ LONGER = {
     "convert/verify.py": 405,
     "model/experts.py": 316,
     "model/transformer.py": 363,
-    "train/loop.py": 301,
 }
 REFERENCE = {"torch", "transformers", "safetensors"}
 REFERENCE_HOME = "convert/verify.py"

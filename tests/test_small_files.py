@@ -12,8 +12,8 @@ from deepseek_jax.convert.safetensors import CheckpointError, read_header
 from deepseek_jax.convert.verify import VerifyError, reference_model
 from deepseek_jax.data.tokens import TokenFile, TokenFileError
 from deepseek_jax.notes import LONGEST, cut, shown
+from deepseek_jax.runs.run_folder import read_run
 from deepseek_jax.small_files import SMALL, read_json, read_small, read_text
-from deepseek_jax.train.run_folder import read_run
 
 HOSTILE = ("pipe", "device", "sparse", "folder")
 

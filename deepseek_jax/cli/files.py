@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from deepseek_jax.train.signals import undoing
+from deepseek_jax.runs.signals import undoing
 from deepseek_jax.version import __version__
 
 STANDARD = Path("-")  # the standard output, or input

@@ -12,7 +12,7 @@ import tyro
 from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import STANDARD, check_destination, read, write_json
 from deepseek_jax.cli.interrupts import EXIT_CODES
-from deepseek_jax.train.signals import StopSignals
+from deepseek_jax.runs.signals import StopSignals
 
 DTYPE = Literal["bfloat16", "float32", "stored"]
 

@@ -3,7 +3,7 @@
 Python's own way is an exception in the main thread, once that comes back from native code: a compilation of minutes is
 waited for, callbacks and destructors swallow the exception, and the interpreter that is then taken down crashes on what
 XLA had under way. Here signals wake a thread instead (`signal.set_wakeup_fd`), which runs while the main one compiles.
-Unless something holds the signal (`train.signals.StopSignals`), it undoes what is half made and ends the process
+Unless something holds the signal (`runs.signals.StopSignals`), it undoes what is half made and ends the process
 without taking it down.
 """
 
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from deepseek_jax.train import signals
+from deepseek_jax.runs import signals
 
 # Signal -> what happened, and the exit code.
 ENDS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}

@@ -16,10 +16,10 @@ from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.train.options import Options
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.run_folder import extended, read_run
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import RECIPES, recipe
-from deepseek_jax.train.run_folder import extended, read_run
 from deepseek_jax.train.scaling import scaled
 from deepseek_jax.train.tuning import FINE_TUNING, LoRA, fine_tuning
 
@@ -169,8 +169,8 @@ class Train:
 
         from deepseek_jax.cli.tables import Output
         from deepseek_jax.parallel.processes import from_first, is_first
-        from deepseek_jax.train.live import LiveView
-        from deepseek_jax.train.loop import train
+        from deepseek_jax.runs.live import LiveView
+        from deepseek_jax.runs.loop import train
 
         check_destination(self.json)
         if self.resume and self.out is None:
@@ -251,7 +251,7 @@ class Train:
 
     def _fine_tune(self, out: Path, view, how: dict, cfg: ModelConfig):
         from deepseek_jax.data.chat_rows import ChatConfig
-        from deepseek_jax.train.finetune import fine_tune
+        from deepseek_jax.runs.finetune import fine_tune
 
         text = self.text
         return fine_tune(

@@ -7,7 +7,7 @@
     state/                Orbax: a flat dict of arrays under dotted names, `params.stacks.1.attn.q_a.value`
 
 The record is written last and holds a hash of itself, so that a file that is missing, cut or altered by one bit
-is found, and named, before anything is read from it. `deepseek_jax.train.checkpoint` writes these folders.
+is found, and named, before anything is read from it. `deepseek_jax.runs.checkpoint` writes these folders.
 """
 
 import hashlib

@@ -1,1 +1,1 @@
-"""Training: losses, load balance, optimizers, the pure step, the loop around it."""
+"""The mathematics of a training step: losses, load balance, optimizers, recipes; all of it pure."""

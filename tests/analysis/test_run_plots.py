@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.analysis.run_panels import thinned
 from deepseek_jax.analysis.run_plots import PICTURES, draw_run
 from deepseek_jax.analysis.run_records import MOST_VECTORS, Run, read_run
-from deepseek_jax.train.metrics import JsonLines
+from deepseek_jax.runs.metrics import JsonLines
 
 
 def step(n: int, layers: int = 2, experts: int = 4, loss: float = 2.0) -> dict:

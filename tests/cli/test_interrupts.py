@@ -43,7 +43,7 @@ def scripted(body: str) -> subprocess.Popen:
         import ctypes, signal, sys, time
         from pathlib import Path
         from deepseek_jax.cli.interrupts import EXIT_CODES, Interrupts, remarks
-        from deepseek_jax.train.signals import StopSignals, undoing
+        from deepseek_jax.runs.signals import StopSignals, undoing
         def ready(): print("ready", flush=True)
         def native():
             # As in a compilation, the main thread does not come back to Python, where its handlers would run.

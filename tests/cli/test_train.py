@@ -17,11 +17,11 @@ from deepseek_jax.cli.train import HELD, Train
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.training import read_record
-from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.runs.checkpoint import Checkpoints
 from deepseek_jax.train.recipes import recipe
 from deepseek_jax.train.scaling import scaled
 
-# What is compiled is what tests/train/test_loop.py compiles.
+# What is compiled is what tests/runs/test_loop.py compiles.
 SIZES = [
     *("--length", "32", "--batch-rows", "4", "--first-rows", "2", "--micro-rows", "2", "--ramp-tokens", "150"),
     *("--optimizer.no-muon", "--optimizer.moments", "bfloat16"),

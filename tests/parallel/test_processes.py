@@ -16,7 +16,7 @@ from tiny import tiny_config
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.convert.training import read_leaves, read_record
-from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.runs.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 ROWS = 8  # of a micro-batch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deepseek_jax.train.live import LiveView, duration, load_map, sparkline
+from deepseek_jax.runs.live import LiveView, duration, load_map, sparkline
 
 STEP = {
     "kind": "step",
@@ -175,7 +175,7 @@ def test_a_new_size_is_drawn_afresh():
 def test_an_interrupt_leaves_the_terminal_clean(tmp_path):
     """As a process of its own: an error that nobody catches, no `close`."""
     code = (
-        "from rich.console import Console; from deepseek_jax.train.live import LiveView\n"
+        "from rich.console import Console; from deepseek_jax.runs.live import LiveView\n"
         "LiveView(1000, console=Console(force_terminal=True)).say('hello')\n"
         "raise KeyboardInterrupt\n"
     )

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.train.metrics import JsonLines, Reporters, TensorBoard, TextLog, describe, plain, short
-from deepseek_jax.train.throughput import Throughput
+from deepseek_jax.runs.metrics import JsonLines, Reporters, TensorBoard, TextLog, describe, plain, short
+from deepseek_jax.runs.throughput import Throughput
 
 STEP = {
     "kind": "step",

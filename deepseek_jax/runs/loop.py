@@ -24,20 +24,21 @@ from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import Agreement, first_then_all, from_first, is_first
+from deepseek_jax.runs.checkpoint import Checkpoints
+from deepseek_jax.runs.export import export_model
+from deepseek_jax.runs.journal import Journal, Progress, phase, progress_damage
+from deepseek_jax.runs.measure import exporter, measurer
+from deepseek_jax.runs.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, number, plain
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.prepare import check_fit, file_hash, make_tokenizer, open_run, origin
+from deepseek_jax.runs.run_folder import RunFolder
+from deepseek_jax.runs.signals import StopSignals
+from deepseek_jax.runs.throughput import Throughput
+from deepseek_jax.runs.trainer import Measure, Trainer
 from deepseek_jax.text.files import copy_tokenizer, tokenizer_files
-from deepseek_jax.train.checkpoint import Checkpoints
-from deepseek_jax.train.export import export_model
-from deepseek_jax.train.journal import Journal, Progress, phase, progress_damage
-from deepseek_jax.train.measure import exporter, measurer
-from deepseek_jax.train.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, number, plain
-from deepseek_jax.train.options import Options
-from deepseek_jax.train.prepare import check_fit, file_hash, make_tokenizer, open_run, origin
+from deepseek_jax.train.begin import begin, fresh, like
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.run_folder import RunFolder
-from deepseek_jax.train.signals import StopSignals
 from deepseek_jax.train.step import State
-from deepseek_jax.train.throughput import Throughput
-from deepseek_jax.train.trainer import Measure, Trainer, begin, fresh, like
 from deepseek_jax.version import __version__
 
 REPEATED = 1.05  # passes over a source from which on a run says that it repeats text
@@ -84,7 +85,7 @@ def train(
     command: str | None = None,
     arguments: list[str] | None = None,
 ) -> Result:
-    """Pre-trains ``cfg`` and exports it into ``folder``; `train.run_folder` says what lies there.
+    """Pre-trains ``cfg`` and exports it into ``folder``; `runs.run_folder` says what lies there.
 
     ``text``: the recipe's FIM rate and sample masks take the place of its own. ``tokenizer``: a folder with a
     tokenizer.json, or the vocabulary size of one to be trained on the text; the model's vocabulary becomes the
@@ -226,11 +227,9 @@ def fit(
             journal.event("damaged", message, progress)
         if resumed:
             journal.event("resumed", f"from {checkpoints.newest() or 'the beginning'}", progress)
-        for label, passes in batches.passes(recipe.tokens // recipe.length).items():
-            if passes > REPEATED:
-                journal.event(
-                    "repeated", f"{label} has text for one pass; this run passes it {passes:.3g} times", progress
-                )
+        for label, n in batches.passes(recipe.tokens // recipe.length).items():
+            if n > REPEATED:
+                journal.event("repeated", f"{label} has text for one pass; this run passes it {n:.3g} times", progress)
         peak, devices = peak_of(jax.devices()[0].device_kind), 1 if ctx.mesh is None else ctx.mesh.size
         flops = training_flops(cfg, recipe.length, bool(cfg.mtp_depth and recipe.weights.mtp))
         trainer = Trainer(

@@ -25,13 +25,13 @@ from deepseek_jax.data.chat_rows import ChatConfig
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.notes import CheckpointWarning
+from deepseek_jax.runs import loop
+from deepseek_jax.runs.export import export_model
+from deepseek_jax.runs.finetune import fine_tune, thawed
+from deepseek_jax.runs.metrics import Reporter
+from deepseek_jax.runs.options import Options
 from deepseek_jax.text import bpe
-from deepseek_jax.train import loop
-from deepseek_jax.train.export import export_model
-from deepseek_jax.train.finetune import fine_tune, thawed
 from deepseek_jax.train.lora import adapt
-from deepseek_jax.train.metrics import Reporter
-from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
 from deepseek_jax.train.tuning import LoRA, fine_tuning, of_epochs
 

@@ -21,7 +21,7 @@ from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.training import UNHASHED, leaf_names, read_record
 from deepseek_jax.core.params import RouterBias, map_variables, named
-from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.runs.checkpoint import Checkpoints
 
 
 def tree(seed: int = 0) -> dict:
@@ -229,7 +229,7 @@ def test_a_full_disk_is_one_error_and_the_last_good_one_stays(copy, monkeypatch,
     checkpoints = Checkpoints(copy)
     target = {
         "arrays": "orbax.checkpoint._src.serialization.jax_array_handlers.ArrayHandler.serialize",
-        "record": "deepseek_jax.train.checkpoint.write_record",
+        "record": "deepseek_jax.runs.checkpoint.write_record",
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
@@ -247,7 +247,7 @@ import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.runs.checkpoint import Checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
 rng = np.random.default_rng(0)

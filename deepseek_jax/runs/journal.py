@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from deepseek_jax.train.metrics import Reporter
+from deepseek_jax.runs.metrics import Reporter
 
 
 @dataclass

@@ -11,7 +11,7 @@ from deepseek_jax.convert.training import is_training
 from deepseek_jax.core.quant import FP8
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first
-from deepseek_jax.train.options import Options
+from deepseek_jax.runs.options import Options
 
 
 def export_model(model: Transformer, folder: Path, options: Options, source: Path | None, computed: str) -> None:

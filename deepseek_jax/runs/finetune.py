@@ -24,18 +24,18 @@ from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import first_then_all, from_first, is_first
+from deepseek_jax.runs.export import export_model
+from deepseek_jax.runs.loop import Result, fit
+from deepseek_jax.runs.measure import exporter, measurer
+from deepseek_jax.runs.metrics import Reporter, Reporters
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.prepare import check_fit, open_run, origin
+from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
-from deepseek_jax.train.export import export_model
-from deepseek_jax.train.loop import Result, fit
 from deepseek_jax.train.lora import adapt, check_targets
-from deepseek_jax.train.measure import exporter, measurer
-from deepseek_jax.train.metrics import Reporter, Reporters
-from deepseek_jax.train.options import Options
 from deepseek_jax.train.patterns import select
-from deepseek_jax.train.prepare import check_fit, open_run, origin
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.train.tuning import LoRA, of_epochs
 
 
@@ -68,7 +68,7 @@ def fine_tune(
     it is. ``patterns``: what is trained (`train.patterns.select`), all by default; everything else stays as it is
     stored, bit for bit. ``lora``: adapters are trained instead, on a model that stays as it is stored. ``planned``: is
     told the recipe as it will be run. The other arguments, and what Ctrl-C and SIGTERM do, are those of
-    `train.loop.train`. On a mesh the whole model is trained: ``patterns`` and ``lora`` are refused there.
+    `runs.loop.train`. On a mesh the whole model is trained: ``patterns`` and ``lora`` are refused there.
 
     Raises ValueError, FileExistsError or FileNotFoundError for settings that do not fit each other, the checkpoint or
     the folder; nothing is written then.

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from deepseek_jax.train.metrics import Record, describe, plain, short
+from deepseek_jax.runs.metrics import Record, describe, plain, short
 
 BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 # A load of this many times the mean fills a cell.

@@ -12,12 +12,12 @@ from deepseek_jax.data.batches import Batches
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first, wait_for_all
-from deepseek_jax.train.evaluate import evaluate, trigram_bits_per_byte
-from deepseek_jax.train.journal import Progress
-from deepseek_jax.train.options import Options
-from deepseek_jax.train.run_folder import RunFolder
+from deepseek_jax.runs.evaluate import evaluate, trigram_bits_per_byte
+from deepseek_jax.runs.journal import Progress
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.run_folder import RunFolder
+from deepseek_jax.runs.trainer import Measure
 from deepseek_jax.train.step import State
-from deepseek_jax.train.trainer import Measure
 
 # Counting n-grams in plain memory would take longer than training beyond this.
 TRIGRAM_TOKENS = 50_000_000

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepseek_jax.runs.signals import undoing
 from deepseek_jax.small_files import LARGE, read_json
-from deepseek_jax.train.signals import undoing
 from deepseek_jax.version import __version__
 
 # Settings that a resumed run may have more of: it is extended.

@@ -22,17 +22,18 @@ from deepseek_jax.convert.training import read_leaves, read_record, write_record
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.train import loop as loop_module
-from deepseek_jax.train.checkpoint import Checkpoints
-from deepseek_jax.train.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
-from deepseek_jax.train.journal import Progress, progress_damage
-from deepseek_jax.train.loop import check_fit, train
-from deepseek_jax.train.metrics import JsonLines, Reporters, TextLog
-from deepseek_jax.train.options import Options
+from deepseek_jax.runs import loop as loop_module
+from deepseek_jax.runs.checkpoint import Checkpoints
+from deepseek_jax.runs.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
+from deepseek_jax.runs.journal import Progress, progress_damage
+from deepseek_jax.runs.loop import check_fit, train
+from deepseek_jax.runs.metrics import JsonLines, Reporters, TextLog
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.run_folder import RunFolder
+from deepseek_jax.runs.signals import StopSignals
+from deepseek_jax.runs.trainer import Journal, Throughput, Trainer
+from deepseek_jax.train.begin import fresh
 from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
-from deepseek_jax.train.run_folder import RunFolder
-from deepseek_jax.train.signals import StopSignals
-from deepseek_jax.train.trainer import Journal, Throughput, Trainer, fresh
 
 CFG = tiny_config()
 # Batches of 2, then of 4 rows: 6 steps, of which the last 3 take two micro-batches.

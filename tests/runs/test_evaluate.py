@@ -7,7 +7,7 @@ import pytest
 from tiny import random_model, tiny_config
 
 from deepseek_jax.data.held_out import HeldOut
-from deepseek_jax.train.evaluate import evaluate
+from deepseek_jax.runs.evaluate import evaluate
 
 CFG = tiny_config()
 

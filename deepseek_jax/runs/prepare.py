@@ -17,13 +17,13 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import training_texts
 from deepseek_jax.parallel.placement import row_groups
 from deepseek_jax.parallel.processes import from_first
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
 from deepseek_jax.text.files import FAST, RANKS, copy_tokenizer
 from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.train.balance_loss import check_devices
-from deepseek_jax.train.options import Options
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.run_folder import RunFolder
 from deepseek_jax.version import __version__
 
 
