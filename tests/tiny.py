@@ -1,5 +1,6 @@
 """Tiny models whose every tensor is random, made with NumPy: jitted initialisation costs a compilation."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope, Yarn
-from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.params import RouterBias, is_looked_up, map_variables, matrix_of
 from deepseek_jax.model.transformer import Transformer, abstract
 
 
@@ -37,29 +38,19 @@ def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32
     rng = np.random.default_rng(seed)
 
     def fill(path, variable):
-        shape = variable.get_value().shape
+        shape, inputs = variable.get_value().shape, matrix_of(variable).inputs
         if isinstance(variable, RouterBias):
             value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
             return RouterBias(value, **variable.get_metadata())
-        if path[-1] == "weight" and "router" not in path:
+        if not inputs:
             value = rng.normal(1, 0.1, shape)
-        elif path == ("embed",):
+        elif is_looked_up(variable):
             value = rng.normal(0, 1, shape)
         else:
-            value = rng.normal(0, _inputs(path, shape) ** -0.5, shape)
+            value = rng.normal(0, math.prod(shape[a] for a in inputs) ** -0.5, shape)
         return nnx.Param(jnp.asarray(value, dtype), **variable.get_metadata())
 
     return map_variables(fill, abstract(cfg, dtype))
-
-
-def _inputs(path, shape) -> int:
-    """The number of inputs of a matrix, from its unstacked shape."""
-    name = path[-1]
-    if "stacks" in path:
-        shape = shape[1:]
-    if name in ("gate_up", "down") and len(shape) - (name == "gate_up") == 3:
-        shape = shape[1:]
-    return shape[0] * shape[1] if name == "o" else shape[0]
 
 
 def random_tokens(cfg, batch: int, length: int, seed: int = 0) -> jax.Array:

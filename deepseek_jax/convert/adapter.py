@@ -7,6 +7,7 @@ model's code does not. `deepseek_jax.train.lora` makes fresh ones to train.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +17,46 @@ from deepseek_jax.convert.files import new_folder, write_json
 from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Writer, load_json
 from deepseek_jax.core.lowrank import LowRank, dense, held
-from deepseek_jax.core.params import Adapter, is_variable, map_variables
+from deepseek_jax.core.params import Adapter, declared, is_looked_up, is_variable, map_variables, matrix_of
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.notes import shown
 from deepseek_jax.version import __version__
 
-# Leaf -> its axes after the stacked ones: inputs, separate published matrices, outputs.
-MAPS = {
-    "q": (1, 0, 2),
-    "q_a": (1, 0, 1),
-    "q_b": (1, 0, 2),
-    "kv_a": (1, 0, 1),
-    "kv_b": (1, 0, 2),
-    "o": (2, 0, 1),
-    "gate_up": (1, 1, 1),
-    "down": (1, 0, 1),
-    "proj": (1, 0, 1),
-    "head": (1, 0, 1),
-}
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
-def shapes(path, variable, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The shapes of a and b, and how many stacked axes the leaf has."""
-    shape, (inputs, split, outputs) = variable.get_value().shape, MAPS[path[-1]]
+def adaptable(variable) -> bool:
+    """Whether a leaf may have an adapter: linear maps, but neither the embedding, whose rows are looked up, nor a
+    router, which the reference does not have as a linear module."""
+    is_map = bool(matrix_of(variable).inputs) and not is_looked_up(variable)
+    return is_map and variable.get_metadata()["axes"][-1] != "scores"
+
+
+def _axes(variable) -> tuple[int, int, int]:
+    """How many inputs, separate published matrices after them, and outputs a leaf has."""
+    matrix = matrix_of(variable)
+    return len(matrix.inputs), len(matrix.between), len(matrix.outputs)
+
+
+def shapes(variable, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The shapes of a and b, and how many axes stand before the leaf's inputs."""
+    shape, (inputs, split, outputs) = variable.get_value().shape, _axes(variable)
     lead = len(shape) - inputs - split - outputs
     middle = shape[lead + inputs : lead + inputs + split]
     return (*shape[: lead + inputs], *middle, rank), (*shape[:lead], *middle, rank, *shape[-outputs:]), lead
 
 
-def low_rank(path, variable, a, b, alpha: float, dtype) -> LowRank:
-    inputs, split, outputs = MAPS[path[-1]]
+def low_rank(variable, a, b, alpha: float, dtype) -> LowRank:
+    """``variable`` with an adapter: arrays a and b of the shapes of `shapes`."""
+    inputs, split, outputs = _axes(variable)
     axes = variable.get_metadata()["axes"]
     lead = len(axes) - inputs - split - outputs
-    a_axes = (*axes[: lead + inputs + split], None)
-    b_axes = (*axes[:lead], *axes[lead + inputs : lead + inputs + split], None, *axes[-outputs:])
-    a, b = Adapter(jnp.asarray(a, dtype), axes=a_axes), Adapter(jnp.asarray(b, dtype), axes=b_axes)
+    front, middle = tuple(range(lead)), axes[lead + inputs : lead + inputs + split]
+    after = tuple(range(lead + inputs, lead + inputs + split))
+    of_a = declared((*axes[: lead + inputs], *middle, None), inputs, (*front, *after))
+    of_b = declared((*axes[:lead], *middle, None, *axes[-outputs:]), 1, tuple(range(lead + split)))
+    a, b = Adapter(jnp.asarray(a, dtype), **of_a), Adapter(jnp.asarray(b, dtype), **of_b)
     return LowRank(variable, a, b, alpha, inputs, split, outputs)
 
 
@@ -62,14 +66,15 @@ def _is_node(x) -> bool:
 
 def adapted(model: Transformer) -> dict[tuple, LowRank]:
     """The adapted leaves by path."""
-    found = {}
+    return {path: x for path, x in _nodes(model).items() if isinstance(x, LowRank)}
 
-    def note(path, x):
-        if isinstance(x, LowRank):
-            found[tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path)] = x
 
-    jax.tree_util.tree_map_with_path(note, model, is_leaf=_is_node)
-    return found
+def _nodes(model: Transformer) -> dict[tuple, Any]:
+    """The leaves by path: a variable, or a `LowRank` with its three."""
+    return {
+        tuple(getattr(p, "name", getattr(p, "key", getattr(p, "idx", None))) for p in path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_node)
+    }
 
 
 def adapted_paths(model: Transformer) -> list[str]:
@@ -122,9 +127,9 @@ class Pair:
         return b[(*self.lead, *self.half)]
 
 
-def _matrices(path, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a and b with fused heads: their matrix form."""
-    inputs, split, outputs = MAPS[path[-1]]
+def _matrices(variable, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The adapter a, b of a leaf with fused heads: its matrix form."""
+    inputs, split, outputs = _axes(variable)
     lead = a.ndim - inputs - split - 1
     return (
         a.reshape(*a.shape[:lead], -1, *a.shape[lead + inputs :]),
@@ -132,9 +137,10 @@ def _matrices(path, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def _pairs(cfg) -> Iterator[tuple[tuple, Pair]]:
+def _pairs(cfg, variables: dict[tuple, Any]) -> Iterator[tuple[tuple, Pair]]:
+    """Every published matrix that may have an adapter; ``variables``: the model's weights by path."""
     for tensor in layout(cfg)[0]:
-        if not tensor.copy and tensor.path[-1] in MAPS:
+        if not tensor.copy and adaptable(variables[tensor.path]):
             yield tensor.path, Pair.of(tensor)
 
 
@@ -158,8 +164,9 @@ def save_adapter(model: Transformer, path: str | Path, base: str | Path | None =
         raise ValueError(f"the adapters have different ranks or alphas, which one file cannot say: {sorted(ranks)}.")
     ((rank, alpha),) = ranks
     tensors, written, left = {}, [], []
-    forms = {p: _matrices(p, *(np.asarray(x.get_value()) for x in (w.a, w.b))) for p, w in leaves.items()}
-    for leaf, pair in _pairs(model.cfg):
+    forms = {p: _matrices(w.base, *(np.asarray(x.get_value()) for x in (w.a, w.b))) for p, w in leaves.items()}
+    weights = {path: x.base if isinstance(x, LowRank) else x for path, x in _nodes(model).items()}
+    for leaf, pair in _pairs(model.cfg, weights):
         if leaf not in forms:
             left.append(pair.module)
             continue
@@ -214,19 +221,17 @@ def load_adapter(model: Transformer, path: str | Path) -> Transformer:
     rank, alpha = _read_config(folder / CONFIG)
     checkpoint = Checkpoint(folder)
     entries = dict(checkpoint.entries)
-    variables: dict[tuple, object] = {}
-    map_variables(lambda p, v: variables.setdefault(p, v), model)
-    leaves: dict[tuple, list] = {}
-    for leaf, pair in _pairs(model.cfg):
+    variables, leaves = _nodes(model), {}
+    for leaf, pair in _pairs(model.cfg, variables):
         found = [entries.pop(name, None) for name in pair.names]
         if found == [None, None]:
             continue
         if None in found:
             raise CheckpointError(f"{folder / WEIGHTS}: {pair.module} has one of lora_A and lora_B without the other.")
         if leaf not in leaves:
-            sizes = shapes(leaf, variables[leaf], rank)[:2]
+            sizes = shapes(variables[leaf], rank)[:2]
             leaves[leaf] = [np.zeros(size, entry.dtype) for size, entry in zip(sizes, found, strict=True)]
-        a, b = _matrices(leaf, *leaves[leaf])
+        a, b = _matrices(variables[leaf], *leaves[leaf])
         for entry, part in zip(found, (pair.of_a(a), pair.of_b(b)), strict=True):
             if entry.shape != part.shape[::-1] or entry.dtype != part.dtype:
                 raise CheckpointError(
@@ -245,7 +250,7 @@ def load_adapter(model: Transformer, path: str | Path) -> Transformer:
         if leaf not in leaves:
             return variable
         a, b = leaves[leaf]
-        return low_rank(leaf, variable, a, b, alpha, a.dtype)
+        return low_rank(variable, a, b, alpha, a.dtype)
 
     return map_variables(wrap, model)
 

@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.core.params import map_variables
+from deepseek_jax.core.params import Matrix, is_looked_up, map_variables, matrix_of
 from deepseek_jax.model.transformer import abstract
 
 BLOCK = (128, 128)
@@ -92,13 +92,14 @@ class Leaf:
     """A leaf's shapes: ``shape`` as the model has it, ``matrix`` with fused heads.
 
     Of both the first ``stacked`` axes are layers. ``block``: an FP8 block's extent along the other axes of
-    ``matrix``.
+    ``matrix``. ``transposed``: whether the published tensors are the transposes of its parts.
     """
 
     shape: tuple[int, ...]
     matrix: tuple[int, ...]
     stacked: int
     block: tuple[int, ...]
+    transposed: bool
 
     @property
     def scale(self) -> tuple[int, ...]:
@@ -117,16 +118,16 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
 
     ``block``: an FP8 block's rows and columns in the published [out, in] matrix.
     """
-    shapes: dict[Path, tuple[int, ...]] = {}
-    map_variables(lambda path, v: shapes.setdefault(path, v.get_value().shape), abstract(cfg))
+    variables = {}
+    map_variables(lambda path, v: variables.setdefault(path, v), abstract(cfg))
     tensors, leaves = [], {}
 
     def add(prefix: Path, rows, published: str, lead: tuple[int, ...] = ()) -> None:
         for ours, theirs, fp8 in rows:
             path = (*prefix, *ours.split("."))
-            if path not in shapes:
+            if path not in variables:
                 continue
-            leaf = leaves.setdefault(path, _leaf(shapes[path], path, theirs, len(lead), block))
+            leaf = leaves.setdefault(path, _leaf(variables[path], len(lead), block))
             tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8))
 
     add((), ROOT[:1], "")
@@ -151,7 +152,7 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
         add(("mtp", depth, "block"), ATTENTION + (MOE if cfg.mtp_is_moe else DENSE), published)
         for theirs, ours in COPIES:
             add_copy(published + theirs, main.get((ours,), main[("embed",)]))
-    missing = set(shapes) - set(leaves)
+    missing = set(variables) - set(leaves)
     if missing:
         raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")
     return tuple(tensors), leaves
@@ -182,31 +183,20 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
         )
 
 
-def _leaf(shape: tuple[int, ...], path: Path, theirs: str, stacked: int, block: tuple[int, int]) -> Leaf:
-    """Heads are fused with the inputs of ``o``, and with the outputs of the other matrices."""
-    lead, rest = shape[:stacked], shape[stacked:]
-    special = ("{expert}" in theirs) + ("{half}" in theirs)
-    if special or len(rest) < 2:
-        matrix = rest
-    elif path[-1] == "o":
-        matrix = (math.prod(rest[:-1]), rest[-1])
-    else:
-        matrix = (rest[0], math.prod(rest[1:]))
-    blocks = ()
-    if len(matrix) >= 2:
-        rows, columns = block
-        blocks = (
-            *((1,) if "{expert}" in theirs else ()),
-            columns,
-            *((1,) if "{half}" in theirs else ()),
-            rows,
-        )
-    return Leaf(shape, (*lead, *matrix), stacked, blocks)
+def _leaf(variable, stacked: int, block: tuple[int, int]) -> Leaf:
+    shape, form = variable.get_value().shape, matrix_of(variable)
+    front, between = ([shape[a] for a in axes] for axes in (form.front, form.between))
+    inputs = [math.prod(shape[a] for a in form.inputs)] if form.inputs else []
+    matrix = (*shape[:stacked], *front, *inputs, *between, math.prod(shape[a] for a in form.outputs))
+    rows, columns = block
+    blocks = (*(1 for _ in front), columns, *(1 for _ in between), rows) if inputs else ()
+    # The embedding is used as it is published.
+    return Leaf(shape, matrix, stacked, blocks, bool(inputs) and not is_looked_up(variable))
 
 
-def published_block(path: Path, block: tuple[int, ...]) -> tuple[int, int]:
+def published_block(form: Matrix, block: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns, in the published matrix, of a leaf's block."""
-    return block[-1], block[-3 if path[-1] == "gate_up" else -2]
+    return block[-1], block[-2 - len(form.between)]
 
 
 def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool):
@@ -218,13 +208,11 @@ def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool
         for number, half in halves:
             index = (*lead, *(() if expert is None else (expert,)), slice(None))
             index += () if number is None else (number,)
-            # The embedding is used as it is published: rows are looked up.
-            transposed = len(matrix) >= 2 and path != ("embed",)
             if len(matrix) >= 2:
                 index += (slice(None),)
                 shape = (matrix[-1], matrix[1] if expert is not None else matrix[0])
-                shape = shape if transposed else shape[::-1]
+                shape = shape if leaf.transposed else shape[::-1]
             else:
                 shape = matrix
             published = name.format(expert=expert, half=half)
-            yield Tensor(published, shape, path, index, transposed, fp8)
+            yield Tensor(published, shape, path, index, leaf.transposed, fp8)

@@ -156,7 +156,7 @@ def _write(model: Transformer, folder: Path | None, how: Format) -> None:
     tensors = [tensor for tensor in tensors if how.written(tensor)]
 
     def held(tensor: Tensor):
-        return tensor_of(values[tensor.path].get_value(), leaves[tensor.path], tensor, forms.get(tensor.name))
+        return tensor_of(values[tensor.path], leaves[tensor.path], tensor, forms.get(tensor.name))
 
     if folder is None:
         for tensor in tensors:

@@ -5,8 +5,9 @@ Modules are NNX modules used as plain pytrees: they go through jit, grad, scan a
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,97 @@ class Adapter(nnx.Param):
 DRAWN_EACH = ("expert", "scores")
 
 
-def param(dtype, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """A matrix with a logical name for each axis. It is zero until `drawn` gives it values by its name."""
-    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+@dataclass(frozen=True)
+class Matrix:
+    """What a parameter's axes are, each counted from the end, so that stacked layers may stand in front.
+
+    ``inputs``, ``outputs``: of the linear map; several are one axis of the published matrix, row-major (heads and
+    their dimensions). ``apart``: number separate matrices: experts in front, gate and up between inputs and outputs. A
+    vector (a gain, a bias) has outputs only.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    apart: tuple[int, ...] = ()
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The axes of ``apart`` that stand before the inputs."""
+        return tuple(a for a in self.apart if a not in self.between)
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """The axes of ``apart`` that stand between inputs and outputs."""
+        return tuple(a for a in self.apart if self.inputs and a > self.inputs[-1])
+
+
+def param(
+    dtype,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    inputs: int,
+    apart: tuple[int, ...] = (),
+    decay: bool | None = None,
+) -> nnx.Param:
+    """A parameter, zero until `drawn` gives a linear map values by its name.
+
+    ``axes``: a logical name for each axis, which says how it is split over a mesh (`core.layout`). ``inputs``: how many
+    axes, from the first on, are the map's inputs; those after them are its outputs. 0: a vector. ``apart``: which axes
+    number separate published matrices, and are neither. ``decay``: whether weight decay moves it; a map's does unless
+    this says otherwise, a vector has to say it.
+
+    Raises ValueError for axes that are out of this order, and for a vector that does not say whether it decays.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), **declared(axes, inputs, apart, decay))
 
 
 def gain(dtype, size: int, axis: str) -> nnx.Param:
-    """A norm's weight, ones."""
-    return nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
+    """A norm's weight, ones; it does not decay."""
+    return nnx.Param(jnp.ones((size,), dtype), **declared((axis,), 0, decay=False))
+
+
+def declared(
+    axes: tuple[str | None, ...], inputs: int, apart: tuple[int, ...] = (), decay: bool | None = None
+) -> dict[str, Any]:
+    """The metadata of a parameter, as `param` takes it: ``axes``, ``matrix``, ``decay``."""
+    own = [a for a in range(len(axes)) if a not in apart]
+    if not 0 <= inputs < len(own):
+        raise ValueError(f"a parameter with axes {axes}, {apart} of them apart, cannot have {inputs} inputs.")
+    matrix = Matrix(*(tuple(a - len(axes) for a in group) for group in (own[:inputs], own[inputs:], apart)))
+    if matrix.front + matrix.inputs + matrix.between + matrix.outputs != tuple(range(-len(axes), 0)):
+        raise ValueError(f"of a parameter with axes {axes}, {apart} stand neither in front nor after the inputs.")
+    if decay is None and not inputs:
+        raise ValueError(
+            f"a parameter with axes {axes} and no inputs has to say whether it decays; a bias: decay=False."
+        )
+    return {"axes": axes, "matrix": matrix, "decay": decay is None or decay}
+
+
+def matrix_of(variable: nnx.Variable, name: str = "a parameter") -> Matrix:
+    """What `param` was told of a variable's axes. Raises ValueError for one that it was told nothing of."""
+    return _declaration(variable, name, "matrix")
+
+
+def decays(variable: nnx.Variable, name: str = "a parameter") -> bool:
+    """Whether weight decay moves a parameter. Raises ValueError for one that does not say it."""
+    return _declaration(variable, name, "decay")
+
+
+def is_looked_up(variable: nnx.Variable) -> bool:
+    """Whether a map's inputs are tokens, whose rows are looked up: an embedding."""
+    inputs = matrix_of(variable).inputs
+    return bool(inputs) and variable.get_metadata()["axes"][inputs[0]] == "vocab"
+
+
+def _declaration(variable: nnx.Variable, name: str, what: str):
+    metadata = variable.get_metadata()
+    if what not in metadata:
+        raise ValueError(
+            f"{name} does not say which of its axes are inputs, nor whether it decays: make it with "
+            "core.params.param(..., inputs=..., decay=...)."
+        )
+    return metadata[what]
 
 
 def drawn(matrix: nnx.Param, key: jax.Array, name: str, std: float, layers: jax.Array | None = None) -> nnx.Param:
@@ -69,7 +153,7 @@ def drawn(matrix: nnx.Param, key: jax.Array, name: str, std: float, layers: jax.
 
 
 def router_bias(n_experts: int) -> RouterBias:
-    return RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=("scores",))
+    return RouterBias(jnp.zeros((n_experts,), jnp.float32), **declared(("scores",), 0, decay=False))
 
 
 def is_variable(x) -> bool:
@@ -113,7 +197,7 @@ def partition(model: Tree, trained: Trained | None = None) -> tuple[Tree, Tree]:
             raise ValueError(f"{name} is quantised and takes no gradients: load it with a dtype, or use LoRA.")
         if layers is True:
             return True
-        size = v.get_value().shape[0] if path[0] == "stacks" else 0
+        size = stacked_layers(v)
         layers = tuple(sorted(int(i) for i in layers))
         if len(set(layers)) < len(layers) or not all(0 <= i < size for i in layers):
             raise ValueError(f"{name} has {size} stacked layers; {list(layers)} are not among them, each once.")
@@ -145,6 +229,12 @@ def combine(params: Tree, rest: Tree) -> Tree:
         return b.replace(_interleave(a.get_value(), b.get_value(), a.get_metadata()["layers"]))
 
     return jax.tree.map(join, params, rest, is_leaf=lambda x: x is None or is_variable(x))
+
+
+def stacked_layers(variable: nnx.Variable) -> int:
+    """How many layers a leaf stacks: the size of the axis in front of its own ones, 0 without one."""
+    value, axes = variable.get_value(), variable.get_metadata()["axes"]
+    return value.shape[0] if len(value.shape) > len(axes) else 0
 
 
 def trained_layers(params) -> dict[str, tuple[int, ...]]:
@@ -192,11 +282,16 @@ def parameter_dtype(model) -> jnp.dtype:
     return next(v.get_value().dtype for v in jax.tree.leaves(model, is_leaf=is_variable) if is_trained(v))
 
 
+def named_variables(params) -> dict[str, nnx.Variable]:
+    """Every variable under its dotted path (``stacks.1.attn.q_a``)."""
+    found = {}
+    map_variables(lambda path, v: found.update({".".join(map(str, path)): v}), params)
+    return found
+
+
 def named(params) -> dict[str, jax.Array]:
-    """Every variable's value under its dotted path (``stacks.1.attn.q_a``); what optimizers work on."""
-    values = {}
-    map_variables(lambda path, v: values.update({".".join(map(str, path)): v.get_value()}), params)
-    return values
+    """Every variable's value under its dotted path; what optimizers work on."""
+    return {name: v.get_value() for name, v in named_variables(params).items()}
 
 
 def renamed(params: Tree, values: dict[str, jax.Array]) -> Tree:

@@ -13,8 +13,8 @@ class FFN(nnx.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one leaf [D, 2, F], multiplied at once."""
 
     def __init__(self, dim: int, ffn_dim: int, dtype):
-        self.gate_up = param(dtype, (dim, 2, ffn_dim), ("embed", None, "ffn"))
-        self.down = param(dtype, (ffn_dim, dim), ("ffn", "embed"))
+        self.gate_up = param(dtype, (dim, 2, ffn_dim), ("embed", None, "ffn"), inputs=1, apart=(1,))
+        self.down = param(dtype, (ffn_dim, dim), ("ffn", "embed"), inputs=1)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         gate_BTF, up_BTF = jnp.moveaxis(linear("BTD,DZF->BTZF", x_BTD, self.gate_up, ctx), 2, 0)

@@ -29,15 +29,15 @@ class MLA(nnx.Module):
         self.cfg = cfg
         D, N, C, H, R, V = dim, cfg.n_heads, cfg.kv_rank, cfg.nope_dim, cfg.rope_dim, cfg.v_dim
         if cfg.q_rank is None:
-            self.q = param(dtype, (D, N, H + R), ("embed", "heads", "head_dim"))
+            self.q = param(dtype, (D, N, H + R), ("embed", "heads", "head_dim"), inputs=1)
         else:
-            self.q_a = param(dtype, (D, cfg.q_rank), ("embed", "q_rank"))
+            self.q_a = param(dtype, (D, cfg.q_rank), ("embed", "q_rank"), inputs=1)
             self.q_norm = RMSNorm(dtype, cfg.q_rank, "q_rank", LATENT_EPS)
-            self.q_b = param(dtype, (cfg.q_rank, N, H + R), ("q_rank", "heads", "head_dim"))
-        self.kv_a = param(dtype, (D, C + R), ("embed", "kv_rank"))
+            self.q_b = param(dtype, (cfg.q_rank, N, H + R), ("q_rank", "heads", "head_dim"), inputs=1)
+        self.kv_a = param(dtype, (D, C + R), ("embed", "kv_rank"), inputs=1)
         self.kv_norm = RMSNorm(dtype, C, "kv_rank", LATENT_EPS)
-        self.kv_b = param(dtype, (C, N, H + V), ("kv_rank", "heads", "head_dim"))
-        self.o = param(dtype, (N, V, D), ("heads", "head_dim", "embed"))
+        self.kv_b = param(dtype, (C, N, H + V), ("kv_rank", "heads", "head_dim"), inputs=1)
+        self.o = param(dtype, (N, V, D), ("heads", "head_dim", "embed"), inputs=2)
         # kv_b once more for decoding, cut and ordered as the absorbed form multiplies: [N, H, C] and [N, C, V].
         self.absorbed = nnx.data(None)
 

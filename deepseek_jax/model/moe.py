@@ -27,8 +27,8 @@ class MoE(nnx.Module):
         self.cfg = cfg
         E, F = cfg.n_experts, cfg.expert_dim
         self.router = Router(cfg, dim, dtype)
-        self.gate_up = param(dtype, (E, dim, 2, F), ("expert", "embed", None, "expert_ffn"))
-        self.down = param(dtype, (E, F, dim), ("expert", "expert_ffn", "embed"))
+        self.gate_up = param(dtype, (E, dim, 2, F), ("expert", "embed", None, "expert_ffn"), inputs=1, apart=(0, 2))
+        self.down = param(dtype, (E, F, dim), ("expert", "expert_ffn", "embed"), inputs=1, apart=(0,))
         # Published checkpoints fuse the shared experts into one network of their summed width.
         self.shared = FFN(dim, cfg.n_shared * F, dtype) if cfg.n_shared else None
 

@@ -34,7 +34,7 @@ class Router(nnx.Module):
 
     def __init__(self, cfg: schema.MoE, dim: int, dtype):
         self.cfg = cfg
-        self.weight = param(dtype, (dim, cfg.n_experts), ("embed", "scores"))
+        self.weight = param(dtype, (dim, cfg.n_experts), ("embed", "scores"), inputs=1)
         self.bias = router_bias(cfg.n_experts)
 
     def __call__(

@@ -18,7 +18,7 @@ from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import drawn, map_variables, param, parameter_dtype, unstack
+from deepseek_jax.core.params import drawn, map_variables, matrix_of, param, parameter_dtype, unstack
 from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import cache as cache_module
 from deepseek_jax.model.arguments import check_call, check_context, check_init, check_new_config
@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, dtype):
         self.cfg = cfg
-        self.embed = param(dtype, (cfg.vocab_size, cfg.dim), ("vocab", "embedding"))
+        self.embed = param(dtype, (cfg.vocab_size, cfg.dim), ("vocab", "embedding"), inputs=1)
         sizes = ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers))
         self.stacks = nnx.List(
             jax.vmap(lambda _, moe=moe: Block(cfg, moe, dtype), axis_size=layers)(None)
@@ -46,7 +46,8 @@ class Transformer(nnx.Module):
             if layers
         )
         self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else param(dtype, (cfg.dim, cfg.vocab_size), ("embed", "vocab"))
+        shape, axes = (cfg.dim, cfg.vocab_size), ("embed", "vocab")
+        self.head = None if cfg.tie_embeddings else param(dtype, shape, axes, inputs=1)
         self.mtp = nnx.List(MTP(cfg, dtype) for _ in range(cfg.mtp_depth))
 
     def __setattr__(self, name: str, value) -> None:
@@ -311,16 +312,15 @@ def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Arra
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
-    model, first = Transformer(cfg, dtype), 0
-    numbers = []
+    model, first, numbers = Transformer(cfg, dtype), 0, []
     for stack in model.stacks:
         size = stack.attn_norm.weight.get_value().shape[0]
         numbers.append(jnp.arange(first, first + size))
         first += size
 
     def draw(path, variable):
-        if len(variable.get_metadata()["axes"]) < 2:
-            return variable  # norms and router biases begin as they were made
+        if not matrix_of(variable).inputs:
+            return variable  # gains and biases begin as they were made
         if path[0] != "stacks":
             return drawn(variable, key, ".".join(map(str, path)), cfg.init_std)
         # Where a layer is kept depends on the layers beside it; what it is called must not.

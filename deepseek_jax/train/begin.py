@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import Trained, has_adapters, map_variables, named, partition
+from deepseek_jax.core.params import Trained, has_adapters, map_variables, partition
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.parallel.placement import settle
 from deepseek_jax.train import optim
@@ -22,7 +22,7 @@ def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained 
 
     Of a model that is trained in part those router biases move that ``trained`` chooses, beside adapters none.
     """
-    optimizer = optim.make(recipe.optimizer, named(partition(model, trained)[0]))
+    optimizer = optim.make(recipe.optimizer, partition(model, trained)[0])
 
     def nothing(path: str) -> bool:
         return False

@@ -8,8 +8,8 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.convert.adapter import MAPS, adapted_paths, low_rank, shapes
-from deepseek_jax.core.params import map_variables
+from deepseek_jax.convert.adapter import adaptable, adapted_paths, low_rank, shapes
+from deepseek_jax.core.params import map_variables, matrix_of, named_variables
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.patterns import Chosen, matches, paths
 from deepseek_jax.train.tuning import LoRA
@@ -30,9 +30,8 @@ def adapt(model: Transformer, lora: LoRA, seed: int = 0, dtype=jnp.float32) -> T
         raise ValueError("the model has adapters already: merge them first, or load a model without.")
     chosen = check_targets(model, lora)
 
-    def fill(name: str, shape: tuple[int, ...], lead: int) -> np.ndarray:
+    def fill(name: str, shape: tuple[int, ...], lead: int, inputs: int) -> np.ndarray:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        inputs = MAPS[name.split(".")[-1]][0]
         a = rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[lead : lead + inputs]) ** -0.5)
         if chosen[name] is not True:
             a[np.setdiff1d(np.arange(shape[0]), chosen[name])] = 0
@@ -42,8 +41,9 @@ def adapt(model: Transformer, lora: LoRA, seed: int = 0, dtype=jnp.float32) -> T
         name = ".".join(map(str, path))
         if name not in chosen:
             return variable
-        a_shape, b_shape, lead = shapes(path, variable, lora.rank)
-        return low_rank(path, variable, fill(name, a_shape, lead), np.zeros(b_shape), lora.alpha, dtype)
+        a_shape, b_shape, lead = shapes(variable, lora.rank)
+        a = fill(name, a_shape, lead, len(matrix_of(variable).inputs))
+        return low_rank(variable, a, np.zeros(b_shape), lora.alpha, dtype)
 
     return map_variables(wrap, model)
 
@@ -51,4 +51,5 @@ def adapt(model: Transformer, lora: LoRA, seed: int = 0, dtype=jnp.float32) -> T
 def check_targets(model: Transformer, lora: LoRA) -> Chosen:
     """The linear maps that ``lora.targets`` match (`patterns.matches`), of a model or its shapes. Raises ValueError
     for a target without a match."""
-    return matches(model, lora.targets, {p: n for p, n in paths(model).items() if p.split(".")[-1] in MAPS})
+    weights = named_variables(model)
+    return matches(model, lora.targets, {p: n for p, n in paths(model).items() if adaptable(weights[p])})

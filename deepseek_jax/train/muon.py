@@ -4,13 +4,13 @@ Suffixes: n rows, m columns of a matrix; any axes in front are separate matrices
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax.core.params import Matrix
 from deepseek_jax.train.norms import scaled
 
 # X <- a X + b (X X^T) X + c (X X^T)^2 X: eight rounds that bring every singular value near 1 fast, two that end there.
@@ -18,32 +18,21 @@ FAST, EXACT = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 ROUNDS = (FAST,) * 8 + (EXACT,) * 2
 
 
-@dataclass(frozen=True)
-class Axes:
-    """The axes of an array, counted from the end, that are a matrix's rows and its columns; several are one, row-major.
-
-    The axes that are in neither (layers, experts, gate against up) number separate matrices.
-    """
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-
-
-def matrices(x: jax.Array, axes: Axes) -> jax.Array:
-    """[..., n, m]: the matrices of an array, the numbering axes in front in their order."""
-    order, shape = _order(x.shape, axes)
+def matrices(x: jax.Array, form: Matrix) -> jax.Array:
+    """[..., n, m]: the matrices of an array, inputs by outputs; what numbers them stands in front, in its order."""
+    order, shape = _order(x.shape, form)
     return x.transpose(order).reshape(shape)
 
 
-def restore(x_nm: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+def restore(x_nm: jax.Array, form: Matrix, shape: tuple[int, ...]) -> jax.Array:
     """The array of ``shape`` whose `matrices` these are."""
-    order, _ = _order(shape, axes)
+    order, _ = _order(shape, form)
     back = sorted(range(len(order)), key=order.__getitem__)
     return x_nm.reshape([shape[a] for a in order]).transpose(back)
 
 
-def _order(shape: tuple[int, ...], axes: Axes) -> tuple[list[int], list[int]]:
-    rows, columns = ([len(shape) + a for a in group] for group in (axes.rows, axes.columns))
+def _order(shape: tuple[int, ...], form: Matrix) -> tuple[list[int], list[int]]:
+    rows, columns = ([len(shape) + a for a in group] for group in (form.inputs, form.outputs))
     front = [a for a in range(len(shape)) if a not in rows + columns]
     n, m = (math.prod(shape[a] for a in group) for group in (rows, columns))
     return front + rows + columns, [*(shape[a] for a in front), n, m]
@@ -77,24 +66,24 @@ class MuonState(NamedTuple):
     momentum: dict[str, jax.Array]
 
 
-def scale_by_muon(axes: dict[str, Axes], momentum: float, update_rms: float) -> optax.GradientTransformation:
+def scale_by_muon(forms: dict[str, Matrix], momentum: float, update_rms: float) -> optax.GradientTransformation:
     """The orthogonalised Nesterov momentum of named matrices, with root mean square ``update_rms``.
 
-    M <- momentum M + G; the update is O(momentum M + G) * sqrt(max(n, m)) * update_rms. ``axes``: name -> the matrices
+    M <- momentum M + G; the update is O(momentum M + G) * sqrt(max(n, m)) * update_rms. ``forms``: name -> the matrices
     within that parameter, each of which is orthogonalised by itself.
     """
 
     def init(params):
-        return MuonState({name: jnp.zeros(params[name].shape, jnp.float32) for name in axes})
+        return MuonState({name: jnp.zeros(params[name].shape, jnp.float32) for name in forms})
 
     def update(gradients, state, params=None):
         held, updates = {}, dict(gradients)
-        for name, matrix in axes.items():
+        for name, form in forms.items():
             g = gradients[name].astype(jnp.float32)
             held[name] = momentum * state.momentum[name] + g
-            x_nm = matrices(momentum * held[name] + g, matrix)
+            x_nm = matrices(momentum * held[name] + g, form)
             scale = update_rms * max(x_nm.shape[-2:]) ** 0.5
-            updates[name] = restore(scale * orthogonalised(x_nm), matrix, g.shape)
+            updates[name] = restore(scale * orthogonalised(x_nm), form, g.shape)
         return updates, MuonState(held)
 
     return optax.GradientTransformation(init, update)

@@ -6,47 +6,37 @@ They give the change for a learning rate of 1; the step multiplies, for the rate
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from deepseek_jax.train.muon import Axes, scale_by_muon
+from deepseek_jax.core.params import Adapter, Matrix, decays, matrix_of, named_variables
+from deepseek_jax.train.muon import scale_by_muon
 from deepseek_jax.train.recipe import Optimizer
 
-# A weight's input and output axes. The attention's maps are one matrix each for all heads, as they are published;
-# gate and up are two matrices, and every expert's are its own.
-MATRICES = {
-    "q": Axes((-3,), (-2, -1)),
-    "q_a": Axes((-2,), (-1,)),
-    "q_b": Axes((-3,), (-2, -1)),
-    "kv_a": Axes((-2,), (-1,)),
-    "kv_b": Axes((-3,), (-2, -1)),
-    "o": Axes((-3, -2), (-1,)),
-    "gate_up": Axes((-3,), (-1,)),
-    "down": Axes((-2,), (-1,)),
-    "proj": Axes((-2,), (-1,)),
-    "router.weight": Axes((-2,), (-1,)),
-}
+
+def muon_matrix(variable: nnx.Variable, name: str) -> Matrix | None:
+    """The matrices of a parameter that Muon moves; None for what V4 leaves to AdamW: embedding, head, vectors. So are
+    the two factors of an adapter, which are one map together."""
+    matrix = matrix_of(variable, name)
+    alone = isinstance(variable, Adapter) or "vocab" in variable.get_metadata()["axes"]
+    return None if alone or not matrix.inputs else matrix
 
 
-def matrix_axes(name: str) -> Axes | None:
-    """The matrices of a parameter that Muon moves; None for what V4 leaves to AdamW: embedding, head, norms."""
-    *above, leaf = name.split(".")
-    return MATRICES.get("router.weight" if above[-1:] == ["router"] else leaf)
+def make(cfg: Optimizer, params) -> optax.GradientTransformation:
+    """The optimizer of a tree of parameters, which works on their values as `core.params.named` names them; it takes a
+    gradient that has been clipped.
 
-
-def is_matrix(name: str) -> bool:
-    """Whether weight decay applies: everything but the norms' gains."""
-    return not name.endswith("norm.weight")
-
-
-def make(cfg: Optimizer, params: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """The optimizer of ``params``, named as `core.params.named` does; it takes a gradient that has been clipped."""
-    decayed = {name: is_matrix(name) for name in params}
+    Which parameters decay, and which of their axes are matrices, is said where they are made (`core.params.param`).
+    Raises ValueError for one that does not say it.
+    """
+    held = named_variables(params)
+    decayed = {name: decays(v, name) for name, v in held.items()}
     adam = stored_as(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), jnp.dtype(cfg.moments))
     rule = adam
     if cfg.muon:
-        axes = {name: matrix_axes(name) for name in params}
-        muon = scale_by_muon({n: a for n, a in axes.items() if a}, cfg.momentum, cfg.update_rms)
+        forms = {name: muon_matrix(v, name) for name, v in held.items()}
+        muon = scale_by_muon({n: form for n, form in forms.items() if form}, cfg.momentum, cfg.update_rms)
         rule = optax.partition(
-            {"muon": muon, "adamw": adam}, {name: "muon" if a else "adamw" for name, a in axes.items()}
+            {"muon": muon, "adamw": adam}, {name: "muon" if form else "adamw" for name, form in forms.items()}
         )
     return optax.chain(rule, optax.add_decayed_weights(cfg.weight_decay, decayed), optax.scale(-1.0))
 

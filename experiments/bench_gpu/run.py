@@ -93,13 +93,13 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
     import numpy as np
 
     import deepseek_jax as dsj
-    from deepseek_jax.core.params import named, partition
+    from deepseek_jax.core.params import partition
     from deepseek_jax.train import optim
     from deepseek_jax.train.recipe import LossWeights, Optimizer
     from deepseek_jax.train.step import Knobs, start, train_step
 
     model = dsj.load_pretrained(folder, dtype=storage)
-    optimizer = optim.make(Optimizer(weight_decay=DECAY, moments=storage), named(partition(model)[0]))
+    optimizer = optim.make(Optimizer(weight_decay=DECAY, moments=storage), partition(model)[0])
     ctx = dsj.Context(dtype=jnp.bfloat16, remat=remat, experts=experts)
     step = partial(train_step, optimizer=optimizer, weights=LossWeights(mtp=0.0, balance=0.0), ctx=ctx, clip=CLIP)
     state = start(model, optimizer)

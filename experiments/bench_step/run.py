@@ -79,7 +79,7 @@ def whole(bench: Bench) -> Callable[[], float]:
     now = setting(recipe, recipe.tokens // 2, 1000)
     tokens = np.random.default_rng(0).integers(2, cfg.vocab_size, (now.micro_batches, recipe.pass_rows, recipe.length))
     batch, knobs = {"tokens": jnp.asarray(tokens, jnp.int32)}, Knobs.of(now)
-    optimizer = optim.make(recipe.optimizer, named(partition(model)[0]))
+    optimizer = optim.make(recipe.optimizer, partition(model)[0])
     settings = {"optimizer": optimizer, "weights": recipe.weights, "clip": recipe.optimizer.clip}
     step = partial(train_step, ctx=DEFAULT, ema_decay=recipe.ema_decay, **settings)
     held = [start(model, optimizer, average=recipe.ema_decay > 0)]
@@ -133,8 +133,8 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
         "norms of the residual stream": (2 * (cfg.n_layers + depth), gradient(lambda m, x: m(x), layer.attn_norm, x)),
         "head and loss": (1 + depth, gradient(head, model, x)),
     }
-    values = named(partition(model)[0])
-    optimizer = optim.make(recipe.optimizer, values)
+    params = partition(model)[0]
+    values, optimizer = named(params), optim.make(recipe.optimizer, params)
     state = jax.jit(optimizer.init)(values)
     update = compiled(optimizer.update, values, state, values)
     return found | {"optimizer": (1, partial(timed, update, values, state, values))}

@@ -52,8 +52,9 @@ def test_the_batch_grows_to_five_times_its_first_size_and_stays():
 
 
 def test_moments_take_four_bytes_a_parameter_and_masters_stay_float32():
-    values = named(partition(abstract(tiny_config()))[0])
-    state = jax.eval_shape(make(V3.optimizer, values).init, values)
+    params = partition(abstract(tiny_config()))[0]
+    values = named(params)
+    state = jax.eval_shape(make(V3.optimizer, params).init, values)
     held = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert sum(a.size * a.dtype.itemsize for a in held) == 4 * sum(v.size for v in values.values())
     assert {v.dtype for v in values.values()} == {jnp.dtype("float32")}

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.train.muon import EXACT, FAST, ROUNDS, Axes, orthogonalised, scale_by_muon
+from deepseek_jax.core.params import Matrix, gain, named, param
+from deepseek_jax.train.muon import EXACT, FAST, ROUNDS, orthogonalised, scale_by_muon
 from deepseek_jax.train.optim import make
 from deepseek_jax.train.recipes import recipe
 
@@ -39,7 +40,7 @@ def test_a_steps_singular_values_are_one_before_scaling():
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
 def test_a_steps_root_mean_square_is_018_whatever_the_matrix_and_the_gradients_scale(shape):
-    axes = {"w": Axes((-2,), (-1,))}
+    axes = {"w": Matrix((-2,), (-1,))}
     rule = scale_by_muon(axes, 0.95, 0.18)
     x = RNG.normal(size=shape).astype(np.float32)
     sizes = []
@@ -51,7 +52,7 @@ def test_a_steps_root_mean_square_is_018_whatever_the_matrix_and_the_gradients_s
 
 def test_every_expert_takes_a_step_of_its_own_whatever_its_gradient():
     """A rarely chosen expert moves as far as a busy one; one that got no token does not move."""
-    rule = scale_by_muon({"gate_up": Axes((-3,), (-1,))}, 0.95, 0.18)
+    rule = scale_by_muon({"gate_up": Matrix((-3,), (-1,))}, 0.95, 0.18)
     g = RNG.normal(size=(3, 12, 2, 8)).astype(np.float32) * np.array([1.0, 1e-4, 0.0], np.float32)[:, None, None, None]
     step, _ = rule.update({"gate_up": g}, rule.init({"gate_up": g}))
     sizes = np.sqrt(np.square(np.asarray(step["gate_up"])).mean((1, 2, 3)))
@@ -59,14 +60,15 @@ def test_every_expert_takes_a_step_of_its_own_whatever_its_gradient():
 
 
 def test_v4_leaves_embedding_head_and_norms_to_adamw():
-    values = {
-        "embed": jnp.ones((8, 4)),
-        "head": jnp.ones((4, 8)),
-        "norm.weight": jnp.ones(4),
-        "stacks.0.attn.q_a": jnp.ones((1, 4, 8)),
-        "stacks.0.ffn.router.weight": jnp.ones((1, 4, 8)),
+    params = {
+        "embed": param("float32", (8, 4), ("vocab", "embedding"), inputs=1),
+        "head": param("float32", (4, 8), ("embed", "vocab"), inputs=1),
+        "norm.weight": gain("float32", 4, "embed"),
+        "stacks.0.attn.q_a": param("float32", (1, 4, 8), (None, "embed", "q_rank"), inputs=1, apart=(0,)),
+        "stacks.0.ffn.router.weight": param("float32", (1, 4, 8), (None, "embed", "scores"), inputs=1, apart=(0,)),
     }
-    optimizer = make(recipe("deepseek-v4-flash").optimizer, values)
+    optimizer = make(recipe("deepseek-v4-flash").optimizer, params)
+    values = {name: jnp.ones(v.shape) for name, v in named(params).items()}
     g = {name: jnp.asarray(RNG.normal(size=v.shape), jnp.float32) * 1e-9 for name, v in values.items()}
     change, _ = optimizer.update(g, optimizer.init(values), values)
     decay = {name: 0.0 if name == "norm.weight" else 0.1 for name in values}

@@ -15,9 +15,10 @@ import deepseek_jax as dsj
 from deepseek_jax.convert.adapter import adapted, load_adapter, merge, save_adapter
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.core.lowrank import LowRank
-from deepseek_jax.core.params import Adapter, named, variables
+from deepseek_jax.core.params import Adapter, matrix_of, named, variables
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.train.lora import adapt
+from deepseek_jax.train.muon import matrices
 from deepseek_jax.train.tuning import LoRA
 
 CFG = tiny_config(dim=136, n_layers=3)
@@ -94,12 +95,22 @@ def relative(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max())
 
 
+def declared_matrices(variable) -> tuple[int, ...]:
+    """The shape of a leaf's matrices, by what it says of its axes."""
+    value = jax.ShapeDtypeStruct(variable.get_value().shape, jnp.float32)
+    return jax.eval_shape(partial(matrices, form=matrix_of(variable)), value).shape
+
+
 def test_fresh_adapters_change_nothing(base):
     model = adapt(base, EVERYTHING)
     kinds = {path[-1] for path in adapted(model)}
     assert kinds == {"q_a", "q_b", "kv_a", "kv_b", "o", "gate_up", "down", "proj", "head"}
     quantised = {path[-1] for path, w in adapted(model).items() if isinstance(w.base.get_value(), Quantized)}
     assert quantised == kinds - {"proj", "head"}
+    for w in adapted(model).values():
+        a, b, whole = map(declared_matrices, (w.a, w.b, w.base))
+        assert a == (*whole[:-1], 4)
+        assert b == (*whole[:-2], 4, whole[-1])
     ours, index = logits(model)
     theirs, their_index = logits(base)
     np.testing.assert_array_equal(index, their_index)
@@ -231,7 +242,9 @@ def test_wrong_targets_are_refused(base):
     with pytest.raises(ValueError, match=r"'stacks\.\*\.attn\.q_c' matches no .*stacks\.0\.attn\.q_"):
         adapt(base, LoRA(targets=("stacks.*.attn.q_c",)))
     with pytest.raises(ValueError, match="matches no"):
-        adapt(base, LoRA(targets=("embed",)))
+        adapt(base, LoRA(targets=("embed", "*.router.weight")))
+    with pytest.raises(ValueError, match=r"'\*\.router\.weight' matches no"):
+        adapt(base, LoRA(targets=("head", "*.router.weight")))
     with pytest.raises(ValueError, match="adapters already"):
         adapt(adapt(base, LoRA()), LoRA())
     with pytest.raises(ValueError, match="rank 0"):

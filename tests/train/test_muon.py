@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from deepseek_jax.train.muon import ROUNDS, Axes, matrices, orthogonalised, restore, scale_by_muon
+from deepseek_jax.core.params import Matrix
+from deepseek_jax.train.muon import ROUNDS, matrices, orthogonalised, restore, scale_by_muon
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +65,7 @@ def test_nothing_gives_a_zero_step_and_what_is_not_finite_is_not_hidden():
 
 def test_a_matrix_whose_gradients_stop_stays_finite():
     """Its momentum falls through all of float32; its steps keep their size until there is nothing left of it."""
-    rule = scale_by_muon({"w": Axes((-2,), (-1,))}, 0.95, 0.18)
+    rule = scale_by_muon({"w": Matrix((-2,), (-1,))}, 0.95, 0.18)
     g = {"w": RNG.normal(size=(4, 8)).astype(np.float32)}
     _, state = rule.update(g, rule.init(g))
 
@@ -85,9 +86,9 @@ def test_a_matrix_whose_gradients_stop_stays_finite():
 @pytest.mark.parametrize(
     ("shape", "axes", "count"),
     [
-        ((2, 3, 5, 2, 4), Axes((-3,), (-1,)), (2, 3, 2, 5, 4)),  # layers, experts, [in, gate and up, out]
-        ((2, 6, 3, 4), Axes((-3,), (-2, -1)), (2, 6, 12)),  # layers, [in, heads, dims]
-        ((2, 3, 4, 6), Axes((-3, -2), (-1,)), (2, 12, 6)),  # layers, [heads, dims, out]
+        ((2, 3, 5, 2, 4), Matrix((-3,), (-1,)), (2, 3, 2, 5, 4)),  # layers, experts, [in, gate and up, out]
+        ((2, 6, 3, 4), Matrix((-3,), (-2, -1)), (2, 6, 12)),  # layers, [in, heads, dims]
+        ((2, 3, 4, 6), Matrix((-3, -2), (-1,)), (2, 12, 6)),  # layers, [heads, dims, out]
     ],
 )
 def test_matrices_are_taken_apart_and_put_back(shape, axes, count):
@@ -100,7 +101,7 @@ def test_matrices_are_taken_apart_and_put_back(shape, axes, count):
 
 
 def test_steps_are_orthogonalised_nesterov_momentum():
-    axes = {"gate_up": Axes((-3,), (-1,))}
+    axes = {"gate_up": Matrix((-3,), (-1,))}
     first, second = (RNG.normal(size=(2, 12, 2, 8)).astype(np.float32) for _ in range(2))
     rule = scale_by_muon(axes, 0.95, 0.18)
     state = rule.init({"gate_up": first})
@@ -119,7 +120,7 @@ def test_steps_are_orthogonalised_nesterov_momentum():
 def test_an_update_leaves_its_gradients_as_they_are():
     """The step hands the same ones in twice, before and after it knows that the update is finite."""
     given = {"w": jnp.ones((3, 4)), "norm": jnp.ones(3)}
-    rule, kept = scale_by_muon({"w": Axes((-2,), (-1,))}, 0.95, 0.18), dict(given)
+    rule, kept = scale_by_muon({"w": Matrix((-2,), (-1,))}, 0.95, 0.18), dict(given)
     found, _ = rule.update(given, rule.init(given))
     assert all(given[name] is kept[name] for name in kept)
     assert found["norm"] is given["norm"]
@@ -134,6 +135,6 @@ def test_the_first_step_is_optaxs():
         weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers(0, 1)},
     )
     expected, _ = theirs.update({"w": x}, theirs.init({"w": jnp.zeros_like(x)}))
-    rule = scale_by_muon({"w": Axes((-2,), (-1,))}, 0.95, 0.2)
+    rule = scale_by_muon({"w": Matrix((-2,), (-1,))}, 0.95, 0.2)
     found, _ = rule.update({"w": x}, rule.init({"w": x}))
     np.testing.assert_allclose(found["w"] / (0.2 * 24**0.5), expected["w"], atol=2e-5)

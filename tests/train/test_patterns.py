@@ -108,7 +108,7 @@ def test_what_is_not_trained_stays_bit_equal(muon):
     cfg = Optimizer(muon=muon, weight_decay=0.5, moments="float32")
     predicate = select(MODEL, ["layers.2-3.*", "head"])
     params, _ = dsj.partition(MODEL, trained=predicate)
-    optimizer = optim.make(cfg, named(params))
+    optimizer = optim.make(cfg, params)
     state = start(MODEL, optimizer, trained=predicate)
     step = jax.jit(partial(train_step, optimizer=optimizer, weights=LossWeights(mtp=0), ctx=dsj.Context(), clip=1e9))
     batch = {"tokens": random_tokens(CFG, 2, 16)[None]}

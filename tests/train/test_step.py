@@ -242,7 +242,7 @@ def test_turning_knobs_compiles_nothing(step, large, accumulated):
 def test_steps_learn_one_batch_by_heart():
     cfg = tiny_config()
     model = random_model(cfg)
-    optimizer = optim.make(Optimizer(muon=True), named(partition(model)[0]))
+    optimizer = optim.make(Optimizer(muon=True), partition(model)[0])
     step = jax.jit(partial(train_step, optimizer=optimizer, weights=dsj.LossWeights(), ctx=Context()))
     batch = {"tokens": random_tokens(cfg, 2, 32)[None]}
     state, metrics = step(start(model, optimizer), batch, knobs(1e-2, 0.001))
@@ -269,7 +269,7 @@ def test_with_bfloat16_only_products_are_bfloat16():
     """Master weights, gradients, router, norms, reductions and loss are float32; AdamW's moments bfloat16."""
     # No other matrix than the router's has 12 columns.
     model = random_model(replace(CFG, moe=replace(CFG.moe, n_experts=12)))
-    optimizer = optim.make(Optimizer(moments="bfloat16"), named(partition(model)[0]))
+    optimizer = optim.make(Optimizer(moments="bfloat16"), partition(model)[0])
     state = start(model, optimizer, average=True)
     run = partial(train_step, optimizer=optimizer, weights=WEIGHTS, ctx=Context(dtype=jnp.bfloat16), ema_decay=0.9)
     program, (after, _) = jax.make_jaxpr(run, return_shape=True)(state, parted(rows(), 3), knobs(micro_batches=3))
