@@ -208,6 +208,14 @@ def test_flax_modules_are_driven_by_jax_alone(path):
             assert node.attr != "default_backend", f"{name(path)}:{node.lineno}: default_backend"
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_what_a_layer_is_is_read_from_the_config(path):
+    """`ModelConfig.layers` says it; a module is not asked for the parts that would tell."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
+            assert ast.unparse(node.args[1]) != "'router'", f"{name(path)}:{node.lineno}: hasattr(..., 'router')"
+
+
 def test_the_walk_sees_what_it_has_to(tmp_path):
     file = tmp_path / "example.py"
     file.write_text(

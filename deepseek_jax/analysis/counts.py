@@ -103,7 +103,7 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     # A tied embedding is also the head, and as that it is multiplied with.
     no_embedding = activated if cfg.tie_embeddings else activated - embedding
 
-    depth, mtp_moe = cfg.mtp_depth, cfg.mtp_depth if cfg.mtp_is_moe else 0
+    depth, mtp_moe = cfg.mtp_depth, cfg.mtp_depth if cfg.mtp_layer.is_moe else 0
     mtp_components = {
         "projection": depth * 2 * cfg.dim * cfg.dim,
         "attention": depth * attention,

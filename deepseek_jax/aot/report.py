@@ -55,7 +55,7 @@ class Report:
         time["operations"] = [dict(zip(("seconds", "name", "source"), o, strict=True)) for o in found.operations[:most]]
         time["transfers"] = [asdict(t) | {"runs": n} for t, n in found.transfers]
         memory = asdict(self.memory)
-        memory["live_by_kind"] = self.memory.live_by_kind({job.cfg.n_dense_layers, job.cfg.n_moe_layers})
+        memory["live_by_kind"] = self.memory.live_by_kind({len(stack.numbers) for stack in job.cfg.stacks})
         return {
             "model": job.cfg.name,
             "topology": job.topology.name,

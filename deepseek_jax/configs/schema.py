@@ -4,9 +4,10 @@ An ablation is one ``dataclasses.replace``. Every value is checked when the data
 config that exists is one that can be built.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_jax.configs.checks import ConfigError, check_types, require
+from deepseek_jax.configs.layers import Dense, Layer, Stack, segmented
 from deepseek_jax.configs.numbers import LARGEST, complaint
 
 __all__ = ["MLA", "ConfigError", "MoE", "ModelConfig", "Rope", "Yarn"]
@@ -171,10 +172,36 @@ class ModelConfig:
                 require(0 <= i < self.vocab_size, f"{name} {i} lies outside vocab_size={self.vocab_size}.")
 
     @property
-    def n_moe_layers(self) -> int:
-        return self.n_layers - self.n_dense_layers
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer of the main model; all else that concerns layers follows from this."""
+        dense, moe = Layer(self.attention, Dense(self.ffn_dim)), Layer(self.attention, self.moe)
+        return (dense,) * self.n_dense_layers + (moe,) * (self.n_layers - self.n_dense_layers)
 
     @property
-    def mtp_is_moe(self) -> bool:
-        """An MTP module holds a layer of the kind that ends the model."""
-        return self.n_moe_layers > 0
+    def segments(self) -> tuple[tuple[Stack, ...], ...]:
+        """The layers as they are scanned."""
+        return segmented(self.layers)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers as they are kept: the stacks of all segments, which are a model's ``stacks``."""
+        return tuple(stack for segment in self.segments for stack in segment)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with experts, in the order in which their statistics stand."""
+        return tuple(number for number, layer in enumerate(self.layers) if layer.is_moe)
+
+    @property
+    def n_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def mtp_layer(self) -> Layer:
+        """What an MTP module holds: a layer of the kind that ends the model."""
+        return self.layers[-1]
+
+    def first_layers(self, n_layers: int) -> "ModelConfig":
+        """The config of the first layers between the embedding and the head, without MTP modules."""
+        dense = min(self.n_dense_layers, n_layers)
+        return replace(self, n_layers=n_layers, n_dense_layers=dense, mtp_depth=0)

@@ -156,8 +156,7 @@ def matched(model: Transformer, tokens, seen: Observed, cache=None, with_mtp=Fal
         scores = np.asarray(out.captured["router_scores"]) + router_biases(model)[:, None, None]
         ours = choose(scores, cfg.moe)[0]
     return out, [
-        agreement(ours[i], theirs[i], seen.biased[i], cfg.moe, layer)
-        for i, layer in enumerate(range(cfg.n_dense_layers, cfg.n_layers))
+        agreement(ours[i], theirs[i], seen.biased[i], cfg.moe, layer) for i, layer in enumerate(cfg.moe_layers)
     ]
 
 
@@ -217,15 +216,16 @@ def ladder(
         model = load_pretrained(path, jnp.float32) if n_layers is None else load_first_layers(path, n_layers)
         cfg = model.cfg
         out, routing = matched(model, tokens, seen, with_mtp=cfg.mtp_depth > 0)
+        routing = dict(zip(cfg.moe_layers, routing, strict=True))
         for layer in range(cfg.n_layers):
             yield compare(out.captured["attn"][layer], seen.captured["attn"][layer], layer, "attention")
-            if layer >= cfg.n_dense_layers:
-                yield routing[layer - cfg.n_dense_layers]
+            if layer in routing:
+                yield routing[layer]
             yield compare(out.captured["ffn"][layer], seen.captured["ffn"][layer], layer, "network")
             yield compare(out.captured["block"][layer], seen.captured["block"][layer], layer, "block")
         yield compare(out.hidden, seen.hidden, None, "final norm")
         yield compare(out.logits, seen.logits, None, "logits")
-        yield from _mtp_rows(out, seen, cfg.moe if cfg.mtp_is_moe else None)
+        yield from _mtp_rows(out, seen, cfg.moe if cfg.mtp_layer.is_moe else None)
         yield from _decoding_rows(model, tokens[:, : T // 2], generated, decoded)
         if gradients:
             experts = jnp.asarray(np.stack(seen.index), jnp.int32) if cfg.n_moe_layers else None
@@ -236,7 +236,7 @@ def _check_size(folder: Path, n_layers: int | None) -> None:
     """Raises VerifyError for a config of far more values than the files can hold: PyTorch would take their memory."""
     cfg = read_model(folder)
     if n_layers is not None and 1 <= n_layers <= cfg.n_layers:
-        cfg = replace(cfg, n_layers=n_layers, n_dense_layers=min(cfg.n_dense_layers, n_layers), mtp_depth=0)
+        cfg = cfg.first_layers(n_layers)
     values = sum(leaf.size for leaf in jax.tree.leaves(abstract(cfg)))
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if values > 2 * held + SMALL:

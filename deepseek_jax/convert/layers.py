@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
 from deepseek_jax.convert.names import SCALE, Tensor, check_size, layout
@@ -47,11 +48,11 @@ def places(cfg: ModelConfig, block: tuple[int, int], apart: Collection[str] = ()
     """Published name -> place, for every tensor that is not a copy, in published order; ``apart``: those of a stack
     that stand by themselves."""
     tensors, leaves = layout(cfg, block)
-    found = {}
+    found, stacks = {}, cfg.stacks
     for tensor in tensors:
         if tensor.copy:
             continue
-        unit, key = _unit(tensor, cfg)
+        unit, key = _unit(tensor, stacks, cfg.n_layers)
         index = tuple(i for i in tensor.index[leaves[tensor.path].stacked :] if isinstance(i, int))
         if tensor.name in apart:
             key, index = (*key, "_".join(map(str, index))), ()
@@ -59,13 +60,12 @@ def places(cfg: ModelConfig, block: tuple[int, int], apart: Collection[str] = ()
     return found
 
 
-def _unit(tensor: Tensor, cfg: ModelConfig) -> tuple[str, tuple[str, ...]]:
+def _unit(tensor: Tensor, stacks: tuple[Stack, ...], n_layers: int) -> tuple[str, tuple[str, ...]]:
     if tensor.path[0] == "stacks":
-        first = cfg.n_dense_layers if tensor.path[1] else 0
-        return f"layers/{first + tensor.index[0]}", tensor.path[2:]
+        return f"layers/{stacks[tensor.path[1]].numbers[tensor.index[0]]}", tensor.path[2:]
     if tensor.path[0] == "mtp":
         rest = tensor.path[2:]
-        return f"layers/{cfg.n_layers + tensor.path[1]}", rest[1:] if rest[0] == "block" else rest
+        return f"layers/{n_layers + tensor.path[1]}", rest[1:] if rest[0] == "block" else rest
     return "model", tensor.path
 
 

@@ -86,7 +86,7 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
     cfg, block = read_config(folder)
     if not 1 <= n_layers <= cfg.n_layers:
         raise ValueError(f"{folder} has {cfg.n_layers} layers; its first {n_layers} cannot be taken.")
-    cut = replace(cfg, n_layers=n_layers, n_dense_layers=min(cfg.n_dense_layers, n_layers), mtp_depth=0)
+    cut = cfg.first_layers(n_layers)
 
     def wanted(name: str) -> bool:
         layer = layer_of(name)

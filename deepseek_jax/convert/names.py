@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
 
+from deepseek_jax.configs.layers import Layer
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.core.params import Matrix, is_looked_up, map_variables, matrix_of
@@ -131,13 +132,10 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
             tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8))
 
     add((), ROOT[:1], "")
-    number = 0
-    for moe, size in ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers)):
-        stack = 1 if moe and cfg.n_dense_layers else 0
-        for layer in range(size):
-            rows = ATTENTION + (MOE if moe else DENSE)
-            add(("stacks", stack), rows, f"model.layers.{number}.", (layer,))
-            number += 1
+    where = {n: (s, i) for s, stack in enumerate(cfg.stacks) for i, n in enumerate(stack.numbers)}
+    for number, layer in enumerate(cfg.layers):
+        stack, i = where[number]
+        add(("stacks", stack), _rows(layer), f"model.layers.{number}.", (i,))
     add((), ROOT[1:], "")
     main = {tensor.path: tensor for tensor in tensors if len(tensor.path) == 1}
 
@@ -147,15 +145,19 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
     if cfg.tie_embeddings:
         add_copy("lm_head.weight", main[("embed",)], written=False)
     for depth in range(cfg.mtp_depth):
-        published = f"model.layers.{number + depth}."
+        published = f"model.layers.{cfg.n_layers + depth}."
         add(("mtp", depth), MTP, published)
-        add(("mtp", depth, "block"), ATTENTION + (MOE if cfg.mtp_is_moe else DENSE), published)
+        add(("mtp", depth, "block"), _rows(cfg.mtp_layer), published)
         for theirs, ours in COPIES:
             add_copy(published + theirs, main.get((ours,), main[("embed",)]))
     missing = set(variables) - set(leaves)
     if missing:
         raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")
     return tuple(tensors), leaves
+
+
+def _rows(layer: Layer):
+    return ATTENTION + (MOE if layer.is_moe else DENSE)
 
 
 def widest(cfg: ModelConfig) -> int:
@@ -172,7 +174,7 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
     Laying them out one by one, to name what is missing, would take the memory that the numbers in config.json claim.
     """
     layers = len({layer[1] for layer in (re.match(r"model\.layers\.(\d+)\.", name) for name in names) if layer})
-    moe = 0 if cfg.moe is None else cfg.n_moe_layers + (cfg.mtp_depth if cfg.mtp_is_moe else 0)
+    moe = 0 if cfg.moe is None else cfg.n_moe_layers + (cfg.mtp_depth if cfg.mtp_layer.is_moe else 0)
     per_moe = 0 if cfg.moe is None else 3 * cfg.moe.n_experts
     tensors = (cfg.n_layers + cfg.mtp_depth) * len(ATTENTION) + moe * per_moe
     if tensors > MOST_LAID_OUT + 4 * len(names) or cfg.n_layers > 2 * layers + 100:

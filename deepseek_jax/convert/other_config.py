@@ -112,17 +112,15 @@ def with_config(
 
 def _parts(model: Transformer) -> dict[str, Part]:
     """The parameters of a model under names that count layers from the model's first one."""
-    found, first = {}, [0]
-    for stack in model.stacks:
-        first.append(first[-1] + stack.attn_norm.weight.get_value().shape[0])
+    found, stacks = {}, model.cfg.stacks
 
     def note_parts(path, variable):
         shape, axes = variable.get_value().shape, variable.get_metadata()["axes"]
         if path[0] != "stacks":
             found[".".join(map(str, path))] = Part(path, None, shape, axes)
             return
-        for i in range(shape[0]):
-            found[".".join(map(str, ("layers", first[path[1]] + i, *path[2:])))] = Part(path, i, shape[1:], axes)
+        for i, number in enumerate(stacks[path[1]].numbers):
+            found[".".join(map(str, ("layers", number, *path[2:])))] = Part(path, i, shape[1:], axes)
 
     map_variables(note_parts, model)
     return found

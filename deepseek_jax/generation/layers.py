@@ -27,8 +27,8 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     result = jax.tree.unflatten(structure, leaves)
     result.stacks = nnx.List(
         jax.tree.map(lambda a, i=i: jax.device_put(np.asarray(a)[i : i + 1], device), stack)
-        for stack in model.stacks
-        for i in range(stack.attn_norm.weight.get_value().shape[0])
+        for stack, kind in zip(model.stacks, model.cfg.stacks, strict=True)
+        for i in range(len(kind.numbers))
     )
     for stack in result.stacks:
         stack.attn.absorbed = _absorbed_maps(stack.attn, dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.configs.layers import Layer
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import constrain, together
 from deepseek_jax.core.context import Context
@@ -23,11 +24,11 @@ CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm")
 class Block(nnx.Module):
     """``x + attn(norm(x))``, then ``x + ffn(norm(x))``."""
 
-    def __init__(self, cfg: ModelConfig, moe: bool, dtype):
+    def __init__(self, cfg: ModelConfig, layer: Layer, dtype):
         self.attn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.attn = MLA(cfg.attention, cfg.dim, dtype)
+        self.attn = MLA(layer.attention, cfg.dim, dtype)
         self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.ffn = MoE(cfg.moe, cfg.dim, dtype) if moe else FFN(cfg.dim, cfg.ffn_dim, dtype)
+        self.ffn = MoE(layer.ffn, cfg.dim, dtype) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
 
     def __call__(
         self,

@@ -28,7 +28,7 @@ class MTP(nnx.Module):
         self.embed_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.hidden_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.proj = param(dtype, (2 * cfg.dim, cfg.dim), (None, "embed"), inputs=1)
-        self.block = Block(cfg, cfg.mtp_is_moe, dtype)
+        self.block = Block(cfg, cfg.mtp_layer, dtype)
         self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
 
     def __call__(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import constrain, shardings, together
 from deepseek_jax.core.context import DEFAULT, REMAT, Context
@@ -39,11 +40,9 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, dtype):
         self.cfg = cfg
         self.embed = param(dtype, (cfg.vocab_size, cfg.dim), ("vocab", "embedding"), inputs=1)
-        sizes = ((False, cfg.n_dense_layers), (True, cfg.n_moe_layers))
         self.stacks = nnx.List(
-            jax.vmap(lambda _, moe=moe: Block(cfg, moe, dtype), axis_size=layers)(None)
-            for moe, layers in sizes
-            if layers
+            jax.vmap(lambda _, layer=stack.layer: Block(cfg, layer, dtype), axis_size=len(stack.numbers))(None)
+            for stack in cfg.stacks
         )
         self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         shape, axes = (cfg.dim, cfg.vocab_size), ("embed", "vocab")
@@ -54,6 +53,13 @@ class Transformer(nnx.Module):
         if name == "cfg" and "cfg" in vars(self):
             check_new_config(self.cfg, value)
         super().__setattr__(name, value)
+
+    @property
+    def segments(self) -> tuple[tuple[Stack, ...], ...]:
+        """The config's, or a layer each in a model that `generation.layers.unstacked` made."""
+        if len(self.stacks) < self.cfg.n_layers:
+            return self.cfg.segments
+        return tuple((Stack(layer, range(i, i + 1)),) for i, layer in enumerate(self.cfg.layers))
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
         """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
@@ -198,20 +204,18 @@ class Transformer(nnx.Module):
         )
 
     def _layers(self, x_BTD, span: Span, ctx: Context, memory, routing, capture: tuple[str, ...]):
-        first, first_moe, statistics, seen = 0, 0, [], {name: [] for name in capture}
-        for stack in self.stacks:
-            size = stack.attn_norm.weight.get_value().shape[0]
-            moe = hasattr(stack.ffn, "router")
+        first_moe, statistics, seen = 0, [], {name: [] for name in capture}
+        # One stack a segment: no config here repeats a longer pattern.
+        for stack, (kind,) in zip(self.stacks, self.segments, strict=True):
+            first, size, moe = kind.numbers.start, len(kind.numbers), kind.layer.is_moe
             replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
 
             def layer(carry, inputs):
                 x, memory = carry
                 block, number, replay = inputs
                 x, memory, aux, activations = block(x, span, ctx, memory, number, replay)
-                return (x, memory), (
-                    aux,
-                    {name: activations[name] for name in capture if name in activations},
-                )
+                kept = {name: activations[name] for name in capture if name in activations}
+                return (x, memory), (aux, kept)
 
             layer = _remat(layer, ctx)
             inputs = (stack, jnp.arange(first, first + size), replay)
@@ -227,7 +231,7 @@ class Transformer(nnx.Module):
                 statistics.append(aux)
             for name, value in activations.items():
                 seen[name].append(value)
-            first, first_moe = first + size, first_moe + (size if moe else 0)
+            first_moe += size if moe else 0
         aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
         return x_BTD, memory, aux, {name: jnp.concatenate(values) for name, values in seen.items()}
 
@@ -312,11 +316,7 @@ def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Arra
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
-    model, first, numbers = Transformer(cfg, dtype), 0, []
-    for stack in model.stacks:
-        size = stack.attn_norm.weight.get_value().shape[0]
-        numbers.append(jnp.arange(first, first + size))
-        first += size
+    numbers = [jnp.arange(stack.numbers.start, stack.numbers.stop, stack.numbers.step) for stack in cfg.stacks]
 
     def draw(path, variable):
         if not matrix_of(variable).inputs:
@@ -326,7 +326,7 @@ def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
         # Where a layer is kept depends on the layers beside it; what it is called must not.
         return drawn(variable, key, ".".join(("layers", *path[2:])), cfg.init_std, numbers[path[1]])
 
-    return map_variables(draw, model)
+    return map_variables(draw, Transformer(cfg, dtype))
 
 
 def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | None = None) -> Transformer:

@@ -22,10 +22,10 @@ def update_router_bias(
     Raises ValueError for loads of other routers than the model's.
     """
     starts, first = {}, 0
-    for number, stack in enumerate(rest.stacks):
-        if hasattr(stack.ffn, "router"):
+    for number, stack in enumerate(rest.cfg.stacks):
+        if stack.layer.is_moe:
             starts[number] = first
-            first += stack.ffn.router.bias.get_value().shape[0]
+            first += len(stack.numbers)
     n_experts = rest.cfg.moe.n_experts if rest.cfg.moe else 0
     for name, counts, layers in (("load", load, first), ("mtp_load", mtp_load, len(rest.mtp))):
         if counts is not None and jnp.shape(counts) != (layers, n_experts):
@@ -71,4 +71,5 @@ def routing_entropy(load_LE: jax.Array) -> jax.Array:
 
 def router_bias(rest) -> jax.Array:
     """float32 [L, E]: the selection biases of the model's MoE layers, without those of its MTP modules."""
-    return jnp.concatenate([s.ffn.router.bias.get_value() for s in rest.stacks if hasattr(s.ffn, "router")])
+    stacks = zip(rest.stacks, rest.cfg.stacks, strict=True)
+    return jnp.concatenate([stack.ffn.router.bias.get_value() for stack, kind in stacks if kind.layer.is_moe])

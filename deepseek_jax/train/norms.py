@@ -40,10 +40,7 @@ def parts(tree, model: Transformer, layers: dict[str, tuple[int, ...]] | None = 
 
     ``layers``: of stacked parameters of which single layers are there, which ones (`core.params.trained_layers`).
     """
-    first, starts = 0, []
-    for stack in model.stacks:
-        starts.append(first)
-        first += stack.attn_norm.weight.get_value().shape[0]
+    numbers = [stack.numbers for stack in model.cfg.stacks]
     for path, a in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             continue
@@ -52,7 +49,7 @@ def parts(tree, model: Transformer, layers: dict[str, tuple[int, ...]] | None = 
         if name.startswith("stacks.") and a.ndim:
             _, stack, below = name.split(".", 2)
             there = (layers or {}).get(name, range(a.shape[0]))
-            yield [f"layers.{starts[int(stack)] + i}.{below}" for i in there], a, tuple(range(1, a.ndim))
+            yield [f"layers.{numbers[int(stack)][i]}.{below}" for i in there], a, tuple(range(1, a.ndim))
         else:
             yield [name], a, tuple(range(a.ndim))
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from flax import nnx
 
-from deepseek_jax.core.params import RouterBias, Trained, map_variables
+from deepseek_jax.core.params import RouterBias, Trained, map_variables, stacked_layers
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
 
@@ -56,7 +56,7 @@ def paths(model: Transformer, biases: bool = False) -> dict[str, int]:
 
     def note(path, variable):
         if isinstance(variable, kinds):
-            found[".".join(map(str, path))] = stack_size(model, path[1]) if path[0] == "stacks" else 0
+            found[".".join(map(str, path))] = stacked_layers(variable)
 
     map_variables(note, model)
     return found
@@ -74,46 +74,39 @@ def quantised(model: Transformer) -> set[str]:
     return found
 
 
-def stack_size(model: Transformer, stack: int) -> int:
-    return model.stacks[stack].attn_norm.weight.get_value().shape[0]
-
-
 def matches(model: Transformer, patterns: Sequence[str], among: dict[str, int]) -> Chosen:
     """The paths of ``among`` that a pattern matches: True, or the layers of the stack that it names.
 
     Raises ValueError for a pattern without a match.
     """
-    first, layers = {}, 0
-    for stack in range(len(model.stacks)):
-        first[stack] = layers
-        layers += stack_size(model, stack)
+    numbers = [stack.numbers for stack in model.cfg.stacks]
     chosen: dict[str, set[int] | bool] = {}
     for pattern in patterns:
         found = False
-        for path, size in among.items():
-            hit = _layers(pattern, path, first, size) if pattern.startswith("layers.") else fnmatchcase(path, pattern)
+        for path in among:
+            hit = _layers(pattern, path, numbers) if pattern.startswith("layers.") else fnmatchcase(path, pattern)
             if hit:
                 found = True
                 before = chosen.get(path, set())
                 chosen[path] = True if hit is True or before is True else before | hit
         if not found:
-            raise ValueError(f"the pattern {pattern!r} matches no parameter here; {_hint(pattern, among, layers)}.")
+            hint = _hint(pattern, among, model.cfg.n_layers)
+            raise ValueError(f"the pattern {pattern!r} matches no parameter here; {hint}.")
     return {
         path: True if hit is True or len(hit) == among[path] else tuple(sorted(hit)) for path, hit in chosen.items()
     }
 
 
-def _layers(pattern: str, path: str, first: dict[int, int], size: int) -> set[int]:
+def _layers(pattern: str, path: str, numbers: list[range]) -> set[int]:
     """The layers of a stacked path that a pattern over ``layers`` names, counted within the stack."""
-    if not size:
+    if not path.startswith("stacks."):
         return set()
     _, stack, rest = path.split(".", 2)
-    start = first[int(stack)]
+    there = list(enumerate(numbers[int(stack)]))
     if span := RANGE.fullmatch(pattern):
         low, high = int(span[1]), int(span[2])
-        inside = range(max(low - start, 0), min(high - start + 1, size))
-        return set(inside) if fnmatchcase(rest, span[3][1:]) else set()
-    return {i for i in range(size) if fnmatchcase(f"layers.{start + i}.{rest}", pattern)}
+        return {i for i, n in there if low <= n <= high} if fnmatchcase(rest, span[3][1:]) else set()
+    return {i for i, n in there if fnmatchcase(f"layers.{n}.{rest}", pattern)}
 
 
 def _hint(pattern: str, among: dict[str, int], layers: int) -> str:

@@ -142,7 +142,7 @@ def test_dense_models():
     data = changed(**dict.fromkeys(moe, ...), first_k_dense_replace=62)
     cfg = config_from_json(data)
     assert cfg.moe is None
-    assert (cfg.n_dense_layers, cfg.mtp_depth, cfg.mtp_is_moe) == (61, 1, False)
+    assert (cfg.n_dense_layers, cfg.mtp_depth, cfg.mtp_layer.is_moe) == (61, 1, False)
     assert config_from_json(config_to_json(cfg)) == cfg
 
 

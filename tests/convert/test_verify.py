@@ -109,7 +109,7 @@ def test_the_reference_of_an_ablation(name, tmp_path):
     assert (reference.main.lm_head.weight is reference.main.model.embed_tokens.weight) == cfg.tie_embeddings
     seen = reference.run(TOKENS)
     assert len(seen.mtp_logits) == cfg.mtp_depth
-    assert len(seen.mtp_index) == cfg.mtp_depth * cfg.mtp_is_moe
+    assert len(seen.mtp_index) == cfg.mtp_depth * cfg.mtp_layer.is_moe
     assert seen.logits.isfinite().all()
 
 
