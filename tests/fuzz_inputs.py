@@ -186,7 +186,7 @@ def config(rng, base: Path, folder: Path) -> None:
 def _as_transformers(cfg, data: dict) -> None:
     from transformers import DeepseekV3Config
 
-    from deepseek_jax.configs.json_fields import ATTENTION, MODEL, MOE, YARN
+    from deepseek_jax.configs.published.fields import ATTENTION, MODEL, MOE, YARN
 
     left_out = ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype")
     try:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from deepseek_jax.configs.numbers import complaint
 from deepseek_jax.notes import shown
 
 WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "text", NoneType: "None"}
@@ -25,6 +26,13 @@ class _Misfit(Exception):
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def require_number(owner, *names: str, low: float = 0.0) -> None:
+    """Raises ConfigError for a field below ``low``, or that float32 cannot hold."""
+    for name in names:
+        if problem := complaint(getattr(owner, name), low):
+            raise ConfigError(f"{type(owner).__name__} {name} {problem}.")
 
 
 def check_types(owner, error: type[ValueError] = ConfigError, finite: bool = False) -> None:

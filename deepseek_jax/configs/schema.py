@@ -6,85 +6,23 @@ config that exists is one that can be built.
 
 from dataclasses import dataclass, replace
 
-from deepseek_jax.configs.checks import ConfigError, check_types, require
+from deepseek_jax.configs.attention import GQA, MLA, Llama3, Rope, Yarn
+from deepseek_jax.configs.checks import ConfigError, check_types, require, require_number
 from deepseek_jax.configs.layers import Dense, Layer, Stack, segmented
-from deepseek_jax.configs.numbers import LARGEST, complaint
+from deepseek_jax.configs.numbers import LARGEST
+from deepseek_jax.notes import shown
 
-__all__ = ["MLA", "ConfigError", "MoE", "ModelConfig", "Rope", "Yarn"]
-
-
-def _require_number(owner, *names: str, low: float = 0.0) -> None:
-    for name in names:
-        if problem := complaint(getattr(owner, name), low):
-            raise ConfigError(f"{type(owner).__name__} {name} {problem}.")
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN context extension (Peng et al. 2309.00071; V3 §4.3), as published configs spell it.
-
-    ``mscale_all_dim`` scales the softmax by ``m(mscale_all_dim)**2``; cos and sin are scaled by
-    ``m(mscale) / m(mscale_all_dim)``, where ``m(a) = 0.1 * a * ln(factor) + 1``.
-    """
-
-    factor: float
-    original_length: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-
-    def __post_init__(self):
-        check_types(self, finite=True)
-        _require_number(self, "factor")
-        require(self.factor >= 1, f"YaRN factor must be at least 1, not {self.factor}.")
-        require(self.original_length > 0, f"YaRN original_length must be positive, not {self.original_length}.")
-        require(
-            self.beta_fast >= self.beta_slow > 0,
-            f"YaRN needs beta_fast >= beta_slow > 0, not {self.beta_fast} and {self.beta_slow}.",
-        )
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding; ``interleaved`` means that pair i is dimensions 2i and 2i + 1."""
-
-    theta: float = 10000.0
-    yarn: Yarn | None = None
-    interleaved: bool = True
-
-    def __post_init__(self):
-        check_types(self, finite=True)
-        _require_number(self, "theta")
-        require(self.theta > 1, f"RoPE theta must exceed 1, not {self.theta}.")
-
-
-@dataclass(frozen=True)
-class MLA:
-    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (Moonlight)."""
-
-    n_heads: int
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_dim: int
-    q_rank: int | None = None
-    rope: Rope = Rope()
-
-    def __post_init__(self):
-        check_types(self, finite=True)
-        for name in ("n_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
-            require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
-        require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None, not {self.q_rank}.")
-        require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
+__all__ = ["GQA", "MLA", "ConfigError", "Llama3", "MoE", "ModelConfig", "Rope", "Yarn"]
 
 
 @dataclass(frozen=True)
 class MoE:
-    """DeepSeekMoE with sigmoid scores and a selection-only bias (V3 §2.1.2).
+    """DeepSeekMoE (2401.06066); by default with V3's sigmoid scores and selection-only bias (V3 §2.1.2).
 
     ``n_groups`` and ``top_groups``: node-limited routing; 1 and 1 switch it off. ``normalize``: the chosen
-    scores are divided by their sum before ``scale``.
+    scores are divided by their sum before ``scale``. ``score``: "sigmoid", or "softmax" over all experts (V1, V2).
+    ``group_score``: a group counts as its two best experts ("top2"), or as its best ("max": V2 §2.2.2). ``bias``:
+    whether a bias, which balances the load, is added to the scores for the choice.
     """
 
     n_experts: int
@@ -95,12 +33,18 @@ class MoE:
     top_groups: int = 1
     normalize: bool = True
     scale: float = 1.0
+    score: str = "sigmoid"
+    group_score: str = "top2"
+    bias: bool = True
 
     def __post_init__(self):
         check_types(self, finite=True)
+        for name, choices in (("score", ("sigmoid", "softmax")), ("group_score", ("top2", "max"))):
+            value = getattr(self, name)
+            require(value in choices, f"MoE {name} must be one of {', '.join(choices)}, not {shown(value)}.")
         for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
             require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
-        _require_number(self, "scale", low=-LARGEST)
+        require_number(self, "scale", low=-LARGEST)
         require(self.n_shared >= 0, f"MoE n_shared must not be negative, as {self.n_shared} is.")
         require(
             self.n_experts % self.n_groups == 0,
@@ -112,7 +56,7 @@ class MoE:
         )
         per_group = self.n_experts // self.n_groups
         require(
-            self.n_groups == 1 or per_group >= 2,
+            self.n_groups == 1 or per_group >= 2 or self.group_score == "max",
             f"a group is scored by its two best experts, but n_groups={self.n_groups} of n_experts={self.n_experts} "
             f"have {per_group} each.",
         )
@@ -137,7 +81,7 @@ class ModelConfig:
     n_layers: int
     n_dense_layers: int
     ffn_dim: int
-    attention: MLA
+    attention: MLA | GQA
     moe: MoE | None
     mtp_depth: int = 0
     norm_eps: float = 1e-6
@@ -161,7 +105,7 @@ class ModelConfig:
             self.moe is not None or self.n_dense_layers == self.n_layers,
             f"{self.n_layers - self.n_dense_layers} layers are neither dense nor have a MoE config.",
         )
-        _require_number(self, "norm_eps", "init_std", low=-LARGEST)
+        require_number(self, "norm_eps", "init_std", low=-LARGEST)
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}.")
         require(self.init_std > 0, f"init_std must be positive, not {self.init_std}.")
         for name, ids in (

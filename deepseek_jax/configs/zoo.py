@@ -1,141 +1,58 @@
-"""One config a release; numbers cite their source. ``dsj.zoo()`` lists what is built."""
+"""The releases by name. ``dsj.zoo()`` lists what is built."""
 
 import difflib
 from dataclasses import replace
+from functools import partial
 
-from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs import releases, twins
+from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.notes import shown
 
-
-def _deepseek_v3(name: str) -> ModelConfig:
-    """DeepSeek-V3 technical report (2412.19437) §4.2 and the released config.json."""
-    yarn = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
-    return ModelConfig(
-        name=name,
-        vocab_size=129280,
-        dim=7168,
-        n_layers=61,
-        n_dense_layers=3,
-        ffn_dim=18432,
-        attention=MLA(
-            n_heads=128,
-            q_rank=1536,
-            kv_rank=512,
-            nope_dim=128,
-            rope_dim=64,
-            v_dim=128,
-            rope=Rope(10000.0, yarn),
-        ),
-        moe=MoE(n_experts=256, top_k=8, expert_dim=2048, n_shared=1, n_groups=8, top_groups=4, scale=2.5),
-        mtp_depth=1,
-        max_length=163840,
-    )
-
-
-def _moonlight_16b(name: str) -> ModelConfig:
-    """Moonlight-16B-A3B: V3's architecture at 16B (2502.16982, table 4, and its config.json)."""
-    return ModelConfig(
-        name=name,
-        vocab_size=163840,
-        dim=2048,
-        n_layers=27,
-        n_dense_layers=1,
-        ffn_dim=11264,
-        attention=MLA(n_heads=16, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, rope=Rope(50000.0)),
-        moe=MoE(n_experts=64, top_k=6, expert_dim=1408, n_shared=2, scale=2.446),
-        norm_eps=1e-5,
-        max_length=8192,
-        bos_id=163584,
-        eos_ids=(163585,),
-    )
-
-
-def _kimi_k2(name: str) -> ModelConfig:
-    """Kimi-K2: V3's architecture with 384 experts and 64 heads (2507.20534, table 2, and its config.json).
-
-    Its beta_fast is 1, as beta_slow is: YaRN's ramp is one frequency wide.
-    """
-    yarn = Yarn(factor=32.0, original_length=4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
-    return ModelConfig(
-        name=name,
-        vocab_size=163840,
-        dim=7168,
-        n_layers=61,
-        n_dense_layers=1,
-        ffn_dim=18432,
-        attention=MLA(
-            n_heads=64,
-            q_rank=1536,
-            kv_rank=512,
-            nope_dim=128,
-            rope_dim=64,
-            v_dim=128,
-            rope=Rope(50000.0, yarn),
-        ),
-        moe=MoE(n_experts=384, top_k=8, expert_dim=2048, n_shared=1, scale=2.827),
-        norm_eps=1e-6,
-        max_length=131072,
-        model_type="kimi_k2",
-        bos_id=163584,
-        eos_ids=(163585,),
-    )
-
-
-def _tiny_v3(name: str) -> ModelConfig:
-    """V3 in every mechanism at 6 million parameters: what `checkpoints/tiny-v3` holds, trained on 2 CPU cores."""
-    yarn = Yarn(factor=4.0, original_length=512, mscale=1.0, mscale_all_dim=1.0)
-    return ModelConfig(
-        name=name,
-        vocab_size=2048,
-        dim=256,
-        n_layers=5,
-        n_dense_layers=1,
-        ffn_dim=320,
-        attention=MLA(n_heads=4, q_rank=128, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32, rope=Rope(10000.0, yarn)),
-        moe=MoE(n_experts=16, top_k=4, expert_dim=64, n_shared=1, n_groups=4, top_groups=2, scale=2.5),
-        mtp_depth=1,
-        max_length=2048,
-        init_std=0.02,
-    )
-
-
 _BUILT = {
-    "deepseek-v3": _deepseek_v3,
-    "deepseek-r1": _deepseek_v3,
-    "deepseek-v3.1": _deepseek_v3,
-    "moonlight-16b": _moonlight_16b,
-    "kimi-k2": _kimi_k2,
-    "tiny-v3": _tiny_v3,
+    "deepseek-llm-7b": partial(releases.deepseek_llm, sizes=(102400, 4096, 30, 11008), heads=(32, 32)),
+    "deepseek-llm-67b": partial(releases.deepseek_llm, sizes=(102400, 8192, 95, 22016), heads=(64, 8)),
+    "deepseek-moe-16b": releases.deepseek_moe_16b,
+    "deepseek-v2-lite": releases.deepseek_v2_lite,
+    "deepseek-v2": releases.deepseek_v2,
+    "deepseek-v2.5": releases.deepseek_v2,
+    "deepseek-coder-v2": releases.deepseek_v2,
+    "deepseek-v3": releases.deepseek_v3,
+    "deepseek-r1": releases.deepseek_v3,
+    "deepseek-v3.1": releases.deepseek_v3,
+    "r1-distill-qwen-1.5b": partial(
+        releases.distill_qwen, sizes=(151936, 1536, 28, 8960), heads=(12, 2), theta=10000.0, eps=1e-6
+    ),
+    "r1-distill-qwen-7b": partial(
+        releases.distill_qwen, sizes=(152064, 3584, 28, 18944), heads=(28, 4), theta=10000.0, eps=1e-6
+    ),
+    "r1-distill-qwen-14b": partial(
+        releases.distill_qwen, sizes=(152064, 5120, 48, 13824), heads=(40, 8), theta=1000000.0, eps=1e-5
+    ),
+    "r1-distill-qwen-32b": partial(
+        releases.distill_qwen, sizes=(152064, 5120, 64, 27648), heads=(40, 8), theta=1000000.0, eps=1e-5
+    ),
+    "r1-distill-llama-8b": partial(releases.distill_llama, sizes=(128256, 4096, 32, 14336), heads=(32, 8)),
+    "r1-distill-llama-70b": partial(releases.distill_llama, sizes=(128256, 8192, 80, 28672), heads=(64, 8)),
+    "moonlight-16b": releases.moonlight_16b,
+    "kimi-k2": releases.kimi_k2,
+    "tiny-llm": twins.tiny_llm,
+    "tiny-moe": twins.tiny_moe,
+    "tiny-v2-lite": twins.tiny_v2_lite,
+    "tiny-v2": twins.tiny_v2,
+    "tiny-v3": twins.tiny_v3,
+    "tiny-distill-qwen": twins.tiny_distill_qwen,
+    "tiny-distill-llama": twins.tiny_distill_llama,
 }
 
 # Releases of the family whose mechanisms are not built yet; asking for one says so.
 _PLANNED = (
-    "deepseek-llm-7b",
-    "deepseek-llm-67b",
-    "deepseek-moe-16b",
-    "deepseek-v2-lite",
-    "deepseek-v2",
-    "deepseek-v2.5",
-    "deepseek-coder-v2",
     "deepseek-v3.2",
     "deepseek-v4-flash",
     "deepseek-v4-pro",
-    "r1-distill-qwen-1.5b",
-    "r1-distill-qwen-7b",
-    "r1-distill-qwen-14b",
-    "r1-distill-qwen-32b",
-    "r1-distill-llama-8b",
-    "r1-distill-llama-70b",
     "janus-pro-1b",
     "janus-pro-7b",
-    "tiny-llm",
-    "tiny-moe",
-    "tiny-v2-lite",
-    "tiny-v2",
     "tiny-v3.2",
     "tiny-v4",
-    "tiny-distill-qwen",
-    "tiny-distill-llama",
     "tiny-janus",
 )
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.hf import config_from_json, eos_ids
-from deepseek_jax.configs.json_fields import ALIASES
+from deepseek_jax.configs.hf import config_from_json, eos_ids, reads
+from deepseek_jax.configs.published.fields import ALIASES
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.check import check_copy, check_tensors, some
 from deepseek_jax.convert.folders import why_no_checkpoint
@@ -212,7 +212,7 @@ def _with_mtp_depth(folder: Path, data: dict) -> dict:
     named = next((name for name in (MTP_DEPTH, ALIASES[MTP_DEPTH]) if data.get(name) is not None), None)
     layers, announced = data.get("num_hidden_layers"), data.get(named, 0)
     counts = all(type(n) is int and n >= 0 for n in (layers, announced))
-    if not counts or (named is not None and not announced):
+    if not counts or not reads(data, MTP_DEPTH) or (named is not None and not announced):
         return data
     names = tensor_names(folder)
     if names is None:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
-from deepseek_jax.configs.json_fields import ALIASES, FOLLOWING, ROPE_FIELDS
+from deepseek_jax.configs.published.fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.files import Spec, copy_files, index_json, new_folder, split_files, write_json
 from deepseek_jax.convert.formats import FLOATS, Stored, block_size, has_bad, scale_shape, stored

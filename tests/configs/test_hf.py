@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.configs.hf import ROPE_KEYS, config_from_json, config_to_json
-from deepseek_jax.configs.json_fields import NAMES
+from deepseek_jax.configs.hf import config_from_json, config_to_json
+from deepseek_jax.configs.published.fields import NAMES
+from deepseek_jax.configs.published.rope import ROPE_KEYS
 from deepseek_jax.configs.schema import MLA, ConfigError, ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.notes import CheckpointWarning
@@ -95,7 +96,7 @@ def test_both_spellings_agree():
     assert config_from_json({**new, "rope_scaling": V3["rope_scaling"], "rope_theta": 10000}) == config_from_json(V3)
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "moonlight-16b", "kimi-k2", "tiny-v3"])
+@pytest.mark.parametrize("name", zoo())
 def test_zoo_round_trip(name):
     cfg = zoo(name)
     data = json.loads(json.dumps(config_to_json(cfg)))
@@ -188,7 +189,7 @@ def test_wrong_values(field, value):
 
 YARN = V3["rope_scaling"]
 REFUSED = {
-    "model_type": ({"model_type": "llama"}, "'llama'.*deepseek_v3, kimi_k2"),
+    "model_type": ({"model_type": "gpt2"}, "'gpt2'.*deepseek_v3, kimi_k2, .*, llama, qwen2"),
     "no model_type": ({"model_type": ...}, "model_type None"),
     "attention_bias": ({"attention_bias": True}, "attention_bias True"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -310,19 +311,25 @@ def test_extras_of_released_files_are_known():
 
 
 @dataclass(frozen=True)
-class SoftmaxMoE(MoE):
+class LateMoE(MoE):
     """As CONTRIBUTING's steps add a field: in the schema, and not in the file's names."""
 
-    score: str = "sigmoid"
+    late: str = "no"
 
 
 def test_what_the_file_cannot_carry_is_not_written():
     moe = zoo("tiny-v3").moe
-    soft = replace(
-        zoo("tiny-v3"), moe=SoftmaxMoE(**{f.name: getattr(moe, f.name) for f in fields(moe)}, score="softmax")
-    )
-    with pytest.raises(ConfigError, match=r"cannot carry.*: moe\.score is 'softmax' and has no field.*configs/hf\.py"):
-        config_to_json(soft)
+    late = replace(zoo("tiny-v3"), moe=LateMoE(**{f.name: getattr(moe, f.name) for f in fields(moe)}, late="yes"))
+    with pytest.raises(ConfigError, match=r"cannot carry.*: moe\.late is 'yes' and has no field.*configs/hf\.py"):
+        config_to_json(late)
+    with pytest.raises(ConfigError, match=r"cannot carry.*: moe\.score is 'softmax' and would be read as 'sigmoid'"):
+        config_to_json(zoo("tiny-v3", moe=replace(moe, score="softmax")))
+    with pytest.raises(ConfigError, match="model of model_type llama has GQA, not MLA; give the config another"):
+        config_to_json(zoo("tiny-v3", model_type="llama"))
+    with pytest.raises(ConfigError, match=r"attention\.bias is True and would be read as False"):
+        config_to_json(zoo("tiny-distill-qwen", model_type="llama"))
+    with pytest.raises(ConfigError, match=r"mtp_depth is 1 and would be read as 0"):
+        config_to_json(zoo("tiny-v2", mtp_depth=1))
     with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: .*model_type 'mine'"):
         config_to_json(zoo("tiny-v3", model_type="mine"))
     with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: .*num_hidden_layers"):

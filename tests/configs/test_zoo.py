@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 
-from deepseek_jax.configs.schema import MLA, ConfigError, MoE, Rope, Yarn
+from deepseek_jax.configs.schema import GQA, MLA, ConfigError, Llama3, MoE, Rope, Yarn
 from deepseek_jax.configs.zoo import meant, zoo
 
 
@@ -105,6 +105,34 @@ def test_the_tiny_twin_has_every_mechanism():
     assert cfg.mtp_depth
 
 
+def test_twins_have_their_releases_mechanisms():
+    twins = {
+        "tiny-llm": "deepseek-llm-67b",
+        "tiny-moe": "deepseek-moe-16b",
+        "tiny-v2-lite": "deepseek-v2-lite",
+        "tiny-v2": "deepseek-v2",
+        "tiny-distill-qwen": "r1-distill-qwen-1.5b",
+        "tiny-distill-llama": "r1-distill-llama-8b",
+    }
+
+    def mechanisms(cfg):
+        a, moe, rope = cfg.attention, cfg.moe, cfg.attention.rope
+        return (
+            cfg.model_type,
+            cfg.tie_embeddings,
+            cfg.n_dense_layers < cfg.n_layers,
+            type(a),
+            getattr(a, "bias", None),
+            getattr(a, "q_rank", None) is None,
+            getattr(a, "n_kv_heads", 1) < a.n_heads,
+            (rope.interleaved, rope.yarn is None, rope.llama3 is None, rope.yarn and rope.yarn.mscale_all_dim),
+            moe and (moe.score, moe.group_score, moe.bias, moe.normalize, moe.n_shared, moe.n_groups > moe.top_groups),
+        )
+
+    for twin, release in twins.items():
+        assert mechanisms(zoo(twin)) == mechanisms(zoo(release)), twin
+
+
 def test_configs_are_hashable_and_frozen():
     cfg = zoo("deepseek-v3")
     assert hash(cfg) == hash(zoo("deepseek-v3"))
@@ -126,7 +154,7 @@ WRONG_TYPES = [
     (V3, "tie_embeddings", 1, "True or False, not 1"),
     (V3, "name", 3, "text, not 3"),
     (V3, "moe", {"n_experts": 4}, "a MoE or None, not {'n_experts': 4}"),
-    (V3, "attention", None, "a MLA, not None"),
+    (V3, "attention", None, "a MLA or a GQA, not None"),
     (V3, "eos_ids", [1], r"a tuple, each element an integer, not \[1\]"),
     (V3, "eos_ids", 1, "a tuple, each element an integer, not 1"),
     (V3, "eos_ids", (1.0,), "a tuple, each element an integer, not "),
@@ -162,7 +190,7 @@ def test_changes_are_applied():
 
 
 def test_unknown_and_unbuilt_names_say_so():
-    with pytest.raises(ConfigError, match=r"there is no model 'gpt2'; built are: deepseek-v3, "):
+    with pytest.raises(ConfigError, match=r"there is no model 'gpt2'; built are: deepseek-llm-7b, "):
         zoo("gpt2")
     for name in ("deepseek-v4-pro", "janus-pro-7b"):
         with pytest.raises(ConfigError, match=rf"'{name}' belongs to the family but is not built yet"):
@@ -205,6 +233,14 @@ def test_a_name_is_guessed(name, likeliest):
         (lambda: replace(V3.moe, top_groups=9), "top_groups=9 exceeds n_groups=8"),
         (lambda: replace(V3.moe, top_k=129), "top_k=129 exceeds the 128 experts that top_groups=4 of n_groups=8 offer"),
         (lambda: replace(V3.moe, n_groups=256), "have 1 each"),
+        (lambda: replace(V3.moe, score="tanh"), "MoE score must be one of sigmoid, softmax, not 'tanh'"),
+        (lambda: replace(V3.moe, group_score="mean"), "MoE group_score must be one of top2, max, not 'mean'"),
+        (lambda: GQA(4, 3, 16), "n_heads=4 does not divide into n_kv_heads=3 groups"),
+        (lambda: GQA(4, 0, 16), "GQA n_kv_heads must be positive, not 0"),
+        (lambda: GQA(4, 2, 15), "GQA head_dim must be even, not 15"),
+        (lambda: Llama3(0.5, 8192), "Llama3 factor must be at least 1, not 0.5"),
+        (lambda: Llama3(8.0, 8192, 4.0, 4.0), "Llama3 needs high_turns > low_turns > 0, not 4.0 and 4.0"),
+        (lambda: Rope(1e4, Yarn(4.0, 64), llama3=Llama3(8.0, 64)), "extended by yarn or by llama3, not by both"),
         (lambda: replace(V3.attention, rope_dim=63), "rope_dim must be even, not 63"),
         (lambda: Yarn(factor=0.5, original_length=4096), "YaRN factor must be at least 1, not 0.5"),
         (

@@ -14,9 +14,7 @@ MODEL = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
-    "n_dense_layers": "first_k_dense_replace",
     "ffn_dim": "intermediate_size",
-    "mtp_depth": "num_nextn_predict_layers",
     "norm_eps": "rms_norm_eps",
     "max_length": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
@@ -25,7 +23,9 @@ MODEL = {
     "bos_id": "bos_token_id",
     "eos_ids": "eos_token_id",
 }
-ATTENTION = {
+# Of models with experts, and with MTP modules.
+DEPTHS = {"n_dense_layers": "first_k_dense_replace", "mtp_depth": "num_nextn_predict_layers"}
+MLA = {
     "n_heads": "num_attention_heads",
     "q_rank": "q_lora_rank",
     "kv_rank": "kv_lora_rank",
@@ -33,6 +33,7 @@ ATTENTION = {
     "rope_dim": "qk_rope_head_dim",
     "v_dim": "v_head_dim",
 }
+GQA = {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 MOE = {
     "n_experts": "n_routed_experts",
     "n_shared": "n_shared_experts",
@@ -42,6 +43,8 @@ MOE = {
     "top_groups": "topk_group",
     "normalize": "norm_topk_prob",
     "scale": "routed_scaling_factor",
+    "score": "scoring_func",
+    "group_score": "topk_method",
 }
 ROPE = {"theta": "rope_theta", "interleaved": "rope_interleave"}
 YARN = {
@@ -52,19 +55,18 @@ YARN = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
-NAMES = MODEL | ATTENTION | MOE | ROPE | YARN
+LLAMA3 = {
+    "factor": "factor",
+    "original_length": "original_max_position_embeddings",
+    "low_turns": "low_freq_factor",
+    "high_turns": "high_freq_factor",
+}
+NAMES = MODEL | DEPTHS | MLA | GQA | MOE | ROPE | YARN | LLAMA3
 # Another spelling of the same, that of transformers 5.
 ALIASES = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-# Fields with one value that is built; any other is refused.
-FIXED = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-FOLLOWING = ("num_key_value_heads", "qk_head_dim")
+# Fields that follow from others; a file in which they do not is refused.
+FOLLOWING = ("num_key_value_heads", "qk_head_dim", "layer_types")
 # What stands in released files, or is written by transformers 4 and 5, and changes neither a tensor nor a number of the
 # forward pass: it is neither used nor spoken of. Of training, running and the file itself; of every model of
 # transformers; of generation, which older ones wrote here.
@@ -85,7 +87,8 @@ num_return_sequences output_scores remove_invalid_values repetition_penalty retu
 temperature top_k top_p typical_p
 """
 IDLE = frozenset(_IDLE.split())
-KNOWN = {*NAMES.values(), *ALIASES.values(), *ROPE_FIELDS, *FIXED, *FOLLOWING}
+# What every tradition reads.
+COMMON = {*MODEL.values(), *ROPE_FIELDS}
 # Axes are counted in 32 bits. Layers and experts are laid out one by one, so that far fewer exhaust the memory.
 MOST = 2**31 - 1
 MOST_LAID_OUT = 10_000
@@ -143,6 +146,9 @@ class Fields:
         if value is not None and not abs(value) <= sys.float_info.max:
             raise ConfigError(f"{self.where}: {name} must be a finite number, not {shown(value)}.")
         return value if value is None else float(value)
+
+    def contradiction(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.where} contradicts itself: {what}.")
 
     def flag(self, name: str, *default) -> Any:
         return self._typed(name, (bool,), "true or false", default)
