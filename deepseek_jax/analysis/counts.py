@@ -6,6 +6,7 @@ parameters on the real model's tree.
 
 from dataclasses import asdict, dataclass
 
+from deepseek_jax.analysis.forms import cache_values, parameters, products
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -18,7 +19,7 @@ class Counts:
 
     Parameters, in elements. Like published totals, ``total`` leaves out router biases and MTP modules:
 
-    - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its latent norms.
+    - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its own norms and biases.
     - ``activated``: what one token multiplies with, input embedding and output head included.
       ``activated_no_embedding``: the same without the input embedding, which is a lookup.
     - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one
@@ -39,7 +40,7 @@ class Counts:
       ``context`` on average; MTP modules, which a run may drop, are not counted.
     - ``flops_per_token_mtp``: what training the MTP modules adds, their use of the head included.
     - ``forward_flops_per_token``: a third of the training figure: prefill, averaged over ``context`` tokens.
-    - ``decode_flops_per_token``: one more token after ``context`` cached ones, in MLA's absorbed form.
+    - ``decode_flops_per_token``: one more token after ``context`` cached ones, of MLA in its absorbed form.
     """
 
     model: str
@@ -86,7 +87,7 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         raise ValueError(f"context must be a positive number of tokens, not {shown(context)}.")
     a, moe = cfg.attention, cfg.moe
     embedding = cfg.vocab_size * cfg.dim
-    attention = _attention(cfg)
+    attention = parameters(a, cfg.dim)
     expert = 3 * cfg.dim * moe.expert_dim if moe else 0
     idle_layer = (moe.n_experts - moe.top_k) * expert if moe else 0
 
@@ -113,12 +114,10 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     }
     mtp = sum(mtp_components.values())
     mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding
-    biases = moe.n_experts if moe else 0
+    biases = moe.n_experts if moe and moe.bias else 0
     mtp_stored = mtp + depth * 2 * embedding
 
-    per_key = a.n_heads * (a.nope_dim + a.rope_dim + a.v_dim)
-    absorbed_per_key = a.n_heads * (2 * a.kv_rank + a.rope_dim)
-    width, head = a.kv_rank + a.rope_dim, a.nope_dim + a.v_dim
+    width, per_key = cache_values(a), products(a)
     forward = 2 * no_embedding + cfg.n_layers * context * per_key
     return Counts(
         model=cfg.name,
@@ -139,26 +138,13 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         kv_values_per_token_layer=width,
         kv_bytes_per_token=cfg.n_layers * width * BF16_BYTES,
         kv_bytes_per_token_mtp=depth * width * BF16_BYTES,
-        kv_bytes_per_token_mha=cfg.n_layers * a.n_heads * head * BF16_BYTES,
-        kv_bytes_per_token_gqa8=cfg.n_layers * min(8, a.n_heads) * head * BF16_BYTES,
+        kv_bytes_per_token_mha=cfg.n_layers * cache_values(a, a.n_heads) * BF16_BYTES,
+        kv_bytes_per_token_gqa8=cfg.n_layers * cache_values(a, min(8, a.n_heads)) * BF16_BYTES,
         flops_per_token=3 * forward,
         flops_per_token_mtp=3 * (2 * mtp_activated + depth * context * per_key),
         forward_flops_per_token=forward,
-        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * context * absorbed_per_key,
+        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * context * products(a, cached=True),
     )
-
-
-def _attention(cfg: ModelConfig) -> int:
-    """One MLA layer (V2 §2.1), the norms of its latents included."""
-    a = cfg.attention
-    head = a.nope_dim + a.rope_dim
-    if a.q_rank is None:
-        queries = cfg.dim * a.n_heads * head
-    else:
-        queries = cfg.dim * a.q_rank + a.q_rank + a.q_rank * a.n_heads * head
-    latents = cfg.dim * (a.kv_rank + a.rope_dim) + a.kv_rank
-    keys_values = a.kv_rank * a.n_heads * (a.nope_dim + a.v_dim)
-    return queries + latents + keys_values + a.n_heads * a.v_dim * cfg.dim
 
 
 def _moe(cfg: ModelConfig, layers: int) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The tables of ``deepseek-jax summary``, made for 80 columns."""
 
+from functools import singledispatch
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +10,7 @@ from rich.text import Text
 from deepseek_jax.analysis.counts import Counts, counts
 from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, Claim, Cost, release_of
 from deepseek_jax.cli.tables import Output, show
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import GQA, MLA, ModelConfig
 
 
 def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -> None:
@@ -29,15 +31,28 @@ def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -
 
 
 def _title(cfg: ModelConfig) -> str:
-    a = cfg.attention
-    queries = "no query compression" if a.q_rank is None else f"query rank {a.q_rank}"
-    parts = [
-        f"{cfg.name}: {cfg.n_layers} layers of width {cfg.dim}",
-        f"{a.n_heads} heads, latent {a.kv_rank} + {a.rope_dim}, {queries}",
-    ]
+    parts = [f"{cfg.name}: {cfg.n_layers} layers of width {cfg.dim}", heads(cfg.attention)]
     if cfg.moe is not None:
         parts.append(f"{cfg.moe.n_shared} shared + {cfg.moe.n_experts} routed experts, top {cfg.moe.top_k}")
     return "; ".join(parts)
+
+
+@singledispatch
+def heads(a) -> str:
+    """A form of attention in a few words."""
+    raise TypeError(f"there are no words for {type(a).__name__}.")
+
+
+@heads.register
+def _(a: MLA) -> str:
+    queries = "no query compression" if a.q_rank is None else f"query rank {a.q_rank}"
+    return f"{a.n_heads} heads, latent {a.kv_rank} + {a.rope_dim}, {queries}"
+
+
+@heads.register
+def _(a: GQA) -> str:
+    kind = "multi-head" if a.n_kv_heads == a.n_heads else f"{a.n_kv_heads} key heads"
+    return f"{a.n_heads} heads of {a.head_dim}, {kind}{', with biases' if a.bias else ''}"
 
 
 def _table(title: str, *columns: tuple[str, str]) -> Table:
@@ -91,11 +106,11 @@ def _cache(cfg: ModelConfig, c: Counts) -> Table:
         ("attention", "left"),
         ("bytes a token", "right"),
         (f"{c.context:,} tokens", "right"),
-        ("to MLA", "right"),
+        ("to this", "right"),
     )
-    mla = f"MLA ({c.kv_values_per_token_layer} values a token and layer)"
+    form = "MLA" if isinstance(cfg.attention, MLA) else f"GQA, {cfg.attention.n_kv_heads} key heads"
     rows = [
-        (mla, c.kv_bytes_per_token),
+        (f"{form} ({c.kv_values_per_token_layer} values a token and layer)", c.kv_bytes_per_token),
         ("GQA, 8 key heads", c.kv_bytes_per_token_gqa8),
         (f"MHA, {cfg.attention.n_heads} key heads", c.kv_bytes_per_token_mha),
     ]

@@ -80,6 +80,60 @@ def test_other_releases():
     assert kimi.mtp == moonlight.mtp == moonlight.mtp_stored == 0
 
 
+# Parameters, and bytes of cache a token in bfloat16. DeepSeek's MoE models as counted on transformers' modules without
+# weights; the dense ones are what their publishers' pages round (1.78B, 7.62B, 14.8B, 32.8B; 8.03B, 70.6B).
+EXACT = {
+    "deepseek-llm-7b": (6_910_365_696, 2 * 30 * 32 * 128 * 2),
+    "deepseek-llm-67b": (67_425_001_472, 2 * 95 * 8 * 128 * 2),
+    "deepseek-moe-16b": (16_375_728_128, 2 * 28 * 16 * 128 * 2),
+    "deepseek-v2-lite": (15_706_484_224, 27 * 576 * 2),
+    "deepseek-v2": (235_741_434_880, 60 * 576 * 2),
+    "r1-distill-qwen-1.5b": (1_777_088_000, 2 * 28 * 2 * 128 * 2),
+    "r1-distill-qwen-7b": (7_615_616_512, 2 * 28 * 4 * 128 * 2),
+    "r1-distill-qwen-14b": (14_770_033_664, 2 * 48 * 8 * 128 * 2),
+    "r1-distill-qwen-32b": (32_763_876_352, 2 * 64 * 8 * 128 * 2),
+    "r1-distill-llama-8b": (8_030_261_248, 2 * 32 * 8 * 128 * 2),
+    "r1-distill-llama-70b": (70_553_706_496, 2 * 80 * 8 * 128 * 2),
+}
+
+
+def test_exact_totals():
+    for name, (total, cache) in EXACT.items():
+        c = counts(zoo(name))
+        assert (c.total, c.kv_bytes_per_token, c.stored) == (total, cache, total), name
+        assert c.router_bias == 0
+
+
+def test_activated_parameters_of_v1_and_v2():
+    # 2.619/2.829, 2.451/2.661 and 20.852/21.376 billion; V2's claim is 21B, V2-Lite's 2.4B, DeepSeekMoE's 2.8B.
+    found = {}
+    for name in ("deepseek-moe-16b", "deepseek-v2-lite", "deepseek-v2"):
+        c = counts(zoo(name))
+        found[name] = (c.activated_no_embedding, c.activated)
+    assert found == {
+        "deepseek-moe-16b": (2_618_935_296, 2_828_650_496),
+        "deepseek-v2-lite": (2_451_435_008, 2_661_150_208),
+        "deepseek-v2": (20_851_512_320, 21_375_800_320),
+    }
+
+
+def test_v2_cache_and_flops():
+    c = counts(zoo("deepseek-v2"))
+    # V2 table 9's large model: 34,560 numbers a token; 155 GFLOPs (2505.09343, table 2).
+    assert c.kv_bytes_per_token // 2 == 34_560
+    assert round(c.flops_per_token / 1e9, 1) == 155.3
+    llm = counts(zoo("deepseek-llm-67b"))
+    # V2, abstract: 93.3% less cache than DeepSeek 67B, its own stored in 6 bits.
+    assert round(1 - 34_560 * 6 / (llm.kv_bytes_per_token // 2 * 16), 3) == 0.933
+
+
+def test_gqa_decodes_as_it_trains():
+    a = zoo("deepseek-llm-67b").attention
+    c = counts(zoo("deepseek-llm-67b"))
+    assert c.decode_flops_per_token == 2 * c.activated_no_embedding + 2 * 95 * 4096 * 2 * a.n_heads * 128
+    assert c.kv_bytes_per_token == c.kv_bytes_per_token_gqa8 == c.kv_bytes_per_token_mha // 8
+
+
 @pytest.mark.parametrize("name", zoo())
 def test_the_full_size_model_holds_what_is_counted(name):
     cfg = zoo(name)

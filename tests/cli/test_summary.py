@@ -89,7 +89,7 @@ def test_a_checkpoint_folder_and_its_config_file(tmp_path, capsys):
         (None, "is an empty folder; give a folder with config.json"),
         ("{", "config.json is not valid JSON"),
         ("[" * 100_000, "config.json is not valid JSON"),
-        ('{"model_type": "llama"}', "'llama'"),
+        ('{"model_type": "gpt2"}', "'gpt2'"),
     ],
 )
 def test_a_bad_folder_is_one_line(content, message, tmp_path, capsys):
