@@ -34,7 +34,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32) -> Transformer:
-    """Norm weights 1 +- 0.1, router biases of both signs around ``bias_offset``, logits of deviation ~1."""
+    """Norm weights 1 +- 0.1, biases of both signs, those of routers around ``bias_offset``, logits of deviation ~1."""
     rng = np.random.default_rng(seed)
 
     def fill(path, variable):
@@ -42,7 +42,9 @@ def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32
         if isinstance(variable, RouterBias):
             value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
             return RouterBias(value, **variable.get_metadata())
-        if not inputs:
+        if path[-1].endswith("_bias"):
+            value = rng.normal(0, 0.5, shape)
+        elif not inputs:
             value = rng.normal(1, 0.1, shape)
         elif is_looked_up(variable):
             value = rng.normal(0, 1, shape)

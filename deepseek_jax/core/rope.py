@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.schema import Rope, Yarn
+from deepseek_jax.configs.schema import Llama3, Rope, Yarn
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -35,12 +35,14 @@ def yarn_range(dim: int, theta: float, yarn: Yarn) -> tuple[int, int]:
 
 
 def inverse_frequencies(dim: int, rope: Rope) -> np.ndarray:
-    """float32 [dim / 2] radians a token. Under YaRN slow pairs are divided by the factor, fast ones kept."""
+    """float32 [dim / 2] radians a token. Where it is extended, slow pairs are divided by the factor, fast ones kept."""
     # Rounded to float32 at the steps where the reference rounds: at position 100,000 one unit in the last
     # place of a frequency is visible.
     pairs = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     periods = np.power(rope.theta, pairs.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / periods
+    if rope.llama3 is not None:
+        return _llama3(frequencies, rope.llama3)
     if rope.yarn is None:
         return frequencies
     low, high = yarn_range(dim, rope.theta, rope.yarn)
@@ -48,6 +50,19 @@ def inverse_frequencies(dim: int, rope: Rope) -> np.ndarray:
     keep = np.float32(1) - np.clip(ramp, 0, 1)
     interpolated = np.float32(1) / (np.float32(rope.yarn.factor) * periods)
     return interpolated * (1 - keep) + frequencies * keep
+
+
+def _llama3(frequencies: np.ndarray, cfg: Llama3) -> np.ndarray:
+    """Pairs by the turns that they make in the original context: few, and the frequency is divided; many, and it stays;
+    blended between (float32, rounded where the reference rounds)."""
+    periods = np.float32(2 * math.pi) / frequencies
+    slow = periods > np.float32(cfg.original_length / cfg.low_turns)
+    fast = periods < np.float32(cfg.original_length / cfg.high_turns)
+    keep = np.float32(cfg.original_length) / periods - np.float32(cfg.low_turns)
+    keep = keep / np.float32(cfg.high_turns - cfg.low_turns)
+    divided = frequencies / np.float32(cfg.factor)
+    blended = (1 - keep) * frequencies / np.float32(cfg.factor) + keep * frequencies
+    return np.where(slow, divided, np.where(fast, frequencies, blended))
 
 
 def rope_tables(positions_BT: jax.Array, dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.transformer import Transformer
 
 
@@ -21,7 +22,7 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     if ctx.mesh is not None:
         return model
     device = next(iter(jax.tree.leaves(model)[0].devices()))
-    if device.platform != "cpu" or all(stack.attn.absorbed is not None for stack in model.stacks):
+    if device.platform != "cpu" or all(map(_prepared, model.stacks)):
         return model
     leaves, structure = jax.tree.flatten(model)
     result = jax.tree.unflatten(structure, leaves)
@@ -31,8 +32,14 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
         for i in range(len(kind.numbers))
     )
     for stack in result.stacks:
-        stack.attn.absorbed = _absorbed_maps(stack.attn, dtype)
+        if isinstance(stack.attn, MLA):
+            stack.attn.absorbed = _absorbed_maps(stack.attn, dtype)
     return result
+
+
+def _prepared(stack) -> bool:
+    single = stack.attn_norm.weight.get_value().shape[0] == 1
+    return single and (not isinstance(stack.attn, MLA) or stack.attn.absorbed is not None)
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -134,7 +134,7 @@ def _check_cache(cfg: ModelConfig, cache: Cache, tokens, segments) -> None:
     if not isinstance(cache, Cache):
         raise ValueError(f"cache must be what model.init_cache or an earlier call gave, not {type(cache).__name__}.")
     B, T = tokens.shape
-    width = cfg.attention.kv_rank + cfg.attention.rope_dim
+    width = cfg.attention.cache_width
     expected = ((cfg.n_layers, B, cache.capacity, width), (cfg.mtp_depth, B, cache.capacity, width))
     found = (cache.latent.shape, cache.mtp_latent.shape)
     if found != expected:

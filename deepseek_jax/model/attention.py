@@ -173,15 +173,17 @@ def unfold_rows(a_BT: jax.Array, ctx: Context) -> jax.Array:
     return rearrange(parts, "P B T ... -> B (P T) ...")
 
 
-def copy_rows(a_BS: jax.Array, ctx: Context) -> jax.Array:
-    """[P x B, S, ...]: whole rows for each of the P parts, gathered from the devices that hold them.
+def copy_rows(a_BS: jax.Array, ctx: Context, *axes: str | None) -> jax.Array:
+    """[P x B, S, ...]: whole rows for each of the P parts, gathered from the devices that hold them. ``axes``: the
+    other axes, by default whole.
 
     The copies' gradients are summed after whatever is computed from a copy, at the width of this array.
     """
-    whole = constrain(a_BS, (BATCH, *(None,) * (a_BS.ndim - 1)), ctx)
+    others = (None, *(axes or (None,) * (a_BS.ndim - 2)))
+    whole = constrain(a_BS, (BATCH, *others), ctx)
     copies = jnp.broadcast_to(whole, (ctx.sequence_parts, *a_BS.shape))
-    copies = constrain(copies, (SEQUENCE, BATCH, *(None,) * (a_BS.ndim - 1)), ctx)
-    return constrain(rearrange(copies, "P B ... -> (P B) ..."), ((SEQUENCE, BATCH), *(None,) * (a_BS.ndim - 1)), ctx)
+    copies = constrain(copies, (SEQUENCE, BATCH, *others), ctx)
+    return constrain(rearrange(copies, "P B ... -> (P B) ..."), ((SEQUENCE, BATCH), *others), ctx)
 
 
 def fold_span(span: Span, ctx: Context) -> Span:

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.configs import schema
 from deepseek_jax.configs.layers import Layer
-from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import constrain, together
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.ffn import FFN
+from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.outputs import Aux
@@ -20,13 +21,15 @@ from deepseek_jax.model.outputs import Aux
 # "block_norm" is the root mean square of "block", a float32 number a token.
 CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm")
 
+ATTENTION = {schema.MLA: MLA, schema.GQA: GQA}
+
 
 class Block(nnx.Module):
     """``x + attn(norm(x))``, then ``x + ffn(norm(x))``."""
 
-    def __init__(self, cfg: ModelConfig, layer: Layer, dtype):
+    def __init__(self, cfg: schema.ModelConfig, layer: Layer, dtype):
         self.attn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.attn = MLA(layer.attention, cfg.dim, dtype)
+        self.attn = ATTENTION[type(layer.attention)](layer.attention, cfg.dim, dtype)
         self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.ffn = MoE(layer.ffn, cfg.dim, dtype) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
 
@@ -39,7 +42,7 @@ class Block(nnx.Module):
         layer: jax.Array | int = 0,
         replay_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
-        """The stream, the cache's latents, router statistics (None for a dense layer), activations."""
+        """The stream, the cache's memory, router statistics (None for a dense layer), activations."""
         x_BTD = checkpoint_name(x_BTD, "stream")
         attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
         attn = checkpoint_name(constrain(attn, (BATCH, SEQUENCE, None), ctx), "attn")

@@ -1,6 +1,6 @@
-"""The decoding cache: one latent and one rotated key a token and layer, shared by all heads (V2 §2.1.2).
+"""The decoding cache: what attention keeps of a token in each layer, `cache_width` numbers.
 
-Suffixes: L layers, D MTP modules, B rows, S slots, C latent rank, R rotary dimensions.
+Suffixes: L layers, D MTP modules, B rows, S slots, X cache width.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,9 @@ from deepseek_jax.core.layout import BATCH
 class Cache:
     """What decoding keeps. A token's slot is its index in its row; a slot is used when its segment is not 0.
 
-    ``latent``: [L, B, S, C + R], the normalised latent, then the rotated key (576 numbers for V3).
-    ``mtp_latent``: [D, B, S, C + R], the same for the MTP modules. ``position``, ``segment``: int32 [B, S].
+    ``latent``: [L, B, S, X]: MLA's normalised latent, then the rotated key, shared by all heads (V2 §2.1.2; 576 numbers
+    for V3); or GQA's rotated keys, then values, of all key heads. ``mtp_latent``: [D, B, S, X], the same for the MTP
+    modules. ``position``, ``segment``: int32 [B, S].
     ``mtp_segment``: int32 [D, B, S], 0 where a module had no next token. ``length``: int32 [B], tokens held.
     ``capacity``: S. ``max_rewind``: tokens of each row that `rewind` may take back.
     """
@@ -69,7 +70,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, rewind: int, dtype, ct
             f"init_cache(batch={batch}, length={length}, rewind={rewind}): batch and length must be positive "
             "and rewind must lie in [0, length)."
         )
-    width = cfg.attention.kv_rank + cfg.attention.rope_dim
+    width = cfg.attention.cache_width
 
     def zeros(shape, kind, *axes):
         return jnp.zeros(shape, kind, device=None if ctx.mesh is None else activation_sharding(axes, shape, ctx))

@@ -1,4 +1,4 @@
-"""The sigmoid router with a selection-only bias and node-limited routing (V3 §2.1.2), in float32 throughout.
+"""The router: sigmoid or softmax scores, a selection-only bias, node-limited routing (V2 §2.2; V3 §2.1.2); in float32.
 
 Suffixes: B batch, T tokens, D width, E experts, G groups, M experts a group, K chosen experts.
 """
@@ -17,12 +17,13 @@ from deepseek_jax.core.params import param, router_bias
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
 SUM_EPS = 1e-20
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """``index_BTK``: int32, -1 at padding. ``weight_BTK``: float32, 0 there. ``score_BTE``: sigmoid."""
+    """``index_BTK``: int32, -1 at padding. ``weight_BTK``: float32, 0 there. ``score_BTE``: float32, all scores."""
 
     index_BTK: jax.Array
     weight_BTK: jax.Array
@@ -30,12 +31,12 @@ class Routing:
 
 
 class Router(nnx.Module):
-    """Chooses experts by score + bias and weighs them by the score alone."""
+    """Chooses experts by score + bias, if there is one, and weighs them by the score alone."""
 
     def __init__(self, cfg: schema.MoE, dim: int, dtype):
         self.cfg = cfg
         self.weight = param(dtype, (dim, cfg.n_experts), ("embed", "scores"), inputs=1)
-        self.bias = router_bias(cfg.n_experts)
+        self.bias = router_bias(cfg.n_experts) if cfg.bias else None
 
     def __call__(
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
@@ -44,7 +45,7 @@ class Router(nnx.Module):
         # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
         x32_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = linear("BTD,DE->BTE", x32_BTD, self.weight, ctx, precision=jax.lax.Precision.HIGHEST)
-        score_BTE = jax.nn.sigmoid(logits_BTE)
+        score_BTE = SCORES[self.cfg.score](logits_BTE)
         index_BTK = self.choose(score_BTE, ctx) if replay_BTK is None else replay_BTK
         chosen_BTK = (index_BTK >= 0) & (segment_BT[..., None] != 0)
         weight_BTK = jnp.take_along_axis(score_BTE, jnp.maximum(index_BTK, 0), axis=-1)
@@ -56,10 +57,11 @@ class Router(nnx.Module):
     def choose(self, score_BTE: jax.Array, ctx: Context = DEFAULT) -> jax.Array:
         """int32 [B, T, K]: the K best biased scores within the best groups."""
         cfg = self.cfg
-        biased_BTE = jax.lax.stop_gradient(score_BTE + self.bias.get_value())
+        biased_BTE = jax.lax.stop_gradient(score_BTE if self.bias is None else score_BTE + self.bias.get_value())
         if cfg.n_groups > 1:
             biased_BTGM = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_groups, -1)
-            group_BTG = top_k(biased_BTGM, 2, ctx)[0].sum(-1)
+            best_of = {"top2": lambda a: top_k(a, 2, ctx)[0].sum(-1), "max": lambda a: a.max(-1)}
+            group_BTG = best_of[cfg.group_score](biased_BTGM)
             best = top_k(group_BTG, cfg.top_groups, ctx)[1]
             kept_BTG = (best[..., None] == jnp.arange(cfg.n_groups)).any(-2)
             # -inf, not 0: a bias may make every score of a kept group negative.

@@ -17,7 +17,8 @@ def update_router_bias(
 
     ``load``, ``mtp_load``: int [L, E] and [P, E], counts over the *global* batch (`Output.aux.load` and
     `Output.mtp_aux.load`); None for MTP leaves those biases. ``moved``: says of a bias's dotted path whether it moves,
-    or which of its stacked layers do; None: all. Called once an optimizer step, after it. Pure.
+    or which of its stacked layers do; None: all. A model whose routers have no bias stays as it is. Called once an
+    optimizer step, after it. Pure.
 
     Raises ValueError for loads of other routers than the model's.
     """

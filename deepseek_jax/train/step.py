@@ -192,14 +192,10 @@ def train_step(
         "fault": fault,
     }
     if load is not None:
-        bias = router_bias(state.rest)
-        metrics |= {
-            "max_violation": max_violation(load),
-            "routing_entropy": routing_entropy(load),
-            "bias": bias,
-            "bias_min": bias.min(-1),
-            "bias_max": bias.max(-1),
-        }
+        metrics |= {"max_violation": max_violation(load), "routing_entropy": routing_entropy(load)}
+        if model.cfg.moe.bias:
+            bias = router_bias(state.rest)
+            metrics |= {"bias": bias, "bias_min": bias.min(-1), "bias_max": bias.max(-1)}
     return state, metrics
 
 

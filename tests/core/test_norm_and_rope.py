@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import build_reference, hf_config, relative
+from reference import hf_config, relative
 from tiny import tiny_config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
@@ -13,8 +13,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     apply_rotary_pos_emb_interleave,
 )
 
-from deepseek_jax.configs.schema import MLA, ModelConfig, Rope, Yarn
+from deepseek_jax.configs.schema import GQA, MLA, Llama3, ModelConfig, Rope, Yarn
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert.references import build_modules
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.rope import (
     apply_rope,
@@ -45,7 +46,7 @@ def torch_rotary(rope: Rope):
     """transformers' rotary module and softmax scale for these settings, with V3's head sizes."""
     attention = MLA(n_heads=2, kv_rank=8, nope_dim=128, rope_dim=64, v_dim=8, rope=rope)
     cfg = ModelConfig("rope", 32, 16, 1, 1, 16, attention, None, max_length=163840)
-    model = build_reference(hf_config(cfg)).main.model
+    model = build_modules(hf_config(cfg))[0].model
     return model.rotary_emb, model.layers[0].self_attn.scaling
 
 
@@ -87,6 +88,34 @@ def test_rope_tables(name):
         assert table.dtype == jnp.float32
         difference = np.abs(np.asarray(table) - expected[..., :32].numpy())
         assert (difference <= 1e-6 + 2 * slack * position[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        zoo("r1-distill-llama-8b").attention.rope,
+        Rope(10000.0, interleaved=False, llama3=Llama3(32.0, 512, 1.5, 6.0)),
+        zoo("r1-distill-qwen-32b").attention.rope,
+    ],
+    ids=["llama 3", "other numbers", "qwen"],
+)
+def test_ropes_of_llama_are_those_of_torch(rope):
+    attention = GQA(2, 1, 128, rope=rope)
+    cfg = ModelConfig("rope", 32, 256, 1, 1, 16, attention, None, max_length=131072, model_type="llama")
+    theirs = build_modules(hf_config(cfg))[0].model.rotary_emb.inv_freq.numpy()
+    ours = inverse_frequencies(128, rope)
+    assert ours.dtype == np.float32
+    # Powers differ in their last place (above), and where frequencies are blended that is rounded twice more.
+    np.testing.assert_allclose(ours, theirs, rtol=4e-7)
+    if rope.llama3 is not None:
+        plain = inverse_frequencies(128, Rope(rope.theta))
+        turns = rope.llama3.original_length * plain / (2 * np.pi)
+        slow, fast = turns < rope.llama3.low_turns, turns > rope.llama3.high_turns
+        assert slow.any()
+        assert fast.any()
+        assert (~slow & ~fast).any()
+        np.testing.assert_array_equal(ours[fast], plain[fast])
+        np.testing.assert_array_equal(ours[slow], plain[slow] / np.float32(rope.llama3.factor))
 
 
 def test_pairs_are_rounded_to_float32_before_the_power():
