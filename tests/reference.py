@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from tiny import random_model, random_tokens
 
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import GQA, MLA, ModelConfig
 from deepseek_jax.convert.ladder import agreement
-from deepseek_jax.convert.verify import Observed, Reference, build_reference
+from deepseek_jax.convert.references import build_modules
+from deepseek_jax.convert.verify import Observed, Reference
 from deepseek_jax.core.context import Context
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
@@ -21,12 +22,11 @@ from deepseek_jax.model.transformer import Transformer
 torch.set_num_threads(1)
 
 
-def hf_config(cfg: ModelConfig) -> dict:
-    """The published fields of ``config.json``, in today's spelling."""
-    attention, moe, yarn = cfg.attention, cfg.moe, cfg.attention.rope.yarn
-    rope = {"rope_type": "default", "rope_theta": attention.rope.theta}
-    if yarn is not None:
-        rope |= {
+def _rope(rope) -> dict:
+    fields = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.yarn is not None:
+        yarn = rope.yarn
+        fields |= {
             "rope_type": "yarn",
             "factor": yarn.factor,
             "original_max_position_embeddings": yarn.original_length,
@@ -35,37 +35,63 @@ def hf_config(cfg: ModelConfig) -> dict:
             "mscale": yarn.mscale,
             "mscale_all_dim": yarn.mscale_all_dim,
         }
-    routed = {}
-    if moe is not None:
-        routed = {
-            "n_routed_experts": moe.n_experts,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.expert_dim,
-            "n_shared_experts": moe.n_shared,
-            "n_group": moe.n_groups,
-            "topk_group": moe.top_groups,
-            "norm_topk_prob": moe.normalize,
-            "routed_scaling_factor": moe.scale,
+    if rope.llama3 is not None:
+        fields |= {
+            "rope_type": "llama3",
+            "factor": rope.llama3.factor,
+            "original_max_position_embeddings": rope.llama3.original_length,
+            "low_freq_factor": rope.llama3.low_turns,
+            "high_freq_factor": rope.llama3.high_turns,
         }
-    return routed | {
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
-        "num_hidden_layers": cfg.n_layers,
-        "first_k_dense_replace": cfg.n_dense_layers,
-        "num_attention_heads": attention.n_heads,
+    return fields
+
+
+def _attention(attention) -> dict:
+    if isinstance(attention, GQA):
+        return {"num_key_value_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
+    return {
         "num_key_value_heads": attention.n_heads,
         "q_lora_rank": attention.q_rank,
         "kv_lora_rank": attention.kv_rank,
         "qk_nope_head_dim": attention.nope_dim,
         "qk_rope_head_dim": attention.rope_dim,
         "v_head_dim": attention.v_dim,
+        "rope_interleave": attention.rope.interleaved,
+    }
+
+
+def _experts(moe) -> dict:
+    if moe is None:
+        return {}
+    return {
+        "n_routed_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_dim,
+        "n_shared_experts": moe.n_shared,
+        "n_group": moe.n_groups,
+        "topk_group": moe.top_groups,
+        "norm_topk_prob": moe.normalize,
+        "routed_scaling_factor": moe.scale,
+    } | ({} if moe.bias else {"topk_method": "group_limited_greedy" if moe.n_groups > 1 else "greedy"})
+
+
+def hf_config(cfg: ModelConfig) -> dict:
+    """The published fields of ``config.json``, in today's spelling."""
+    return {
+        "model_type": cfg.model_type,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.dim,
+        "intermediate_size": cfg.ffn_dim,
+        "num_hidden_layers": cfg.n_layers,
+        "first_k_dense_replace": cfg.n_dense_layers,
+        "num_attention_heads": cfg.attention.n_heads,
         "rms_norm_eps": cfg.norm_eps,
         "max_position_embeddings": cfg.max_length,
-        "rope_parameters": rope,
-        "rope_interleave": attention.rope.interleaved,
+        "rope_parameters": _rope(cfg.attention.rope),
         "tie_word_embeddings": cfg.tie_embeddings,
         "num_nextn_predict_layers": cfg.mtp_depth,
+        **_attention(cfg.attention),
+        **_experts(cfg.moe),
     }
 
 
@@ -98,15 +124,20 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
         attn, ffn = b.attn, b.ffn
         put(f"{name}.input_layernorm.weight", b.attn_norm.weight)
         put(f"{name}.post_attention_layernorm.weight", b.ffn_norm.weight)
-        if attn.cfg.q_rank is None:
+        if isinstance(attn.cfg, GQA):
+            for part in ("q", "k", "v"):
+                put(f"{name}.self_attn.{part}_proj.weight", getattr(attn, part), flat_in)
+                put(f"{name}.self_attn.{part}_proj.bias", getattr(attn, f"{part}_bias"))
+        elif attn.cfg.q_rank is None:
             put(f"{name}.self_attn.q_proj.weight", attn.q, flat_in)
         else:
             put(f"{name}.self_attn.q_a_proj.weight", attn.q_a, flat_in)
             put(f"{name}.self_attn.q_a_layernorm.weight", attn.q_norm.weight)
             put(f"{name}.self_attn.q_b_proj.weight", attn.q_b, flat_in)
-        put(f"{name}.self_attn.kv_a_proj_with_mqa.weight", attn.kv_a, flat_in)
-        put(f"{name}.self_attn.kv_a_layernorm.weight", attn.kv_norm.weight)
-        put(f"{name}.self_attn.kv_b_proj.weight", attn.kv_b, flat_in)
+        if isinstance(attn.cfg, MLA):
+            put(f"{name}.self_attn.kv_a_proj_with_mqa.weight", attn.kv_a, flat_in)
+            put(f"{name}.self_attn.kv_a_layernorm.weight", attn.kv_norm.weight)
+            put(f"{name}.self_attn.kv_b_proj.weight", attn.kv_b, flat_in)
         put(f"{name}.self_attn.o_proj.weight", attn.o, flat_out)
         if not hasattr(ffn, "router"):
             return network(f"{name}.mlp", ffn)
@@ -137,7 +168,7 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
 
 def torch_model(model: Transformer) -> Reference:
     """The reference with this model's weights; every one of its tensors is filled, none is left over."""
-    reference = build_reference(hf_config(model.cfg))
+    reference = Reference(*build_modules(hf_config(model.cfg)))
     main, mtp = {}, {}
     for name, array in torch_tensors(model).items():
         (mtp if name.startswith("mtp.") else main)[name.removeprefix("mtp.")] = torch.tensor(array)

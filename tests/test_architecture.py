@@ -39,12 +39,12 @@ LONGER = {
     "convert/ladder.py": 325,
     "convert/load.py": 301,
     "convert/safetensors.py": 373,
-    "convert/verify.py": 405,
+    "convert/verify.py": 370,
     "model/experts.py": 316,
     "model/transformer.py": 363,
 }
 REFERENCE = {"torch", "transformers", "safetensors"}
-REFERENCE_HOME = "convert/verify.py"
+REFERENCE_HOME = {"convert/references.py", "convert/verify.py"}
 # Flax's own transforms and side channels: modules are plain pytrees here, driven by jax alone.
 BANNED_NNX = {
     "jit",
@@ -179,7 +179,7 @@ def test_files_are_short():
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_torch_and_transformers_stay_in_functions_of_verify(path):
     found = {module.split(".")[0] for module in imports(tree(path))} & REFERENCE
-    assert not found or name(path) == REFERENCE_HOME, f"{name(path)} imports {found}"
+    assert not found or name(path) in REFERENCE_HOME, f"{name(path)} imports {found}"
     assert not {module.split(".")[0] for module in top_level(path)} & REFERENCE
 
 

@@ -41,7 +41,7 @@ def choose(biased: np.ndarray, moe: MoE) -> tuple[np.ndarray, np.ndarray]:
     grouped = biased.reshape(*biased.shape[:-1], moe.n_groups, -1)
     margin = np.full(biased.shape[:-1], np.inf, np.float32)
     if moe.n_groups > 1:
-        score = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
+        score = np.sort(grouped, axis=-1)[..., -2 if moe.group_score == "top2" else -1 :].sum(-1)
         order = np.argsort(-score, axis=-1, kind="stable")
         if moe.top_groups < moe.n_groups:
             ranked = np.take_along_axis(score, order, -1)

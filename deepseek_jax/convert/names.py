@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path as FilePath
 
 from deepseek_jax.configs.layers import Layer
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import GQA, ModelConfig
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.core.params import Matrix, is_looked_up, map_variables, matrix_of
 from deepseek_jax.model.transformer import abstract
@@ -25,6 +25,11 @@ SCALE = "_scale_inv"
 ATTENTION = (
     ("attn_norm.weight", "input_layernorm.weight", False),
     ("attn.q", "self_attn.q_proj.weight", True),
+    ("attn.q_bias", "self_attn.q_proj.bias", False),
+    ("attn.k", "self_attn.k_proj.weight", True),
+    ("attn.k_bias", "self_attn.k_proj.bias", False),
+    ("attn.v", "self_attn.v_proj.weight", True),
+    ("attn.v_bias", "self_attn.v_proj.bias", False),
     ("attn.q_a", "self_attn.q_a_proj.weight", True),
     ("attn.q_norm.weight", "self_attn.q_a_layernorm.weight", False),
     ("attn.q_b", "self_attn.q_b_proj.weight", True),
@@ -163,9 +168,13 @@ def _rows(layer: Layer):
 def widest(cfg: ModelConfig) -> int:
     """The largest extent of a matrix that releases quantise."""
     a, moe = cfg.attention, cfg.moe
-    heads = a.n_heads * max(a.nope_dim + max(a.rope_dim, a.v_dim), a.v_dim)
     experts = 0 if moe is None else moe.expert_dim * max(1, moe.n_shared)
-    return max(cfg.dim, cfg.ffn_dim, heads, a.kv_rank + a.rope_dim, a.q_rank or 0, experts)
+    if isinstance(a, GQA):
+        attention = a.n_heads * a.head_dim
+    else:
+        heads = a.n_heads * max(a.nope_dim + max(a.rope_dim, a.v_dim), a.v_dim)
+        attention = max(heads, a.kv_rank + a.rope_dim, a.q_rank or 0)
+    return max(cfg.dim, cfg.ffn_dim, attention, experts)
 
 
 def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> None:

@@ -25,11 +25,14 @@ from deepseek_jax.parallel.placement import place
 LISTS = ("expert", "scores", "vocab")
 # The sizes that a matrix of attention is cut by: with others, values of the same shape would mean something else.
 CUT_BY = {
-    "q": ("n_heads", "nope_dim", "rope_dim"),
+    "q": ("n_heads", "nope_dim", "rope_dim", "head_dim"),
+    "k": ("n_kv_heads", "head_dim"),
+    "v": ("n_kv_heads", "head_dim"),
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), ("n_heads", "n_kv_heads", "head_dim")),
     "q_b": ("n_heads", "nope_dim", "rope_dim"),
     "kv_a": ("kv_rank", "rope_dim"),
     "kv_b": ("n_heads", "nope_dim", "v_dim"),
-    "o": ("n_heads", "v_dim"),
+    "o": ("n_heads", "v_dim", "head_dim"),
 }
 # So many names are told; the rest are counted.
 TOLD = 12
@@ -131,12 +134,17 @@ def _overlap(name: str, held: Part | None, wanted: Part, was: ModelConfig, cfg: 
     if held is None or held.axes != wanted.axes:
         return None
     last = name.rsplit(".", 1)[-1]
-    if any(getattr(was.attention, size) != getattr(cfg.attention, size) for size in CUT_BY.get(last, ())):
+    if any(_size(was, size) != _size(cfg, size) for size in CUT_BY.get(last, ())):
         return None
     for axis, a, b in zip(wanted.axes, held.shape, wanted.shape, strict=True):
         if a != b and axis not in LISTS:
             return None
     return tuple(map(min, held.shape, wanted.shape))
+
+
+def _size(cfg: ModelConfig, name: str) -> int | None:
+    """A size of attention, None of a form that has no such size."""
+    return getattr(cfg.attention, name, None)
 
 
 def _same(parts, count: int, values: dict, shape: tuple[int, ...]) -> bool:

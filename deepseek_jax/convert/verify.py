@@ -1,7 +1,8 @@
 """PyTorch transformers as the reference: the same files, read by PyTorch alone.
 
-The reference is `DeepseekV3ForCausalLM` with its MTP layers, float32 on the CPU. Nothing here goes through
-this package's reader, so that a mistake there cannot hide. PyTorch is imported inside functions only.
+The reference is the class that `deepseek_jax.convert.references` names for a model_type, of V3 with its MTP layers, in
+float32 on the CPU. Nothing here goes through this package's reader, so that a mistake there cannot hide. PyTorch is
+imported inside functions only.
 `deepseek_jax.convert.ladder` compares a model with it.
 
 Suffixes: L layers, B rows, T tokens, D width, K chosen experts, E experts, V vocabulary.
@@ -17,15 +18,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.convert.names import IGNORED
+from deepseek_jax.convert.references import EXTRA, VerifyError, build_modules
 from deepseek_jax.notes import cut
 from deepseek_jax.small_files import LARGE, read_json
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
-
-
-class VerifyError(ValueError):
-    """A checkpoint that the reference cannot read, or a missing installation."""
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Observed:
 
     ``logits``: [B, T, V]; ``hidden``: [B, T, D] after the final norm. ``mtp_logits``: one a depth d,
     [B, T - 1 - d, V]. ``captured``: "attn", "ffn", "block" -> one [B, T, D] a layer. ``index``, ``biased``:
-    one a MoE layer, the chosen experts [B, T, K] in no order and score + bias [B, T, E]; ``mtp_index`` and
+    one a MoE layer, the chosen experts [B, T, K] in no order and score (+ bias) [B, T, E]; ``mtp_index`` and
     ``mtp_biased`` the same for the MTP modules, T - 1 - d long.
     """
 
@@ -148,11 +145,15 @@ class Reference:
         def route(index_to, biased_to, replay):
             def hook(module, args, output):
                 logits, weights, index = output
-                biased_to.append((logits.sigmoid() + module.e_score_correction_bias).detach().unflatten(0, (batch, -1)))
+                bias = getattr(module, "e_score_correction_bias", None)
+                # A router with a bias has sigmoid scores (V3), one without has softmax ones (V1, V2).
+                scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+                biased = scores if bias is None else scores + bias
+                biased_to.append(biased.detach().unflatten(0, (batch, -1)))
                 if replay is not None:
                     index = replay.flatten(0, 1)
-                    weights = logits.sigmoid().gather(1, index)
-                    if module.norm_topk_prob:
+                    weights = scores.gather(1, index)
+                    if bias is not None and module.norm_topk_prob:
                         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
                     weights = weights * module.routed_scaling_factor
                 index_to.append(index.unflatten(0, (batch, -1)))
@@ -189,42 +190,6 @@ def _long(array):
 # --- Reading a folder with PyTorch ----------------------------------------------------------------------
 
 
-def build_reference(config: dict) -> Reference:
-    """transformers' modules for a parsed ``config.json``, float32, their weights not filled in.
-
-    Raises VerifyError when PyTorch or transformers is missing, and for a config that transformers does not take.
-    """
-    try:
-        import torch
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-        from transformers.initialization import no_init_weights
-        from transformers.modeling_layers import MtpLayer
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-            DeepseekV3DecoderLayer,
-            DeepseekV3RMSNorm,
-        )
-    except ImportError as error:
-        raise VerifyError(f"{EXTRA} ({error})") from None
-
-    dropped = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype")
-    try:
-        config = DeepseekV3Config(**{k: v for k, v in config.items() if k not in dropped})
-    except Exception as error:  # its checks raise exceptions of several libraries
-        raise VerifyError(
-            f"there is no reference for this config: transformers refuses it ({type(error).__name__}: {cut(error)})."
-        ) from None
-    config._attn_implementation, config._experts_implementation = "eager", "eager"
-    with no_init_weights():
-        main = DeepseekV3ForCausalLM(config).float().eval()
-        if config.tie_word_embeddings:  # left out with the initialisation
-            main.lm_head.weight = main.model.embed_tokens.weight
-        mtp = torch.nn.ModuleList(
-            MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_hidden_layers + depth)
-            for depth in range(config.num_mtp_layers or 0)
-        )
-    return Reference(main, mtp.float().eval())
-
-
 def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
     """The reference with the weights of a published folder, FP8 dequantised block by block.
 
@@ -243,7 +208,7 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
     held = find_tensors(path, n_layers)
     if n_layers is None:
         config = _with_stored_mtp(config, held)
-    reference = build_reference(config)
+    reference = Reference(*build_modules(config))
     import torch
 
     targets = reference.main.state_dict() | {f"mtp.{k}": v for k, v in reference.mtp.state_dict().items()}

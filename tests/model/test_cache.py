@@ -28,7 +28,11 @@ def step(p, tokens_B1, cache, **arguments):
 
 @pytest.mark.parametrize("name", ["tiny-v3", "queries not compressed"])
 def test_cached_decoding_equals_the_full_forward(name):
-    p = pair(CONFIGS[name][0])
+    check_decoding(pair(CONFIGS[name][0]))
+
+
+def check_decoding(p):
+    """Prefill, then token by token: our full forward's logits, and transformers' with its own cache."""
     whole = full(p)
     cache = p.model.init_cache(2, 100)
     out = prefill(p, cache)
@@ -42,8 +46,7 @@ def test_cached_decoding_equals_the_full_forward(name):
 
 def test_greedy_decoding_equals_transformers_cache_and_generate():
     p = pair(TINY)
-    prompt = p.tokens[:, :PROMPT]
-    tokens, seen = p.reference.decode(prompt, STEPS)
+    prompt, tokens = p.tokens[:, :PROMPT], check_greedy(p)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         generated = p.reference.main.generate(
@@ -53,12 +56,18 @@ def test_greedy_decoding_equals_transformers_cache_and_generate():
             eos_token_id=None,
         )
     np.testing.assert_array_equal(generated[:, PROMPT:], tokens)
+
+
+def check_greedy(p):
+    """Greedy decoding step by step with transformers' cache and with ours; the tokens."""
+    tokens, seen = p.reference.decode(p.tokens[:, :PROMPT], STEPS)
     out = prefill(p, p.model.init_cache(2, 100))
     for i in range(STEPS):
         last = out.logits[:, -1]
         assert relative(last, seen[i].logits[:, -1]) <= 2e-5
         np.testing.assert_array_equal(last.argmax(-1), tokens[:, i])
         out = step(p, last.argmax(-1, keepdims=True).astype(jnp.int32), out.cache)
+    return tokens
 
 
 def test_absorbed_equals_expanded():

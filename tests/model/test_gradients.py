@@ -54,10 +54,14 @@ def jax_gradients(p, directions, ctx=None) -> dict[str, np.ndarray]:
 
 def check(name: str, ctx: Context | None = None):
     cfg, offset = CONFIGS[name]
-    p = pair(cfg, bias_offset=offset)
+    check_gradients(pair(cfg, bias_offset=offset), ctx)
+
+
+def check_gradients(p, ctx: Context | None = None):
     seen = p.observe()
-    # Where a choice of experts differs, gradients are of different functions.
-    np.testing.assert_array_equal(np.sort(full(p).aux.expert_index, -1), np.sort(experts(seen.index), -1))
+    if p.model.cfg.moe:
+        # Where a choice of experts differs, gradients are of different functions.
+        np.testing.assert_array_equal(np.sort(full(p).aux.expert_index, -1), np.sort(experts(seen.index), -1))
     directions = cotangents(seen.logits, seen.mtp_logits)
     ours, theirs = jax_gradients(p, directions, ctx), torch_gradients(p, directions)
     assert ours.keys() == theirs.keys()

@@ -1,5 +1,6 @@
 """The router against transformers' on many tokens, and each of its rules by itself."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -8,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import assert_same_routing, build_reference, hf_config, relative
+from reference import assert_same_routing, hf_config, relative
 from tiny import tiny_config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.convert.ladder import choose
+from deepseek_jax.convert.references import build_modules
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.model.router import Router, expert_load, sequence_balance
 
 GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
+SOFTMAX = MoE(32, 6, 8, normalize=False, scale=16.0, score="softmax", group_score="max", bias=False)
+LIMITED = replace(SOFTMAX, n_groups=8, top_groups=3)
 PLAIN = MoE(n_experts=32, top_k=6, expert_dim=8, normalize=False, scale=1.5)
 
 
@@ -27,27 +32,34 @@ def call(router, x_BTD, segment_BT, ctx=DEFAULT, replay=None):
 
 
 def make(cfg: MoE, offset: float, dim: int = 48):
-    """Our router and transformers', with the same weights and tokens [4, 512, dim]."""
+    """Our router and transformers' (V2's where there is no bias), with the same weights, and tokens [4, 512, dim]."""
     rng = np.random.default_rng(0)
     weight = rng.normal(0, dim**-0.5, (dim, cfg.n_experts)).astype(np.float32)
     bias = rng.normal(offset, 0.1, cfg.n_experts).astype(np.float32)
     ours = Router(cfg, dim, jnp.float32)
     ours.weight.set_value(jnp.asarray(weight))
-    ours.bias.set_value(jnp.asarray(bias))
-    model = replace(tiny_config(), dim=dim, moe=cfg)
-    theirs = DeepseekV3TopkRouter(build_reference(hf_config(model)).main.config)
-    theirs.weight.data, theirs.e_score_correction_bias = torch.tensor(weight.T), torch.tensor(bias)
+    model = replace(tiny_config(), dim=dim, moe=cfg, model_type="deepseek_v3" if cfg.bias else "deepseek_v2")
+    config = build_modules(hf_config(replace(model, mtp_depth=0)))[0].config
+    theirs = (DeepseekV3TopkRouter if cfg.bias else DeepseekV2TopkRouter)(config)
+    theirs.weight.data = torch.tensor(weight.T)
+    if cfg.bias:
+        ours.bias.set_value(jnp.asarray(bias))
+        theirs.e_score_correction_bias = torch.tensor(bias)
     return ours, theirs, rng.normal(0, 2, (4, 512, dim)).astype(np.float32)
 
 
-@pytest.mark.parametrize("offset", [0.0, 5.0, -5.0])
-@pytest.mark.parametrize("cfg", [GROUPED, PLAIN], ids=["groups", "no groups"])
+@pytest.mark.parametrize(
+    ("cfg", "offset"),
+    [*itertools.product((GROUPED, PLAIN), (0.0, 5.0, -5.0)), (SOFTMAX, 0.0), (LIMITED, 0.0)],
+    ids=[*(f"{groups} {offset}" for groups in ("groups", "no groups") for offset in (0, 5, -5)), "softmax", "limited"],
+)
 def test_choice_and_weights_equal_transformers(cfg, offset):
     ours, theirs, x = make(cfg, offset)
     result = call(ours, x, jnp.ones(x.shape[:2], jnp.int32))
     with torch.no_grad():
         logits, weights, index = theirs(torch.tensor(x))
-    biased = (logits.sigmoid() + theirs.e_score_correction_bias).reshape(4, 512, -1)
+    scores = (logits.sigmoid() if cfg.bias else logits.softmax(-1)).reshape(4, 512, -1)
+    biased = scores + theirs.e_score_correction_bias if cfg.bias else scores
     index, weights = index.reshape(4, 512, -1).numpy(), weights.reshape(4, 512, -1).numpy()
     flipped = assert_same_routing(result.index_BTK, index, biased, cfg)
     same = (np.sort(result.index_BTK, -1) == np.sort(index, -1)).all(-1)
@@ -55,7 +67,7 @@ def test_choice_and_weights_equal_transformers(cfg, offset):
     theirs_sorted = np.take_along_axis(weights, np.argsort(index, -1), -1)
     assert relative(ours_sorted[same], theirs_sorted[same]) <= 1e-6
     assert flipped == (~same).sum()
-    assert relative(result.score_BTE, logits.sigmoid().reshape(4, 512, -1)) <= 1e-6
+    assert relative(result.score_BTE, scores) <= 1e-6
     np.testing.assert_array_equal(choose(np.asarray(biased), cfg)[0][same], np.sort(index, -1)[same])
 
 
@@ -75,7 +87,8 @@ def test_bias_moves_the_choice_and_never_the_weights():
 def one_token(scores, cfg: MoE, bias=0.0):
     """The experts chosen for one token with these sigmoid scores."""
     router = Router(cfg, 1, jnp.float32)
-    router.bias.set_value(jnp.broadcast_to(jnp.float32(bias), (cfg.n_experts,)))
+    if cfg.bias:
+        router.bias.set_value(jnp.broadcast_to(jnp.float32(bias), (cfg.n_experts,)))
     return set(np.asarray(router.choose(jnp.asarray(scores, jnp.float32)[None, None]))[0, 0].tolist())
 
 
@@ -83,6 +96,7 @@ def test_a_group_is_scored_by_the_sum_of_its_two_best():
     cfg = MoE(n_experts=6, top_k=2, expert_dim=8, n_groups=2, top_groups=1)
     # The first group holds the best expert, the second the better pair.
     assert one_token([0.9, 0.1, 0.1, 0.6, 0.6, 0.1], cfg) == {3, 4}
+    assert one_token([0.9, 0.1, 0.1, 0.6, 0.6, 0.1], replace(cfg, group_score="max", bias=False)) == {0, 1}
 
 
 def test_masked_groups_lose_to_negative_scores():

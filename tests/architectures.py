@@ -1,0 +1,36 @@
+"""Tiny configs of the family's architectures beside V3, one a mechanism; sequences pass the original context of 64."""
+
+from dataclasses import replace
+
+from tiny import tiny_config
+
+from deepseek_jax.configs.schema import GQA, Llama3, ModelConfig, MoE, Rope, Yarn
+
+SOFTMAX = MoE(8, 3, 48, n_shared=2, normalize=False, score="softmax", group_score="max", bias=False)
+
+
+def _dense(attention: GQA, model_type: str, **rest) -> ModelConfig:
+    return tiny_config(
+        n_dense_layers=3, moe=None, mtp_depth=0, attention=attention, model_type=model_type, norm_eps=1e-5, **rest
+    )
+
+
+def _mla(moe: MoE, **changes) -> ModelConfig:
+    rope = Rope(yarn=Yarn(4.0, 64, mscale=0.707, mscale_all_dim=0.707))
+    attention = replace(tiny_config().attention, rope=rope, **changes)
+    return tiny_config(attention=attention, moe=moe, mtp_depth=0, model_type="deepseek_v2")
+
+
+ARCHITECTURES = {
+    "distill-qwen": _dense(GQA(4, 2, 16, bias=True), "qwen2"),
+    "distill-qwen, tied, yarn": _dense(
+        GQA(4, 1, 16, bias=True, rope=Rope(1e6, Yarn(4.0, 64, mscale=0.0, mscale_all_dim=0.0), False)),
+        "qwen2",
+        tie_embeddings=True,
+    ),
+    "distill-llama": _dense(GQA(4, 2, 16, rope=Rope(500000.0, interleaved=False, llama3=Llama3(8.0, 64))), "llama"),
+    "deepseek-llm": _dense(GQA(4, 4, 16), "llama"),
+    "deepseek-moe": tiny_config(attention=GQA(4, 4, 16), moe=SOFTMAX, mtp_depth=0, model_type="deepseek"),
+    "v2-lite": _mla(SOFTMAX, q_rank=None),
+    "v2": _mla(replace(SOFTMAX, n_groups=4, top_groups=2, scale=16.0)),
+}

@@ -1,0 +1,80 @@
+"""Published folders of the other architectures: both ways byte for byte, and each against its reference."""
+
+import json
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import ARCHITECTURES
+from folders import arrays, assert_same_tensors
+from tiny import random_model
+
+import deepseek_jax as dsj
+from deepseek_jax.convert.ladder import Gradients, Row, ladder
+from deepseek_jax.convert.stream import convert
+
+NAMES = {
+    "distill-qwen": {"self_attn.q_proj.bias", "self_attn.k_proj.weight", "self_attn.v_proj.bias", "mlp.up_proj.weight"},
+    "distill-llama": {"self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"},
+    "deepseek-moe": {"self_attn.k_proj.weight", "mlp.gate.weight", "mlp.experts.7.up_proj.weight"},
+    "v2-lite": {"self_attn.q_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "mlp.shared_experts.up_proj.weight"},
+    "v2": {"self_attn.q_a_proj.weight", "self_attn.kv_b_proj.weight", "mlp.experts.0.down_proj.weight"},
+}
+
+
+@cache
+def model_of(name: str):
+    return random_model(ARCHITECTURES[name], seed=4, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_there_and_back(name, tmp_path):
+    """Written, read as stored and written again, and through Orbax: the same bytes and the same config."""
+    model = model_of(name)
+    dsj.save_pretrained(model, tmp_path / "a")
+    held = arrays(tmp_path / "a")
+    last = {n.removeprefix("model.layers.2.") for n in held if n.startswith("model.layers.2.")}
+    assert NAMES.get(name, set()) <= last
+    assert not any(n.endswith("e_score_correction_bias") for n in held)
+    assert ("lm_head.weight" in held) != model.cfg.tie_embeddings
+    again = dsj.load_pretrained(tmp_path / "a", dtype=None)
+    assert again.cfg.attention == model.cfg.attention
+    assert again.cfg.moe == model.cfg.moe
+    dsj.save_pretrained(again, tmp_path / "b", like=tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "orbax") == "layers"
+    assert convert(tmp_path / "orbax", tmp_path / "c") == "published"
+    for folder in ("b", "c"):
+        assert_same_tensors(tmp_path / "a", tmp_path / folder)
+        assert json.loads((tmp_path / folder / "config.json").read_text()) == json.loads(
+            (tmp_path / "a/config.json").read_text()
+        )
+
+
+@pytest.mark.parametrize("name", ["distill-qwen", "distill-llama", "deepseek-moe", "v2"])
+def test_a_folder_is_verified_against_its_own_reference(name, tmp_path):
+    dsj.save_pretrained(model_of(name), tmp_path / "a")
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 24))
+    rows = list(ladder(tmp_path / "a", tokens, steps=2, gradients=True))
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+    assert sum(isinstance(row, Row) for row in rows) == 3 * 3 + 3
+    (gradients,) = (row for row in rows if isinstance(row, Gradients))
+    assert gradients.tensors == len(arrays(tmp_path / "a"))
+
+
+def test_transformers_reads_what_is_written(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 24))
+    for name in ("distill-qwen", "distill-llama", "v2-lite"):
+        model = random_model(ARCHITECTURES[name], seed=4)
+        dsj.save_pretrained(model, tmp_path / name)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens)).logits.numpy()
+        ours = np.asarray(model(jnp.asarray(tokens, jnp.int32)).logits)
+        assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max(), name
+        theirs.save_pretrained(tmp_path / f"{name}-theirs")
+        again = dsj.load_pretrained(tmp_path / f"{name}-theirs", dtype=None)
+        assert (again.cfg.attention, again.cfg.moe) == (model.cfg.attention, model.cfg.moe)
