@@ -25,10 +25,11 @@ from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import row_groups
 from deepseek_jax.train.begin import compiled, prepared
+from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import ADAMW
 from deepseek_jax.train.schedule import Setting
-from deepseek_jax.train.step import Knobs, State, start
+from deepseek_jax.train.step import State, start
 
 PROGRAMS = ("train", "prefill", "decode")
 WEIGHTS = ("bfloat16", "int8", "fp8")

@@ -24,32 +24,34 @@ def place(model: Tree, ctx: Context) -> Tree:
 
 
 def place_batch(batch: Mapping[str, np.ndarray], ctx: Context) -> dict[str, jax.Array]:
-    """A batch's arrays [..., B, T] with their rows on the devices that compute them.
+    """A batch's arrays with their rows on the devices that compute them.
 
-    B: the rows of this process, which are its `row_share` of the global batch, in their order there.
+    "tokens" are [..., B, T]; other entries have the same axes, or more behind them. B: the rows of this process, which
+    are its `row_share` of the global batch, in their order there.
 
     Raises LayoutError where the rows do not divide over the devices.
     """
     if ctx.mesh is None:
         return dict(batch)
     groups, count = row_share(ctx)
-    return {name: _place_rows(np.asarray(array), groups, count, ctx) for name, array in batch.items()}
+    axis = batch["tokens"].ndim - 2
+    return {name: _place_rows(np.asarray(array), axis, groups, count, ctx) for name, array in batch.items()}
 
 
-def _place_rows(array: np.ndarray, groups: tuple[int, ...], count: int, ctx: Context) -> jax.Array:
-    size, rest = divmod(array.shape[-2], len(groups))
+def _place_rows(array: np.ndarray, axis: int, groups: tuple[int, ...], count: int, ctx: Context) -> jax.Array:
+    size, rest = divmod(array.shape[axis], len(groups))
     if rest:
         raise LayoutError(
-            f"a batch: this process's {array.shape[-2]} rows do not divide into the {len(groups)} of {count} groups of "
-            "rows that its devices compute."
+            f"a batch: this process's {array.shape[axis]} rows do not divide into the {len(groups)} of {count} groups "
+            "of rows that its devices compute."
         )
-    shape = (*array.shape[:-2], size * count, array.shape[-1])
-    split = spec((BATCH, None), shape, ctx.layout.use, ctx.mesh, "a batch")
+    shape = (*array.shape[:axis], size * count, *array.shape[axis + 1 :])
+    split = spec((BATCH, *(None,) * (array.ndim - axis - 1)), shape, ctx.layout.use, ctx.mesh, "a batch")
     here = {group: place for place, group in enumerate(groups)}
 
     def part(index):
-        first = here[(index[-2].start or 0) // size] * size
-        return array[..., first : first + size, :]
+        first = here[(index[axis].start or 0) // size] * size
+        return array[(*(slice(None),) * axis, slice(first, first + size))]
 
     return jax.make_array_from_callback(shape, NamedSharding(ctx.mesh, split), part)
 

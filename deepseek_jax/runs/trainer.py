@@ -19,8 +19,9 @@ from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.signals import StopSignals
 from deepseek_jax.runs.throughput import Throughput
 from deepseek_jax.train.norms import fault_names
+from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.step import Knobs, State
+from deepseek_jax.train.step import State
 
 Measure = Callable[[State, Progress], dict[str, Any]]
 

@@ -13,14 +13,22 @@ from deepseek_jax.core.params import Trained, has_adapters, map_variables, parti
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.parallel.placement import settle
 from deepseek_jax.train import optim
+from deepseek_jax.train.objective import Knobs, NextToken, Objective
 from deepseek_jax.train.recipe import Recipe
-from deepseek_jax.train.step import Knobs, State, start, train_step
+from deepseek_jax.train.step import State, start, train_step
 
 
-def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None):
+def prepared(
+    model: Transformer,
+    recipe: Recipe,
+    ctx: Context,
+    trained: Trained | None = None,
+    objective: Objective | None = None,
+):
     """The optimizer of a recipe for a model, and `train_step` with all but state, batch and knobs given.
 
-    Of a model that is trained in part those router biases move that ``trained`` chooses, beside adapters none.
+    ``objective``: by default `NextToken` with the recipe's weights. Of a model that is trained in part those router
+    biases move that ``trained`` chooses, beside adapters none.
     """
     optimizer = optim.make(recipe.optimizer, partition(model, trained)[0])
 
@@ -31,7 +39,7 @@ def prepared(model: Transformer, recipe: Recipe, ctx: Context, trained: Trained 
     return optimizer, partial(
         train_step,
         optimizer=optimizer,
-        weights=recipe.weights,
+        objective=objective or NextToken(recipe.weights, model.cfg.mtp_depth),
         ctx=ctx,
         clip=recipe.optimizer.clip,
         ema_decay=recipe.ema_decay,
@@ -60,13 +68,18 @@ def fresh(cfg: ModelConfig, recipe: Recipe, ctx: Context) -> Transformer:
 
 
 def begin(
-    model: Transformer, recipe: Recipe, ctx: Context, trained: Trained | None = None
+    model: Transformer,
+    recipe: Recipe,
+    ctx: Context,
+    trained: Trained | None = None,
+    objective: Objective | None = None,
 ) -> tuple[State, Callable[[State, dict, Knobs], tuple[State, dict]]]:
     """The state before the first step, and the `compiled` step.
 
-    ``trained``: which parameters are trained (`core.params.partition`); by default all.
+    ``trained``: which parameters are trained (`core.params.partition`); by default all. ``objective``: as `prepared`
+    takes it.
     """
-    optimizer, step = prepared(model, recipe, ctx, trained)
+    optimizer, step = prepared(model, recipe, ctx, trained, objective)
     state = settle(start(model, optimizer, recipe.ema_decay > 0, trained), ctx)
     return state, compiled(step, state, ctx)
 

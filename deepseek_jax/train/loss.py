@@ -23,7 +23,7 @@ from deepseek_jax.train.balance_loss import balance_losses
 from deepseek_jax.train.cross_entropy import chunked_nats
 from deepseek_jax.train.recipe import LossWeights
 
-ENTRIES = {"tokens", "segments", "positions", "loss_mask"}
+ENTRIES = frozenset(("tokens", "segments", "positions", "loss_mask"))
 
 
 @jax.tree_util.register_dataclass
@@ -124,10 +124,10 @@ def loss(
         )
     check_entries(batch)
     depth = mtp_depth(model, weights)
-    return objective(model, batch, count(batch, depth), weights, weights.mtp, ctx)
+    return part_loss(model, batch, count(batch, depth), weights, weights.mtp, ctx)
 
 
-def objective(
+def part_loss(
     model: Transformer,
     batch: dict[str, jax.Array],
     counts: Counts,
@@ -185,23 +185,25 @@ def _balanced(batch: dict[str, jax.Array], depth: int, target_BTP: jax.Array, ct
     return batch, inputs, target_BTP, replace(ctx, balanced=True)
 
 
-def check_entries(batch: dict[str, jax.Array]) -> None:
-    """Raises ValueError for a batch without tokens, with unknown entries, or with ones of other shapes or kinds."""
+def check_entries(batch: dict[str, jax.Array], entries: frozenset[str] = ENTRIES) -> None:
+    """Raises ValueError for a batch without tokens, with other entries than ``entries``, or with ones of other shapes
+    or kinds. Those that are not in `ENTRIES` may have axes of their own behind the tokens'."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a dict of arrays, 'tokens' among them, not {type(batch).__name__}.")
-    if "tokens" not in batch or not set(batch) <= ENTRIES:
+    if "tokens" not in batch or not set(batch) <= entries:
         hint = "; a loss_mask of 0 says what labels of -100 do" if "labels" in batch else ""
         raise ValueError(
-            f"a batch needs 'tokens' and may have {sorted(ENTRIES - {'tokens'})}, not {sorted(map(str, batch))}{hint}."
+            f"a batch needs 'tokens' and may have {sorted(entries - {'tokens'})}, not {sorted(map(str, batch))}{hint}."
         )
     for name, a in batch.items():
         if not hasattr(a, "dtype"):
             raise ValueError(f"a batch's entries are arrays, but {name} is {type(a).__name__}.")
         kinds = (jnp.integer, *((jnp.bool_,) if name in ("segments", "loss_mask") else ()))
         kinds += (jnp.floating,) if name == "loss_mask" else ()
-        if not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
+        theirs = name not in ENTRIES
+        if not theirs and not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
             raise ValueError(f"a batch's {name} are integers, not {a.dtype}.")
-        if a.shape != batch["tokens"].shape:
+        if (a.shape[: batch["tokens"].ndim] if theirs else a.shape) != batch["tokens"].shape:
             raise ValueError(f"a batch's {name} have shape {a.shape}, its tokens {batch['tokens'].shape}.")
 
 

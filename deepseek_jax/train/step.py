@@ -9,20 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import Trained, combine, named, partition, renamed, trained_layers
-from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy, update_router_bias
-from deepseek_jax.train.loss import Counts, check_entries, count, mtp_depth, objective
+from deepseek_jax.train.loss import check_entries
 from deepseek_jax.train.norms import first_fault, gradient_norms, norm
-from deepseek_jax.train.recipe import LossWeights
-from deepseek_jax.train.schedule import Setting
-
-CAPTURE = ("block_norm",)
+from deepseek_jax.train.objective import Knobs, Objective
 
 
 @jax.tree_util.register_dataclass
@@ -55,28 +50,6 @@ class State:
         return combine(renamed(self.params, values), self.rest)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Knobs:
-    """What a schedule turns from step to step, as scalars, so that a change compiles nothing.
-
-    ``lr``: learning rate. ``bias_speed``: gamma of the router bias. ``mtp_weight``: lambda of MTP.
-    ``micro_batches``: int32, how many of the A micro-batches count.
-    """
-
-    lr: Any
-    bias_speed: Any
-    mtp_weight: Any
-    micro_batches: Any
-
-    @classmethod
-    def of(cls, now: Setting) -> "Knobs":
-        """A schedule's numbers as scalars of fixed dtypes."""
-        return cls(
-            np.float32(now.lr), np.float32(now.bias_speed), np.float32(now.mtp_weight), np.int32(now.micro_batches)
-        )
-
-
 def start(
     model: Transformer, optimizer: optax.GradientTransformation, average: bool = False, trained: Trained | None = None
 ) -> State:
@@ -95,7 +68,7 @@ def train_step(
     knobs: Knobs,
     *,
     optimizer: optax.GradientTransformation,
-    weights: LossWeights,
+    objective: Objective,
     ctx: Context,
     clip: float = 1.0,
     ema_decay: float = 0.0,
@@ -103,35 +76,36 @@ def train_step(
 ) -> tuple[State, dict[str, Any]]:
     """Gradient of the whole batch, optimizer update, router bias from the batch's counts, moving average.
 
-    ``batch``: as `loss` takes it, each entry [A, B, T]; ``knobs.micro_batches`` of the A micro-batches count. With
+    ``batch``: the entries of ``objective``, each [A, B, T]; ``knobs.micro_batches`` of the A micro-batches count. With
     A > 1 they run one after the other, in a loop whose length is no part of the compiled program. ``optimizer`` gives
-    the change of the parameters for a learning rate of 1. ``weights.mtp`` matters only for whether it is 0:
-    `Knobs.mtp_weight` weighs the term. ``clip``: largest global norm of the gradient. ``ema_decay``: of `State.ema`.
-    ``biases``: which router biases move (`update_router_bias`); None: all.
+    the change of the parameters for a learning rate of 1. ``objective``: the loss (`Objective`). ``clip``: largest
+    global norm of the gradient. ``ema_decay``: of `State.ema`. ``biases``: which router biases move
+    (`update_router_bias`); None: all.
 
     Where the loss, the gradient's norm, a parameter after its update or the optimizer's state is not finite the
     parameters, the optimizer's state, the router biases and the average stay as they were; the step is counted all the
     same.
 
-    Returns the next state and the metrics. Scalars: "loss", "main", "mtp" (nats), "balance" {term: scalar}, "tokens"
-    (targets), "grad_norm" (before the clip), "skipped" (0 or 1), "dropped". "fault": what is not finite, {"loss": bool,
-    "gradient", "update": int32, the number of the first such parameter or layer in `norms.fault_names`, -1 for none}.
-    "gradient_norms" {"embed", "layer.0", ..., "mtp.0", "head" (with the final norm): scalar}. "activation_norm" float32
-    [layers]: root mean square of the residual stream after each block. A row an MoE layer, float32 [L] unless said
+    Returns the next state and the metrics. Scalars: "loss" and the objective's sums, of `NextToken` "main", "mtp"
+    (nats), "balance" {term: scalar} and "tokens" (targets); "grad_norm" (before the clip), "skipped" (0 or 1). "fault":
+    what is not finite, {"loss": bool, "gradient", "update": int32, the number of the first such parameter or layer in
+    `norms.fault_names`, -1 for none}. "gradient_norms" {"embed", "layer.0", ..., "mtp.0", "head" (with the final norm):
+    scalar}. Where the objective's sums have them: "dropped"; "activation_norm" float32
+    [layers], root mean square of the residual stream after each block; a row an MoE layer, float32 [L] unless said
     otherwise: "load" int32 [L, E], "bias" [L, E] (after the step), "bias_min", "bias_max", "max_violation",
     "routing_entropy" (nats).
 
     Raises ValueError for a batch without tokens or with unknown entries.
     """
-    check_entries(batch)
+    check_entries(batch, objective.entries)
     model = state.model
     n_micro = batch["tokens"].shape[0]
-    counts = count(_used(batch, knobs.micro_batches), mtp_depth(model, weights))
+    counts = objective.counts(_used(batch, knobs.micro_batches))
 
     @partial(jax.value_and_grad, has_aux=True)
     def differentiate(params, part):
-        total, out = objective(combine(params, state.rest), part, counts, weights, knobs.mtp_weight, ctx, CAPTURE)
-        return total, {"loss": total} | _sums(out, part, counts)
+        total, sums = objective(combine(params, state.rest), part, counts, knobs, ctx)
+        return total, {**sums, "loss": total}
 
     def micro_batch(index):
         part = {name: jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for name, a in batch.items()}
@@ -184,8 +158,9 @@ def train_step(
     kept = jax.tree.map(lambda n, o: o if n is o else jnp.where(good, n, o), new, old)
     state = State(*kept, step=state.step + 1, skipped=jnp.where(good, 0, state.skipped + 1))
 
+    if "activation_norm" in sums:
+        sums["activation_norm"] = jnp.sqrt(sums["activation_norm"])
     metrics = sums | {
-        "activation_norm": jnp.sqrt(sums["activation_norm"]),
         "grad_norm": size,
         "gradient_norms": norms,
         "skipped": 1 - good.astype(jnp.int32),
@@ -206,16 +181,3 @@ def _used(batch: dict[str, jax.Array], micro_batches) -> dict[str, jax.Array]:
     if tokens.shape[0] > 1:
         segments = jnp.where(jnp.arange(tokens.shape[0])[:, None, None] < micro_batches, segments, 0)
     return {**batch, "segments": segments}
-
-
-def _sums(out: Output, part: dict[str, jax.Array], counts: Counts) -> dict[str, Any]:
-    """Figures of a micro-batch that add up to those of the batch."""
-    square = jnp.square(out.captured["block_norm"])
-    if "segments" in part:
-        square = jnp.where(part["segments"] != 0, square, 0)
-    sums = {**out.losses, "activation_norm": square.sum((1, 2)) / counts.tokens[0]}
-    if out.aux is not None:
-        sums |= {"load": out.aux.load, "dropped": out.aux.dropped.sum()}
-        if out.mtp_aux is not None:
-            sums |= {"mtp_load": out.mtp_aux.load}
-    return sums

@@ -95,13 +95,15 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
     import deepseek_jax as dsj
     from deepseek_jax.core.params import partition
     from deepseek_jax.train import optim
+    from deepseek_jax.train.objective import Knobs, NextToken
     from deepseek_jax.train.recipe import LossWeights, Optimizer
-    from deepseek_jax.train.step import Knobs, start, train_step
+    from deepseek_jax.train.step import start, train_step
 
     model = dsj.load_pretrained(folder, dtype=storage)
     optimizer = optim.make(Optimizer(weight_decay=DECAY, moments=storage), partition(model)[0])
     ctx = dsj.Context(dtype=jnp.bfloat16, remat=remat, experts=experts)
-    step = partial(train_step, optimizer=optimizer, weights=LossWeights(mtp=0.0, balance=0.0), ctx=ctx, clip=CLIP)
+    objective = NextToken(LossWeights(mtp=0.0, balance=0.0), model.cfg.mtp_depth)
+    step = partial(train_step, optimizer=optimizer, objective=objective, ctx=ctx, clip=CLIP)
     state = start(model, optimizer)
     knobs = Knobs(np.float32(RATE), np.float32(0), np.float32(0), np.int32(1))
     data = batches(model.cfg.vocab_size, rows, length, steps + WARM)

@@ -31,10 +31,11 @@ from deepseek_jax.core.params import named, partition, unstack
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.train import optim
 from deepseek_jax.train.loss import cross_entropy
+from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.recipes import recipe
 from deepseek_jax.train.schedule import setting
-from deepseek_jax.train.step import Knobs, start, train_step
+from deepseek_jax.train.step import start, train_step
 
 HERE = Path(__file__).parent
 
@@ -80,7 +81,11 @@ def whole(bench: Bench) -> Callable[[], float]:
     tokens = np.random.default_rng(0).integers(2, cfg.vocab_size, (now.micro_batches, recipe.pass_rows, recipe.length))
     batch, knobs = {"tokens": jnp.asarray(tokens, jnp.int32)}, Knobs.of(now)
     optimizer = optim.make(recipe.optimizer, partition(model)[0])
-    settings = {"optimizer": optimizer, "weights": recipe.weights, "clip": recipe.optimizer.clip}
+    settings = {
+        "optimizer": optimizer,
+        "objective": NextToken(recipe.weights, cfg.mtp_depth),
+        "clip": recipe.optimizer.clip,
+    }
     step = partial(train_step, ctx=DEFAULT, ema_decay=recipe.ema_decay, **settings)
     held = [start(model, optimizer, average=recipe.ema_decay > 0)]
     step = compiled(step, held[0], batch, knobs, donate=(0,))

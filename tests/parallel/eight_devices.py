@@ -30,11 +30,13 @@ from deepseek_jax.generation.score import score
 from deepseek_jax.model.attention import Span, attend
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
+from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.schedule import Setting
-from deepseek_jax.train.step import Knobs, start, train_step
+from deepseek_jax.train.step import start, train_step
 
 CFG = tiny_config(n_layers=2, n_dense_layers=0)
 ROWS, LENGTH, PROMPT = 8, 32, 16
+OBJECTIVE = NextToken(dsj.LossWeights(), CFG.mtp_depth)
 SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))
 ADAMW = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.add_decayed_weights(0.1), optax.scale(-1.0))
 # Small enough that the loss stays finite, large enough that a parameter moves by many times its bound.
@@ -94,7 +96,7 @@ def batch() -> dict[str, np.ndarray]:
 @partial(jax.jit, static_argnames=("ctx", "kind"))
 def step(state, rows, knobs, ctx, kind):
     optimizer = {"sgd": SGD, "adamw": ADAMW}[kind]
-    return train_step(state, rows, knobs, optimizer=optimizer, weights=dsj.LossWeights(), ctx=ctx, clip=1e9)
+    return train_step(state, rows, knobs, optimizer=optimizer, objective=OBJECTIVE, ctx=ctx, clip=1e9)
 
 
 @partial(jax.jit, static_argnames="ctx")

@@ -10,9 +10,10 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.core.params import map_variables, named, trained_layers
 from deepseek_jax.train import optim
+from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.patterns import select
 from deepseek_jax.train.recipe import LossWeights, Optimizer
-from deepseek_jax.train.step import Knobs, start, train_step
+from deepseek_jax.train.step import start, train_step
 
 CFG = tiny_config(n_layers=4)  # layer 0 dense, 1 to 3 MoE
 MODEL = random_model(CFG)
@@ -110,7 +111,15 @@ def test_what_is_not_trained_stays_bit_equal(muon):
     params, _ = dsj.partition(MODEL, trained=predicate)
     optimizer = optim.make(cfg, params)
     state = start(MODEL, optimizer, trained=predicate)
-    step = jax.jit(partial(train_step, optimizer=optimizer, weights=LossWeights(mtp=0), ctx=dsj.Context(), clip=1e9))
+    step = jax.jit(
+        partial(
+            train_step,
+            optimizer=optimizer,
+            objective=NextToken(LossWeights(mtp=0), CFG.mtp_depth),
+            ctx=dsj.Context(),
+            clip=1e9,
+        )
+    )
     batch = {"tokens": random_tokens(CFG, 2, 16)[None]}
     for _ in range(3):
         state, metrics = step(state, batch, Knobs(np.float32(0.01), np.float32(0), np.float32(0), np.int32(1)))

@@ -17,13 +17,15 @@ from deepseek_jax.core.params import named, partition, renamed
 from deepseek_jax.runs.guards import fault
 from deepseek_jax.train import optim
 from deepseek_jax.train.norms import fault_names, first_fault, gradient_norms, parts
+from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.recipe import Optimizer
 from deepseek_jax.train.schedule import Setting
-from deepseek_jax.train.step import Knobs, start, train_step
+from deepseek_jax.train.step import start, train_step
 
 CFG = tiny_config(mtp_depth=2)
 T, CLIP = 24, 0.5
 WEIGHTS = dsj.LossWeights(mtp=0.3, balance=0.01, expert_balance=0.02, device_balance=0.03, communication_balance=0.04)
+OBJECTIVE = NextToken(WEIGHTS, 2)
 # Steps are the clipped gradient itself, with a state of its own.
 PLAIN = optax.chain(optax.trace(0.5), optax.scale(-1.0))
 
@@ -39,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def step():
-    return jax.jit(partial(train_step, optimizer=PLAIN, weights=WEIGHTS, ctx=Context(), clip=CLIP, ema_decay=0.9))
+    return jax.jit(partial(train_step, optimizer=PLAIN, objective=OBJECTIVE, ctx=Context(), clip=CLIP, ema_decay=0.9))
 
 
 def rows(seed: int = 0) -> dict[str, np.ndarray]:
@@ -243,7 +245,7 @@ def test_steps_learn_one_batch_by_heart():
     cfg = tiny_config()
     model = random_model(cfg)
     optimizer = optim.make(Optimizer(muon=True), partition(model)[0])
-    step = jax.jit(partial(train_step, optimizer=optimizer, weights=dsj.LossWeights(), ctx=Context()))
+    step = jax.jit(partial(train_step, optimizer=optimizer, objective=NextToken(dsj.LossWeights(), 1), ctx=Context()))
     batch = {"tokens": random_tokens(cfg, 2, 32)[None]}
     state, metrics = step(start(model, optimizer), batch, knobs(1e-2, 0.001))
     before = float(metrics["main"])
@@ -271,7 +273,7 @@ def test_with_bfloat16_only_products_are_bfloat16():
     model = random_model(replace(CFG, moe=replace(CFG.moe, n_experts=12)))
     optimizer = optim.make(Optimizer(moments="bfloat16"), partition(model)[0])
     state = start(model, optimizer, average=True)
-    run = partial(train_step, optimizer=optimizer, weights=WEIGHTS, ctx=Context(dtype=jnp.bfloat16), ema_decay=0.9)
+    run = partial(train_step, optimizer=optimizer, objective=OBJECTIVE, ctx=Context(dtype=jnp.bfloat16), ema_decay=0.9)
     program, (after, _) = jax.make_jaxpr(run, return_shape=True)(state, parted(rows(), 3), knobs(micro_batches=3))
     assert {v.dtype for v in named(after.params).values()} == {jnp.dtype("float32")}
     moments = [a.dtype for a in jax.tree.leaves(after.opt_state) if jnp.issubdtype(a.dtype, jnp.floating)]
