@@ -17,7 +17,7 @@ from deepseek_jax.convert.names import layout as published
 from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.layout import BATCH, spec
 from deepseek_jax.core.params import map_variables, named, renamed
-from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.core.quant import BLOCK, FP8, Quantized
 from deepseek_jax.model.attention import KEY_TILE, MIN_BLOCK, UNROLLED_BLOCKS
 from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.transformer import Transformer, abstract
@@ -147,7 +147,8 @@ def _quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
             return variable
         leaf = leaves[path]
         values = jax.ShapeDtypeStruct(leaf.matrix, FP8 if kind == "fp8" else jnp.int8)
-        return variable.replace(Quantized(values, jax.ShapeDtypeStruct(leaf.scale, jnp.float32), leaf.block, leaf.dims))
+        scale = jax.ShapeDtypeStruct(leaf.scale(BLOCK), jnp.float32)
+        return variable.replace(Quantized(values, scale, leaf.block(BLOCK), leaf.dims))
 
     return map_variables(quantize, model)
 

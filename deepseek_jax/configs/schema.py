@@ -115,11 +115,14 @@ class ModelConfig:
             for i in ids:
                 require(0 <= i < self.vocab_size, f"{name} {i} lies outside vocab_size={self.vocab_size}.")
 
+    def layer(self, number: int) -> Layer:
+        """What a layer is made of; all else that concerns layers follows from this."""
+        return Layer(self.attention, Dense(self.ffn_dim) if number < self.n_dense_layers else self.moe)
+
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Every layer of the main model; all else that concerns layers follows from this."""
-        dense, moe = Layer(self.attention, Dense(self.ffn_dim)), Layer(self.attention, self.moe)
-        return (dense,) * self.n_dense_layers + (moe,) * (self.n_layers - self.n_dense_layers)
+        """Every layer of the main model."""
+        return tuple(self.layer(number) for number in range(self.n_layers))
 
     @property
     def segments(self) -> tuple[tuple[Stack, ...], ...]:
@@ -138,12 +141,12 @@ class ModelConfig:
 
     @property
     def n_moe_layers(self) -> int:
-        return len(self.moe_layers)
+        return self.n_layers - self.n_dense_layers
 
     @property
     def mtp_layer(self) -> Layer:
         """What an MTP module holds: a layer of the kind that ends the model."""
-        return self.layers[-1]
+        return self.layer(self.n_layers - 1)
 
     def first_layers(self, n_layers: int) -> "ModelConfig":
         """The config of the first layers between the embedding and the head, without MTP modules."""

@@ -12,7 +12,7 @@ import numpy as np
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.formats import READ, SCALES, scale_shape
 from deepseek_jax.convert.layers import Layers
-from deepseek_jax.convert.names import IGNORED, SCALE, Tensor
+from deepseek_jax.convert.names import IGNORED, Tensor
 from deepseek_jax.convert.naming import layer_of
 from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, load_json
 from deepseek_jax.core.context import DEFAULT, Context
@@ -26,12 +26,12 @@ COMPARED_ROWS = 4096
 MTP_MARK = "enorm.weight"
 
 
-def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, block: tuple[int, int]) -> None:
+def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors) -> None:
     """Compares the names, shapes and dtypes of a checkpoint with those that its config implies.
 
     Raises one CheckpointError that names what is missing, unexpected and wrong.
     """
-    entries, problems = checkpoint.entries, []
+    entries, block, problems = checkpoint.entries, checkpoint.block, []
     expected, missing, shared, scaled = set(), [], [], []
     for tensor in tensors:
         expected.add(tensor.name)
@@ -42,12 +42,12 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, bl
         if entry.shape != tensor.shape:
             problems.append(f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}")
             continue
-        scale = entries.get(tensor.name + SCALE)
+        scale = entries.get(tensor.scale)
         if entry.dtype == FP8 and tensor.fp8:
-            expected.add(tensor.name + SCALE)
+            expected.add(tensor.scale)
             shape = scale_shape(tensor, block)
             if scale is None:
-                missing.append(tensor.name + SCALE)
+                missing.append(tensor.scale)
             elif scale.shape != shape:
                 problems.append(f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}")
             elif scale.dtype not in SCALES:
@@ -59,7 +59,7 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, bl
             problems.append(f"{entry.file}: {tensor.name} has dtype {entry.dtype}, which is not read here")
         elif scale is not None and tensor.fp8:
             expected.add(scale.name)
-            scaled.append(scale.name)
+            scaled.append(tensor)
     missing = [t if isinstance(t, str) else t.name for t in missing]
     left = _left_out(checkpoint, cfg, expected)
     unexpected = [n for n in entries if n not in expected and n not in left]
@@ -70,15 +70,15 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors, bl
         files = [f"{name} in {entries[name].file.name}" for name in unexpected]
         problems.append(f"{len(unexpected)} tensors are unexpected: {', '.join(some(files))}")
     if scaled and _is_quantised(checkpoint):
-        dtype = entries[scaled[0].removesuffix(SCALE)].dtype
+        dtype = entries[scaled[0].name].dtype
         problems.append(
-            f"{len(scaled)} scales stand beside weights that are not FP8, {scaled[0]} beside {dtype}, and config.json "
-            "has a quantization_config, by which they would be multiplied: remove the scales, or quantization_config, "
-            "if the weights are dequantised already"
+            f"{len(scaled)} scales stand beside weights that are not FP8, {scaled[0].scale} beside {dtype}, and "
+            "config.json has a quantization_config, by which they would be multiplied: remove the scales, or "
+            "quantization_config, if the weights are dequantised already"
         )
     if problems:
         raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(problems) + ".")
-    _tell(checkpoint, cfg, [t for t in shared if t.written], left, scaled)
+    _tell(checkpoint, cfg, [t for t in shared if t.written], left, [t.scale for t in scaled])
 
 
 def _left_out(checkpoint: Checkpoint | Layers, cfg: ModelConfig, expected: set[str]) -> set[str]:

@@ -8,7 +8,7 @@ from deepseek_jax.convert.formats import stored
 from deepseek_jax.convert.held import Held
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import read_config, read_tensor
-from deepseek_jax.convert.names import SCALE, Tensor, layout
+from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.save import Format, save_pretrained, write_published
 from deepseek_jax.convert.training import is_training, load_training
@@ -37,16 +37,16 @@ def export(source: str | Path, destination: str | Path, dtype: str | None = None
     if (source / RECORD).exists():
         raise CheckpointError(f"{source} is a converted folder: convert it back first, then to other dtypes.")
     how = Format.asked(quantize, dtype, source, cfg)
-    checkpoint, (tensors, _) = how.like.checkpoint, layout(cfg, block)
-    check_tensors(checkpoint, cfg, tensors, block)
+    checkpoint, (tensors, _) = how.like.checkpoint, layout(cfg)
+    check_tensors(checkpoint, cfg, tensors)
 
     def held(tensor: Tensor) -> Held:
         if tensor.copy:
             check_copy(checkpoint, tensor, tensors)
         values = read_tensor(checkpoint, tensor.name)
-        return (values, read_tensor(checkpoint, tensor.name + SCALE), block) if values.dtype == FP8 else values
+        return (values, read_tensor(checkpoint, tensor.scale, scale=True), block) if values.dtype == FP8 else values
 
-    written = [(t, how.of(t, stored(checkpoint.entries, t.name))) for t in tensors if how.written(t)]
+    written = [(t, how.of(t, stored(checkpoint.entries, t))) for t in tensors if how.written(t)]
     with new_folder(destination) as folder:
         write_published(folder, cfg, written, held, block, how)
         copy_files(source, folder)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.convert.names import SCALE
-
 SHARD_BYTES = 5_000_000_000
 COPIED_FILES = (
     "tokenizer*",
@@ -60,12 +58,11 @@ def split_files(specs: dict[str, Spec], like: dict[str, str] | None = None) -> d
     """File name -> names of its tensors: the split of ``like`` (name -> file), else files of up to 5 GB in published
     order.
 
-    A scale that ``like`` does not have goes where its tensor is.
     """
     files: dict[str, list[str]] = {}
     if like is not None:
         for name in specs:
-            files.setdefault(like.get(name) or like[name.removesuffix(SCALE)], []).append(name)
+            files.setdefault(like[name], []).append(name)
         return dict(sorted(files.items()))
     groups, size = [[]], 0
     for name, spec in specs.items():

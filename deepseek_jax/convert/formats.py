@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.names import BLOCK, SCALE, Tensor, widest
+from deepseek_jax.convert.names import Tensor, widest
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.core.quant import FP8
+from deepseek_jax.core.quant import BLOCK, FP8
 from deepseek_jax.notes import shown
 
 FLOATS = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
@@ -44,10 +44,10 @@ class Stored:
     scale: np.dtype | None = None
 
 
-def stored(entries: Mapping, name: str) -> Stored:
+def stored(entries: Mapping, tensor: Tensor) -> Stored:
     """How a tensor is stored; ``entries``: of its checkpoint."""
-    dtype = entries[name].dtype
-    return Stored(dtype, entries[name + SCALE].dtype if dtype == FP8 else None)
+    dtype = entries[tensor.name].dtype
+    return Stored(dtype, entries[tensor.scale].dtype if dtype == FP8 else None)
 
 
 def usual(forms: Iterable[Stored]) -> Stored:
@@ -101,12 +101,11 @@ def scale_shape(tensor: Tensor, block: tuple[int, int]) -> tuple[int, int]:
     return tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=True))
 
 
-def check_finite(entry, array: np.ndarray) -> None:
-    """Raises CheckpointError naming the first value that is not finite, and for a negative scale.
+def check_finite(entry, array: np.ndarray, scale: bool = False) -> None:
+    """Raises CheckpointError naming the first value that is not finite; of scales the first that is negative, too.
 
     ``entry``: whose values they are, a `safetensors.Entry` or a `layers.LayerEntry`.
     """
-    scale = entry.name.endswith(SCALE)
     if not scale and not has_bad(array):
         return
     bad = not_finite(array)

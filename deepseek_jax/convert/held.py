@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.convert.formats import STORED, Stored, shared
-from deepseek_jax.convert.names import BLOCK, Leaf, Tensor, published_block
-from deepseek_jax.core.params import RouterBias, matrix_of
-from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.convert.names import Leaf, Path, Tensor
+from deepseek_jax.core.params import RouterBias
+from deepseek_jax.core.quant import BLOCK, FP8, Quantized
 
 # An array, or FP8 values, scales and their block.
 Held = np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]
@@ -23,10 +23,10 @@ def held_as(value) -> Stored:
     return Stored(np.dtype(value.dtype))
 
 
-def model_block(values: dict) -> tuple[int, int]:
+def model_block(values: dict[Path, nnx.Variable], leaves: dict[Path, Leaf]) -> tuple[int, int]:
     """The block of the model's quantised leaves, as rows and columns of the published matrix."""
-    held = [(matrix_of(v), v.get_value()) for v in values.values()]
-    blocks = {published_block(form, q.block) for form, q in held if isinstance(q, Quantized)}
+    held = {path: v.get_value() for path, v in values.items()}
+    blocks = {leaves[path].published_block(q.block) for path, q in held.items() if isinstance(q, Quantized)}
     if len(blocks) > 1:
         raise ValueError(f"the model's quantised leaves have blocks of different sizes: {sorted(blocks)}.")
     return blocks.pop() if blocks else BLOCK
@@ -45,9 +45,8 @@ def forms_of(values: dict[tuple, nnx.Variable], tensors) -> dict[str, Stored]:
     return found
 
 
-def tensor_of(variable: nnx.Variable, leaf: Leaf, tensor: Tensor, form: Stored | None) -> Held:
+def tensor_of(value, leaf: Leaf, tensor: Tensor, form: Stored | None) -> Held:
     """A published tensor as the model holds it."""
-    value = variable.get_value()
 
     def part(array, shape):
         if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
@@ -64,7 +63,7 @@ def tensor_of(variable: nnx.Variable, leaf: Leaf, tensor: Tensor, form: Stored |
     scale = part(value.scale, value.scale.shape)
     if form is not None:
         values, scale = values.astype(FP8), scale.astype(form.scale)
-    return values, scale, published_block(matrix_of(variable), value.block)
+    return values, scale, leaf.published_block(value.block)
 
 
 def _gathered(array: jax.Array, shape: tuple[int, ...], index: tuple[int | slice, ...]) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
-from deepseek_jax.convert.names import SCALE, Tensor, check_size, layout
+from deepseek_jax.convert.names import Tensor, check_size, layout
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.notes import shown
 from deepseek_jax.small_files import LARGE
@@ -42,12 +42,13 @@ class Place:
     unit: str
     key: tuple[str, ...]
     index: tuple[int, ...]
+    tensor: Tensor
 
 
-def places(cfg: ModelConfig, block: tuple[int, int], apart: Collection[str] = ()) -> dict[str, Place]:
+def places(cfg: ModelConfig, apart: Collection[str] = ()) -> dict[str, Place]:
     """Published name -> place, for every tensor that is not a copy, in published order; ``apart``: those of a stack
     that stand by themselves."""
-    tensors, leaves = layout(cfg, block)
+    tensors, leaves = layout(cfg)
     found, stacks = {}, cfg.stacks
     for tensor in tensors:
         if tensor.copy:
@@ -56,7 +57,7 @@ def places(cfg: ModelConfig, block: tuple[int, int], apart: Collection[str] = ()
         index = tuple(i for i in tensor.index[leaves[tensor.path].stacked :] if isinstance(i, int))
         if tensor.name in apart:
             key, index = (*key, "_".join(map(str, index))), ()
-        found[tensor.name] = Place(unit, key, index)
+        found[tensor.name] = Place(unit, key, index, tensor)
     return found
 
 
@@ -100,21 +101,21 @@ class Layers:
     """
 
     def __init__(self, folder: str | Path, cfg: ModelConfig, block: tuple[int, int]):
-        self.folder = Path(folder)
+        self.folder, self.block = Path(folder), block
         self.record = read_record(self.folder)
         self.entries: dict[str, LayerEntry] = {}
         check_size(cfg, {name for names in self.record["files"].values() for name in names}, self.folder)
         self.arrays: dict[tuple[str, tuple[str, ...]], Array | None] = {}
         self._held: tuple[Array | None, np.ndarray | None] = (None, None)
         apart = self.record.get("apart", [])
-        for name, place in places(cfg, block, frozenset(apart)).items():
-            for suffix, kind in (("", "values"), (SCALE, "scale")):
-                array, full = self._array(place.unit, (*place.key, kind)), name + suffix
+        for name, place in places(cfg, frozenset(apart)).items():
+            for full, kind in ((name, "values"), (place.tensor.scale, "scale")):
+                array = self._array(place.unit, (*place.key, kind))
                 if array is not None:
                     shape = array.shape[len(place.index) :]
                     self.entries[full] = LayerEntry(array, full, shape, place.index)
         recorded = {name for names in self.record["files"].values() for name in names}
-        for copy, original in copies(cfg, block).items():
+        for copy, original in copies(cfg).items():
             if original in self.entries and copy in recorded:
                 self.entries[copy] = self.entries[original]
 
@@ -139,9 +140,9 @@ class Layers:
         return iter(self.entries)
 
 
-def copies(cfg: ModelConfig, block: tuple[int, int]) -> dict[str, str]:
+def copies(cfg: ModelConfig) -> dict[str, str]:
     """The copies of embedding and head -> the tensors they repeat."""
-    tensors, _ = layout(cfg, block)
+    tensors, _ = layout(cfg)
     originals = {t.path: t.name for t in tensors if not t.copy and len(t.path) == 1}
     return {t.name: originals[t.path] for t in tensors if t.copy}
 

@@ -18,7 +18,7 @@ from deepseek_jax.convert.check import check_copy, check_tensors, some
 from deepseek_jax.convert.folders import why_no_checkpoint
 from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, cast, check_finite, shared, stored, usual
 from deepseek_jax.convert.layers import RECORD, Layers, read_record
-from deepseek_jax.convert.names import SCALE, Leaf, Tensor, check_size, layout
+from deepseek_jax.convert.names import Leaf, Tensor, check_size, layout
 from deepseek_jax.convert.naming import Prefix, find_prefix, fused_names, layer_of, published_entries
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, load_json, stored_names
@@ -72,7 +72,7 @@ def _as_stored(folder: Path, dtype, ctx: Context) -> Transformer:
             raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
     if is_training(folder):
         return place(load_training(folder, cfg, dtype), ctx)
-    return _load(open_checkpoint(folder, cfg, block), cfg, block, dtype, ctx)
+    return _load(open_checkpoint(folder, cfg, block), cfg, dtype, ctx)
 
 
 def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Transformer:
@@ -92,7 +92,7 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
         layer = layer_of(name)
         return layer is None or layer < n_layers
 
-    return _load(open_checkpoint(folder, cut, block, wanted), cut, block, np.dtype(dtype))
+    return _load(open_checkpoint(folder, cut, block, wanted), cut, np.dtype(dtype))
 
 
 def open_checkpoint(
@@ -114,7 +114,7 @@ def open_published(
     """
     names = stored_names(folder)
     prefix = find_prefix(names)
-    checkpoint = Checkpoint(folder, lambda name: wanted(prefix.published(name)))
+    checkpoint = Checkpoint(folder, lambda name: wanted(prefix.published(name)), block)
     if prefix != Prefix():
         note(f"{folder}: the names begin with {shown(prefix.trunk)}: read as if with 'model.'.")
     fused = fused_names(map(prefix.published, checkpoint.entries))
@@ -131,21 +131,20 @@ def open_published(
 def _load(
     checkpoint: Checkpoint | Layers,
     cfg: ModelConfig,
-    block: tuple[int, int],
     dtype: np.dtype | None,
     ctx: Context = DEFAULT,
 ) -> Transformer:
     if ctx.mesh is not None:
         shardings(abstract(cfg), ctx)
-    tensors, leaves = layout(cfg, block)
-    check_tensors(checkpoint, cfg, tensors, block)
+    tensors, leaves = layout(cfg)
+    check_tensors(checkpoint, cfg, tensors)
     by_leaf: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         if not tensor.copy:
             by_leaf.setdefault(tensor.path, []).append(tensor)
         elif isinstance(checkpoint, Checkpoint) and tensor.name in checkpoint.entries:
             check_copy(checkpoint, tensor, tensors, ctx)
-    forms = {path: tuple(stored(checkpoint.entries, t.name) for t in group) for path, group in by_leaf.items()}
+    forms = {path: tuple(stored(checkpoint.entries, t) for t in group) for path, group in by_leaf.items()}
     if dtype is None:
         _tell_mixed(checkpoint, by_leaf, forms)
 
@@ -154,7 +153,7 @@ def _load(
             form = Stored(np.dtype(np.float32))
         else:
             form = Stored(dtype) if dtype is not None else _shared(checkpoint, by_leaf[path], forms[path])
-        arguments = (checkpoint, by_leaf[path], leaves[path], form, block)
+        arguments = (checkpoint, by_leaf[path], leaves[path], form)
         value = _load_leaf(*arguments) if ctx.mesh is None else _load_shards(*arguments, variable, ctx)
         kept = {} if dtype is not None or set(forms[path]) == {form} else {STORED: forms[path]}
         return type(variable)(value, **variable.get_metadata(), **kept)
@@ -246,26 +245,24 @@ def tensor_names(folder: Path) -> list[str] | None:
     return [prefix.published(name) for name in names]
 
 
-def read_tensor(checkpoint: Checkpoint | Layers, name: str) -> np.ndarray:
-    """A tensor's stored values, checked to be finite."""
+def read_tensor(checkpoint: Checkpoint | Layers, name: str, scale: bool = False) -> np.ndarray:
+    """A tensor's stored values, or a tensor of scales, checked to be finite."""
     array = checkpoint.read(name)
-    check_finite(checkpoint.entries[name], array)
+    check_finite(checkpoint.entries[name], array, scale)
     return array
 
 
-def _load_leaf(
-    checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, form: Stored, block: tuple[int, int]
-):
+def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, form: Stored):
     """One leaf: an array of ``form``'s dtype, or with scales a `Quantized`."""
-    values = aligned(leaf.matrix, form.dtype)
-    scales = None if form.scale is None else aligned(leaf.scale, form.scale)
+    values, block = aligned(leaf.matrix, form.dtype), checkpoint.block
+    scales = None if form.scale is None else aligned(leaf.scale(block), form.scale)
     for tensor in tensors:
         array = read_tensor(checkpoint, tensor.name)
         if scales is not None:
             fp8 = array.dtype == FP8
-            scales[tensor.index] = read_tensor(checkpoint, tensor.name + SCALE).T if fp8 else 1
+            scales[tensor.index] = read_tensor(checkpoint, tensor.scale, scale=True).T if fp8 else 1
         elif array.dtype == FP8:
-            array = dequantize_matrix(array, read_tensor(checkpoint, tensor.name + SCALE), block, form.dtype)
+            array = dequantize_matrix(array, read_tensor(checkpoint, tensor.scale, scale=True), block, form.dtype)
         array = cast(checkpoint.entries[tensor.name], array, form.dtype)
         if tensor.transposed:
             _transpose_into(values[tensor.index], array)
@@ -273,14 +270,15 @@ def _load_leaf(
             values[tensor.index] = array
     if scales is None:
         return jax.device_put(values.reshape(leaf.shape))
-    return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block, leaf.dims)
+    return Quantized(jax.device_put(values), jax.device_put(scales), leaf.block(block), leaf.dims)
 
 
-def _load_shards(checkpoint, tensors, leaf: Leaf, form: Stored, block: tuple[int, int], variable, ctx: Context):
+def _load_shards(checkpoint, tensors, leaf: Leaf, form: Stored, variable, ctx: Context):
     """`_load_leaf` into the leaf's shards."""
+    block = checkpoint.block
     if form.scale is not None:
-        shapes = (jax.ShapeDtypeStruct(leaf.matrix, form.dtype), jax.ShapeDtypeStruct(leaf.scale, form.scale))
-        variable = variable.replace(Quantized(*shapes, leaf.block, leaf.dims))
+        shapes = (jax.ShapeDtypeStruct(leaf.matrix, form.dtype), jax.ShapeDtypeStruct(leaf.scale(block), form.scale))
+        variable = variable.replace(Quantized(*shapes, leaf.block(block), leaf.dims))
     where = shardings(variable, ctx).get_value()
     return load_leaf(checkpoint.entries, tensors, leaf, form, block, where)
 

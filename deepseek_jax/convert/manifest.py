@@ -13,8 +13,9 @@ from deepseek_jax.convert.files import nbytes
 from deepseek_jax.convert.formats import scale_shape
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import open_checkpoint, read_config
-from deepseek_jax.convert.names import BLOCK, SCALE, layout
+from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import DTYPES, NAMES
+from deepseek_jax.core.quant import BLOCK
 
 # The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")
@@ -45,12 +46,12 @@ def of_release(name: str) -> Manifest:
     cfg = zoo(name)
     fp8 = name != "moonlight-16b"
     specs = {}
-    for tensor in layout(cfg, BLOCK)[0]:
+    for tensor in layout(cfg)[0]:
         bias = tensor.name.endswith("e_score_correction_bias")
         dtype = "F8_E4M3" if tensor.fp8 and fp8 else "F32" if bias else "BF16"
         specs[tensor.name] = (DTYPES[dtype], tensor.shape)
         if dtype == "F8_E4M3":
-            specs[tensor.name + SCALE] = (DTYPES["F32"], scale_shape(tensor, BLOCK))
+            specs[tensor.scale] = (DTYPES["F32"], scale_shape(tensor, BLOCK))
     return of_specs(name, specs)
 
 
@@ -109,7 +110,7 @@ def inspect(folder: str | Path) -> Report:
     cfg, block = read_config(folder)
     converted = (folder / RECORD).exists()
     checkpoint = open_checkpoint(folder, cfg, block)
-    check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
+    check_tensors(checkpoint, cfg, layout(cfg)[0])
     releases = tuple(name for name in releases_of(cfg) if not name.startswith("tiny"))
     specs = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}
     expected = of_release(releases[0]) if releases else None

@@ -1,4 +1,4 @@
-"""Published tensor names and our leaves: one table, from which both directions follow.
+"""Published tensors and our leaves, by the names of `convert.tables`: one description, read both ways.
 
 A published Linear weight is [out, in], our matrix is [in, out]. Several published tensors share one leaf: the
 layers of a stack, the experts, gate and up. `Tensor.index` says where in the leaf's *matrix form* a tensor
@@ -6,65 +6,18 @@ stands: the leaf with fused heads, for instance q_b [L, Q, N * X], experts' gate
 """
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
 
-from deepseek_jax.configs.layers import Layer
 from deepseek_jax.configs.schema import GQA, ModelConfig
+from deepseek_jax.convert.naming import layer_of
 from deepseek_jax.convert.safetensors import CheckpointError
+from deepseek_jax.convert.tables import HALVES, Names, names_of
 from deepseek_jax.core.params import Matrix, is_looked_up, map_variables, matrix_of
 from deepseek_jax.model.transformer import abstract
 
-BLOCK = (128, 128)
-SCALE = "_scale_inv"
-
-# ours, published (within a layer), and whether releases store it as FP8.
-ATTENTION = (
-    ("attn_norm.weight", "input_layernorm.weight", False),
-    ("attn.q", "self_attn.q_proj.weight", True),
-    ("attn.q_bias", "self_attn.q_proj.bias", False),
-    ("attn.k", "self_attn.k_proj.weight", True),
-    ("attn.k_bias", "self_attn.k_proj.bias", False),
-    ("attn.v", "self_attn.v_proj.weight", True),
-    ("attn.v_bias", "self_attn.v_proj.bias", False),
-    ("attn.q_a", "self_attn.q_a_proj.weight", True),
-    ("attn.q_norm.weight", "self_attn.q_a_layernorm.weight", False),
-    ("attn.q_b", "self_attn.q_b_proj.weight", True),
-    ("attn.kv_a", "self_attn.kv_a_proj_with_mqa.weight", True),
-    ("attn.kv_norm.weight", "self_attn.kv_a_layernorm.weight", False),
-    ("attn.kv_b", "self_attn.kv_b_proj.weight", True),
-    ("attn.o", "self_attn.o_proj.weight", True),
-    ("ffn_norm.weight", "post_attention_layernorm.weight", False),
-)
-DENSE = (
-    ("ffn.gate_up", "mlp.{half}_proj.weight", True),
-    ("ffn.down", "mlp.down_proj.weight", True),
-)
-MOE = (
-    ("ffn.router.weight", "mlp.gate.weight", False),
-    ("ffn.router.bias", "mlp.gate.e_score_correction_bias", False),
-    ("ffn.gate_up", "mlp.experts.{expert}.{half}_proj.weight", True),
-    ("ffn.down", "mlp.experts.{expert}.down_proj.weight", True),
-    ("ffn.shared.gate_up", "mlp.shared_experts.{half}_proj.weight", True),
-    ("ffn.shared.down", "mlp.shared_experts.down_proj.weight", True),
-)
-MTP = (
-    ("embed_norm.weight", "enorm.weight", False),
-    ("hidden_norm.weight", "hnorm.weight", False),
-    ("proj", "eh_proj.weight", False),
-    ("norm.weight", "shared_head.norm.weight", False),
-)
-ROOT = (
-    ("embed", "model.embed_tokens.weight", False),
-    ("norm.weight", "model.norm.weight", False),
-    ("head", "lm_head.weight", False),
-)
-# The MTP layer's copies of the embedding and the head.
-COPIES = (("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head"))
-HALVES = ("gate", "up")
 # What `layout` makes in a second, whatever the files hold.
 MOST_LAID_OUT = 100_000
 # Buffers that older tools saved, which follow from the config, and states of modules that are no weights.
@@ -77,6 +30,7 @@ Path = tuple[str | int, ...]
 class Tensor:
     """A published tensor: its name and shape, and the place in the model that holds it.
 
+    ``scale``: the name of its scales, where it is stored quantised.
     ``path``: the leaf. ``index``: the part of the leaf's matrix form, stacked axes first. ``transposed``:
     whether the part is the published tensor's transpose. ``fp8``: whether releases quantise it. ``copy``:
     whether it is a duplicate of a tensor that stands elsewhere, which exporters may leave out: of the MTP layer, or a
@@ -84,6 +38,7 @@ class Tensor:
     """
 
     name: str
+    scale: str
     shape: tuple[int, ...]
     path: Path
     index: tuple[int | slice, ...]
@@ -97,21 +52,30 @@ class Tensor:
 class Leaf:
     """A leaf's shapes: ``shape`` as the model has it, ``matrix`` with fused heads.
 
-    Of both the first ``stacked`` axes are layers. ``block``: an FP8 block's extent along the other axes of
-    ``matrix``. ``transposed``: whether the published tensors are the transposes of its parts.
+    Of both the first ``stacked`` axes are layers. ``form``: what the leaf says of its other axes. ``transposed``:
+    whether the published tensors are the transposes of its parts. A ``block`` is an FP8 block's rows and columns in the
+    published [out, in] matrix.
     """
 
     shape: tuple[int, ...]
     matrix: tuple[int, ...]
     stacked: int
-    block: tuple[int, ...]
+    form: Matrix
     transposed: bool
 
-    @property
-    def scale(self) -> tuple[int, ...]:
+    def block(self, block: tuple[int, int]) -> tuple[int, ...]:
+        """The block's extent along the axes of ``matrix`` after the stacked ones."""
+        rows, columns = block
+        return (*(1 for _ in self.form.front), columns, *(1 for _ in self.form.between), rows)
+
+    def published_block(self, block: tuple[int, ...]) -> tuple[int, int]:
+        """The rows and columns of which `block` makes this."""
+        return block[-1], block[-2 - len(self.form.between)]
+
+    def scale(self, block: tuple[int, int]) -> tuple[int, ...]:
         """The shape of the block scales."""
         lead, rest = self.matrix[: self.stacked], self.matrix[self.stacked :]
-        return (*lead, *(-(-n // b) for n, b in zip(rest, self.block, strict=True)))
+        return (*lead, *(-(-n // b) for n, b in zip(rest, self.block(block), strict=True)))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -119,12 +83,9 @@ class Leaf:
 
 
 @cache
-def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
-    """Every published tensor of a model in published order, and the shapes of its leaves.
-
-    ``block``: an FP8 block's rows and columns in the published [out, in] matrix.
-    """
-    variables = {}
+def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
+    """Every published tensor of a model in published order, and the shapes of its leaves."""
+    names, variables = names_of(cfg), {}
     map_variables(lambda path, v: variables.setdefault(path, v), abstract(cfg))
     tensors, leaves = [], {}
 
@@ -133,36 +94,33 @@ def layout(cfg: ModelConfig, block: tuple[int, int] = BLOCK) -> tuple[tuple[Tens
             path = (*prefix, *ours.split("."))
             if path not in variables:
                 continue
-            leaf = leaves.setdefault(path, _leaf(variables[path], len(lead), block))
-            tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8))
+            leaf = leaves.setdefault(path, _leaf(variables[path], len(lead)))
+            tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8, names))
 
-    add((), ROOT[:1], "")
+    add((), names.embedding, "")
     where = {n: (s, i) for s, stack in enumerate(cfg.stacks) for i, n in enumerate(stack.numbers)}
     for number, layer in enumerate(cfg.layers):
         stack, i = where[number]
-        add(("stacks", stack), _rows(layer), f"model.layers.{number}.", (i,))
-    add((), ROOT[1:], "")
+        add(("stacks", stack), names.layer(layer), names.prefix.format(layer=number), (i,))
+    add((), names.root, "")
     main = {tensor.path: tensor for tensor in tensors if len(tensor.path) == 1}
 
     def add_copy(name: str, source: Tensor, written: bool = True) -> None:
-        tensors.append(replace(source, name=name, fp8=False, copy=True, written=written))
+        tensors.append(replace(source, name=name, scale=names.scale(name), fp8=False, copy=True, written=written))
 
     if cfg.tie_embeddings:
-        add_copy("lm_head.weight", main[("embed",)], written=False)
+        head = next(theirs for ours, theirs, _ in names.root if ours == "head")
+        add_copy(head, main[("embed",)], written=False)
     for depth in range(cfg.mtp_depth):
-        published = f"model.layers.{cfg.n_layers + depth}."
-        add(("mtp", depth), MTP, published)
-        add(("mtp", depth, "block"), _rows(cfg.mtp_layer), published)
-        for theirs, ours in COPIES:
+        published = names.prefix.format(layer=cfg.n_layers + depth)
+        add(("mtp", depth), names.mtp, published)
+        add(("mtp", depth, "block"), names.layer(cfg.mtp_layer), published)
+        for theirs, ours in names.copies:
             add_copy(published + theirs, main.get((ours,), main[("embed",)]))
     missing = set(variables) - set(leaves)
     if missing:
         raise AssertionError(f"leaves without a published name: {sorted(map(str, missing))}")
     return tuple(tensors), leaves
-
-
-def _rows(layer: Layer):
-    return ATTENTION + (MOE if layer.is_moe else DENSE)
 
 
 def widest(cfg: ModelConfig) -> int:
@@ -182,10 +140,10 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
 
     Laying them out one by one, to name what is missing, would take the memory that the numbers in config.json claim.
     """
-    layers = len({layer[1] for layer in (re.match(r"model\.layers\.(\d+)\.", name) for name in names) if layer})
+    layers = len({layer for layer in map(layer_of, names) if layer is not None})
     moe = 0 if cfg.moe is None else cfg.n_moe_layers + (cfg.mtp_depth if cfg.mtp_layer.is_moe else 0)
     per_moe = 0 if cfg.moe is None else 3 * cfg.moe.n_experts
-    tensors = (cfg.n_layers + cfg.mtp_depth) * len(ATTENTION) + moe * per_moe
+    tensors = (cfg.n_layers + cfg.mtp_depth) * (len(names_of(cfg).rows[type(cfg.attention)]) + 2) + moe * per_moe
     if tensors > MOST_LAID_OUT + 4 * len(names) or cfg.n_layers > 2 * layers + 100:
         experts = "" if cfg.moe is None else f" and n_routed_experts {cfg.moe.n_experts}"
         raise CheckpointError(
@@ -194,23 +152,16 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
         )
 
 
-def _leaf(variable, stacked: int, block: tuple[int, int]) -> Leaf:
+def _leaf(variable, stacked: int) -> Leaf:
     shape, form = variable.get_value().shape, matrix_of(variable)
     front, between = ([shape[a] for a in axes] for axes in (form.front, form.between))
     inputs = [math.prod(shape[a] for a in form.inputs)] if form.inputs else []
     matrix = (*shape[:stacked], *front, *inputs, *between, math.prod(shape[a] for a in form.outputs))
-    rows, columns = block
-    blocks = (*(1 for _ in front), columns, *(1 for _ in between), rows) if inputs else ()
     # The embedding is used as it is published.
-    return Leaf(shape, matrix, stacked, blocks, bool(inputs) and not is_looked_up(variable))
+    return Leaf(shape, matrix, stacked, form, bool(inputs) and not is_looked_up(variable))
 
 
-def published_block(form: Matrix, block: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns, in the published matrix, of a leaf's block."""
-    return block[-1], block[-2 - len(form.between)]
-
-
-def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool):
+def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool, names: Names):
     matrix = leaf.matrix[leaf.stacked :]
     experts = range(matrix[0]) if "{expert}" in name else (None,)
     halves = enumerate(HALVES) if "{half}" in name else ((None, None),)
@@ -226,4 +177,4 @@ def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool
             else:
                 shape = matrix
             published = name.format(expert=expert, half=half)
-            yield Tensor(published, shape, path, index, leaf.transposed, fp8)
+            yield Tensor(published, names.scale(published), shape, path, index, leaf.transposed, fp8)

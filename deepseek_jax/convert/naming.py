@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from deepseek_jax.convert.names import HALVES, SCALE
 from deepseek_jax.convert.safetensors import CheckpointError, Entry
+from deepseek_jax.convert.tables import HALVES
 from deepseek_jax.notes import cut
 
 TRUNK, HEAD, EMBEDDING = "model.", "lm_head.", "embed_tokens.weight"
-FUSED = re.compile(rf"(.*\.mlp\.experts)\.(gate_up|down)_proj({SCALE})?")
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_scale_inv)?")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 

@@ -326,11 +326,11 @@ class Checkpoint:
 
     ``entries``: name -> `Entry`, of those names that ``wanted`` accepts; with an index, only their files have to
     be there. Raises CheckpointError if the folder has no such file, if the index and the files disagree, or if two
-    files hold a tensor of one name.
+    files hold a tensor of one name. ``block``: the rows and columns of its FP8 blocks.
     """
 
-    def __init__(self, folder: str | Path, wanted: Callable[[str], bool] = lambda name: True):
-        self.folder, self.wanted = Path(folder), wanted
+    def __init__(self, folder: str | Path, wanted: Callable[[str], bool] = lambda name: True, block=None):
+        self.folder, self.wanted, self.block = Path(folder), wanted, block
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.")
         files, self.indexed = model_files(self.folder)

@@ -22,7 +22,7 @@ from deepseek_jax.convert.formats import FLOATS, Stored, block_size, has_bad, sc
 from deepseek_jax.convert.held import Held, forms_of, held_as, model_block, tensor_of
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.load import open_checkpoint, read_config
-from deepseek_jax.convert.names import SCALE, Tensor, layout
+from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer, load_json
 from deepseek_jax.core.params import Adapter, map_variables, variables
 from deepseek_jax.core.quant import FP8, dequantize_matrix, quantize_matrix
@@ -65,6 +65,7 @@ def save_pretrained(
     """
     if any(isinstance(v, Adapter) for v in variables(model)):
         raise ValueError("the model has adapters: merge them, or write them apart (convert.adapter).")
+    config_to_json(model.cfg)  # what no config.json can carry has no published names either
     how = Format.asked(quantize, dtype, like, model.cfg)
     _config_fields(model.cfg, how)
     words = None if tokenizer is None else tokenizer_folder(tokenizer)
@@ -80,8 +81,7 @@ class Template:
     def __init__(self, folder: str | Path, cfg: ModelConfig):
         self.folder = Path(folder)
         self.config = load_json(self.folder / "config.json")
-        self.block = block_size(self.config, cfg)
-        self.checkpoint = open_checkpoint(self.folder, cfg, self.block)
+        self.checkpoint = open_checkpoint(self.folder, cfg, block_size(self.config, cfg))
         self.entries = self.checkpoint.entries
         if isinstance(self.checkpoint, Layers):
             record = self.checkpoint.record
@@ -91,7 +91,7 @@ class Template:
             self.indexed = self.checkpoint.indexed
             self.file_of = {name: entry.file.name for name, entry in self.entries.items()}
         self.powers_of_two = (self.config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
-        tensors, _ = layout(cfg, self.block)
+        tensors, _ = layout(cfg)
         for tensor in tensors:
             entry = self.entries.get(tensor.name)
             if entry is None:
@@ -102,8 +102,10 @@ class Template:
                 raise CheckpointError(
                     f"{entry.file}: {tensor.name} has shape {entry.shape}, the model's is {tensor.shape}."
                 )
-            if entry.dtype == FP8 and tensor.name + SCALE not in self.entries:
-                raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.name + SCALE} is missing.")
+            if entry.dtype == FP8 and tensor.scale not in self.entries:
+                raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.scale} is missing.")
+            # Scales that are not there yet go where their tensor is.
+            self.file_of.setdefault(tensor.scale, self.file_of[tensor.name])
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Format:
         if self.dtype is not None and not bias:
             return Stored(self.dtype)
         if self.like:
-            own = stored(self.like.entries, tensor.name)
+            own = stored(self.like.entries, tensor)
             if own.scale is not None or not (self.quantize and tensor.fp8):
                 return own
         if held.scale is None and self.quantize and not bias:
@@ -150,13 +152,13 @@ def _write(model: Transformer, folder: Path | None, how: Format) -> None:
     """Without a folder: takes part in the gathering only."""
     values: dict[tuple, nnx.Variable] = {}
     map_variables(lambda path, v: values.setdefault(path, v), model)
-    block = how.like.block if how.like else model_block(values)
-    tensors, leaves = layout(model.cfg, block)
+    tensors, leaves = layout(model.cfg)
+    block = how.like.checkpoint.block if how.like else model_block(values, leaves)
     forms = forms_of(values, tensors)
     tensors = [tensor for tensor in tensors if how.written(tensor)]
 
     def held(tensor: Tensor):
-        return tensor_of(values[tensor.path], leaves[tensor.path], tensor, forms.get(tensor.name))
+        return tensor_of(values[tensor.path].get_value(), leaves[tensor.path], tensor, forms.get(tensor.name))
 
     if folder is None:
         for tensor in tensors:
@@ -183,7 +185,7 @@ def write_published(
     for tensor, form in written:
         specs[tensor.name] = (form.dtype, tensor.shape)
         if form.scale is not None:
-            specs[tensor.name + SCALE] = (form.scale, scale_shape(tensor, block))
+            specs[tensor.scale] = (form.scale, scale_shape(tensor, block))
     files = split_files(specs, like.file_of if like else None)
     if len(files) > 1 or (like and like.indexed):
         write_json(folder / INDEX, index_json(specs, files))
@@ -193,19 +195,19 @@ def write_published(
             writer = stack.enter_context(Writer(folder / file, {name: specs[name] for name in names}))
             writer_of |= dict.fromkeys(names, writer)
         for tensor, _ in written:
-            array, scale = _published(tensor.name, held(tensor), specs, block, like)
+            array, scale = _published(tensor, held(tensor), specs, block, like)
             writer_of[tensor.name].write(tensor.name, array)
             if scale is not None:
-                writer_of[tensor.name + SCALE].write(tensor.name + SCALE, scale)
-    write_json(folder / "config.json", _config(cfg, specs, block, how))
+                writer_of[tensor.scale].write(tensor.scale, scale)
+    write_json(folder / "config.json", _config(cfg, written, block, how))
 
 
-def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], like: Template | None):
+def _published(tensor: Tensor, held, specs: dict[str, Spec], block: tuple[int, int], like: Template | None):
     """A tensor's values and scales (None: it has none) in the dtypes of ``specs``."""
-    dtype = specs[name][0]
+    name, dtype = tensor.name, specs[tensor.name][0]
     if isinstance(held, tuple):
         values, scale, held_block = held
-        if dtype == FP8 and held_block == block and scale.dtype == specs[name + SCALE][0]:
+        if dtype == FP8 and held_block == block and scale.dtype == specs[tensor.scale][0]:
             return values, scale
         held = dequantize_matrix(values, scale, held_block)
     if dtype != FP8:
@@ -215,8 +217,8 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         return array, None
     kept = None
     if like and like.entries[name].dtype == FP8:
-        kept = like.checkpoint.read(name), like.checkpoint.read(name + SCALE)
-    scale_dtype = specs[name + SCALE][0]
+        kept = like.checkpoint.read(name), like.checkpoint.read(tensor.scale)
+    scale_dtype = specs[tensor.scale][0]
     powers = scale_dtype == E8M0 or bool(like and like.powers_of_two)
     try:
         return quantize_matrix(held, block, kept, powers, scale_dtype)
@@ -224,10 +226,10 @@ def _published(name: str, held, specs: dict[str, Spec], block: tuple[int, int], 
         raise ValueError(f"{name}: {e}") from None
 
 
-def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], how: Format) -> dict:
+def _config(cfg: ModelConfig, written: list[tuple[Tensor, Stored]], block: tuple[int, int], how: Format) -> dict:
     """The config.json; of ``like``'s, fields that say nothing about our config are kept as they are."""
     quantization = None
-    scales = {dtype for name, (dtype, _) in specs.items() if name.endswith(SCALE)}
+    scales = {form.scale for _, form in written if form.scale is not None}
     if scales:
         quantization = {
             "quant_method": "fp8",
@@ -244,7 +246,7 @@ def _config(cfg: ModelConfig, specs: dict[str, Spec], block: tuple[int, int], ho
         data["quantization_config"] = like.config["quantization_config"]
     if like and how.dtype is None and same_model(like.folder, cfg):
         return data
-    data["torch_dtype"] = specs["model.embed_tokens.weight"][0].name
+    data["torch_dtype"] = next(form.dtype.name for tensor, form in written if tensor.path == ("embed",))
     return data
 
 

@@ -6,6 +6,7 @@ that it touches are read besides. What lies on several devices of the process is
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,11 +14,12 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax.convert.formats import Stored, cast, check_finite
 from deepseek_jax.convert.layers import LayerEntry
-from deepseek_jax.convert.names import SCALE, Leaf, Tensor
+from deepseek_jax.convert.names import Leaf, Tensor
 from deepseek_jax.convert.safetensors import CheckpointError, Entry
 from deepseek_jax.core.quant import FP8, Quantized
 
 Part = tuple[slice, ...]
+Read = Callable[[Tensor, Part], np.ndarray]
 
 
 def load_leaf(
@@ -34,7 +36,7 @@ def load_leaf(
     Raises CheckpointError for values that are not finite and for a file that ends too soon.
     """
 
-    def assemble(shape: tuple[int, ...], to: np.dtype, sharding: NamedSharding, read: Callable) -> jax.Array:
+    def assemble(shape: tuple[int, ...], to: np.dtype, sharding: NamedSharding, read: Read) -> jax.Array:
         held: dict[str, np.ndarray] = {}
 
         def shard(index: Part) -> np.ndarray:
@@ -48,33 +50,36 @@ def load_leaf(
 
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    def checked(entry: Entry | LayerEntry, part: Part) -> np.ndarray:
+    def values(tensor: Tensor, part: Part) -> np.ndarray:
+        entry = entries[tensor.name]
         array = read_part(entry, part)
         check_finite(entry, array)
-        return array
-
-    def values(name: str, part: Part) -> np.ndarray:
-        array = checked(entries[name], part)
         if array.dtype == FP8 and form.scale is None:
-            return _dequantized(entries[name + SCALE], array, part, block, checked)
-        return cast(entries[name], array, form.dtype)
+            return _dequantized(array, part, block, partial(stored_scales, tensor))
+        return cast(entry, array, form.dtype)
 
-    def scales(name: str, part: Part) -> np.ndarray:
-        if entries[name].dtype != FP8:
+    def scales(tensor: Tensor, part: Part) -> np.ndarray:
+        if entries[tensor.name].dtype != FP8:
             return np.ones([s.stop - s.start for s in part], form.scale)
-        return checked(entries[name + SCALE], part)
+        return stored_scales(tensor, part)
+
+    def stored_scales(tensor: Tensor, part: Part) -> np.ndarray:
+        entry = entries[tensor.scale]
+        array = read_part(entry, part)
+        check_finite(entry, array, scale=True)
+        return array
 
     if form.scale is None:
         return assemble(leaf.shape, form.dtype, place, values)
     return Quantized(
         assemble(leaf.matrix, form.dtype, place.values, values),
-        assemble(leaf.scale, form.scale, place.scale, scales),
-        leaf.block,
+        assemble(leaf.scale(block), form.scale, place.scale, scales),
+        leaf.block(block),
         leaf.dims,
     )
 
 
-def _fill_shard(out: np.ndarray, tensors: list[Tensor], fused: Part, read: Callable[[str, Part], np.ndarray]) -> None:
+def _fill_shard(out: np.ndarray, tensors: list[Tensor], fused: Part, read: Read) -> None:
     """Fills the part ``fused`` of a leaf's matrix form, or of its scales, with what ``read`` gives of each tensor."""
     for tensor in tensors:
         where, wanted = [], []
@@ -86,7 +91,7 @@ def _fill_shard(out: np.ndarray, tensors: list[Tensor], fused: Part, read: Calla
                 where.append(at - mine.start if mine.start <= at < mine.stop else None)
         if None in where:
             continue
-        array = read(tensor.name, tuple(reversed(wanted)) if tensor.transposed else tuple(wanted))
+        array = read(tensor, tuple(reversed(wanted)) if tensor.transposed else tuple(wanted))
         out[tuple(where)] = array.T if tensor.transposed else array
 
 
@@ -105,10 +110,13 @@ def _fused(part: Part, leaf: Leaf) -> Part:
     return tuple(found)
 
 
-def _dequantized(scale: Entry | LayerEntry, array: np.ndarray, part: Part, block: tuple[int, int], read) -> np.ndarray:
-    """float32: FP8 values that are ``part`` of a matrix, times the scales of their blocks."""
+def _dequantized(
+    array: np.ndarray, part: Part, block: tuple[int, int], scales: Callable[[Part], np.ndarray]
+) -> np.ndarray:
+    """float32: FP8 values that are ``part`` of a matrix, times the scales of their blocks; ``scales`` gives a part of
+    them."""
     blocks = tuple(slice(s.start // b, -(-s.stop // b)) for s, b in zip(part, block, strict=True))
-    grid = read(scale, blocks)
+    grid = scales(blocks)
     of_row, of_column = (np.arange(s.start, s.stop) // b - s.start // b for s, b in zip(part, block, strict=True))
     return array.astype(np.float32) * grid.astype(np.float32)[of_row[:, None], of_column[None, :]]
 

@@ -24,7 +24,7 @@ from deepseek_jax.convert.files import check_free, copy_files, index_json, write
 from deepseek_jax.convert.formats import check_finite, stored, usual
 from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
 from deepseek_jax.convert.load import open_published, read_config
-from deepseek_jax.convert.names import IGNORED, SCALE, layout
+from deepseek_jax.convert.names import IGNORED, Tensor, layout
 from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
 from deepseek_jax.notes import note
 from deepseek_jax.version import __version__
@@ -49,12 +49,12 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
     cfg, block = read_config(source)
     if (source / RECORD).exists():
         layers = Layers(source, cfg, block)
-        check_tensors(layers, cfg, layout(cfg, block)[0], block)
+        check_tensors(layers, cfg, layout(cfg)[0])
         with _staging(layers, destination) as folder:
             _to_published(layers, folder, progress)
         return "published"
     checkpoint = open_published(source, cfg, block)
-    check_tensors(checkpoint, cfg, layout(cfg, block)[0], block)
+    check_tensors(checkpoint, cfg, layout(cfg)[0])
     if layers := extra_layers(checkpoint, cfg):
         raise CheckpointError(
             f"{source}: config.json has {cfg.mtp_depth} MTP layers, the files more, as model.layers."
@@ -62,7 +62,7 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
             f"{cfg.mtp_depth + len(layers)}."
         )
     with _staging(checkpoint, destination) as folder:
-        _to_layers(checkpoint, folder, cfg, block, progress)
+        _to_layers(checkpoint, folder, cfg, progress)
     return FORMAT
 
 
@@ -115,16 +115,16 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
 
 
-def _apart(checkpoint: Checkpoint, cfg, block: tuple[int, int]) -> list[str]:
+def _apart(checkpoint: Checkpoint, cfg) -> list[str]:
     """The tensors that are stored unlike the most of those that share an array; a note names them."""
-    groups: dict[tuple, list[str]] = {}
-    for name, place in places(cfg, block).items():
-        groups.setdefault((place.unit, place.key), []).append(name)
+    groups: dict[tuple, list[Tensor]] = {}
+    for place in places(cfg).values():
+        groups.setdefault((place.unit, place.key), []).append(place.tensor)
     found = []
-    for names in groups.values():
-        forms = [stored(checkpoint.entries, name) for name in names]
+    for tensors in groups.values():
+        forms = [stored(checkpoint.entries, tensor) for tensor in tensors]
         most = usual(forms)
-        found += [name for name, form in zip(names, forms, strict=True) if form != most]
+        found += [tensor.name for tensor, form in zip(tensors, forms, strict=True) if form != most]
     if found:
         note(
             f"{checkpoint.folder}: {len(found)} experts' tensors are stored in another dtype than the layer's others "
@@ -133,17 +133,17 @@ def _apart(checkpoint: Checkpoint, cfg, block: tuple[int, int]) -> list[str]:
     return found
 
 
-def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, block, progress: Progress) -> None:
-    tensors, _ = layout(cfg, block)
-    apart = _apart(checkpoint, cfg, block)
+def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, progress: Progress) -> None:
+    tensors, _ = layout(cfg)
+    apart = _apart(checkpoint, cfg)
     units: dict[str, dict[tuple[str, ...], Members]] = {}
     sizes: dict[tuple, tuple[int, ...]] = {}
-    for place in places(cfg, block).values():
+    for place in places(cfg).values():
         size = sizes.get((place.unit, place.key), place.index)
         sizes[place.unit, place.key] = tuple(max(n, i + 1) for n, i in zip(size, place.index, strict=True))
-    for tensor, place in places(cfg, block, frozenset(apart)).items():
-        for name, kind in ((tensor, "values"), (tensor + SCALE, "scale")):
-            if kind == "values" or stored(checkpoint.entries, tensor).scale is not None:
+    for place in places(cfg, frozenset(apart)).values():
+        for name, kind in ((place.tensor.name, "values"), (place.tensor.scale, "scale")):
+            if kind == "values" or stored(checkpoint.entries, place.tensor).scale is not None:
                 members = units.setdefault(place.unit, {}).setdefault((*place.key, kind), {})
                 members[place.index] = name
     for unit, arrays in units.items():
@@ -196,7 +196,7 @@ def _write_unit(
         for index, where in _stack(domain, members):
             entry, rows = checkpoint.entries[members[index]], values[where]
             entry.read_into(rows, domain[len(index)].start)
-            _check(checkpoint, entry.name, rows)
+            _check(checkpoint, array, entry.name, rows)
             nbytes += rows.nbytes
         array.write(domain, values)
         return nbytes
@@ -218,12 +218,13 @@ def _stack(domain: Domain, members: Collection[tuple[int, ...]]) -> Iterator[tup
             yield index, tuple(i - part.start for i, part in zip(index, stack, strict=True))
 
 
-def _check(source: Checkpoint | Layers, name: str, rows: np.ndarray) -> None:
-    """As `check_finite`; for the message the whole tensor is looked at."""
+def _check(source: Checkpoint | Layers, array: Array, name: str, rows: np.ndarray) -> None:
+    """As `check_finite`, of rows that stand in ``array``; for the message the whole tensor is looked at."""
+    scale = array.key[-1] == "scale"
     try:
-        check_finite(source.entries[name], rows)
+        check_finite(source.entries[name], rows, scale)
     except CheckpointError:
-        check_finite(source.entries[name], source.read(name))
+        check_finite(source.entries[name], source.read(name), scale)
         raise
 
 
@@ -272,7 +273,7 @@ def _write_file(layers: Layers, writer: Writer, names: list[str], progress: Prog
         array.write_back(domain)
         for index, where in _stack(domain, members):
             for name in members[index]:  # the embedding or the head, and its copies
-                _check(layers, name, values[where])
+                _check(layers, array, name, values[where])
                 writer.write_rows(name, values[where], domain[len(index)].start)
                 nbytes += values[where].nbytes
         return nbytes

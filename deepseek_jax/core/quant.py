@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 
 FP8 = ml_dtypes.float8_e4m3fn
+# The rows and columns of a block in published FP8 releases.
+BLOCK = (128, 128)
 FP8_MAX = 448.0
 # The smallest normal float32: a scale below it could not be divided by.
 SMALLEST_SCALE = np.finfo(np.float32).tiny

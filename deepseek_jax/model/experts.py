@@ -21,15 +21,10 @@ from deepseek_jax.core.linear import dense
 from deepseek_jax.core.lowrank import LowRank, held
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model import kernels
+from deepseek_jax.model.ffn import swiglu
 
 MAX_BLOCK_ROWS = 128
 MIN_BLOCK_ROWS = 8
-
-
-def swiglu(h: jax.Array) -> jax.Array:
-    """silu(gate) * up for h [..., 2F] = [gate | up]."""
-    gate, up = jnp.split(h, 2, axis=-1)
-    return jax.nn.silu(gate) * up
 
 
 def routed_experts(
@@ -53,7 +48,7 @@ def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Arra
     weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
     gate_up_ED2F = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], 2, -1)
     gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
-    return jnp.einsum("NEF,EFD,NE->ND", jax.nn.silu(gate_NEF) * up_NEF, down_EFD, weight_NE)
+    return jnp.einsum("NEF,EFD,NE->ND", swiglu(gate_NEF, up_NEF), down_EFD, weight_NE)
 
 
 def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -112,17 +107,22 @@ def rows_up(x_MD, gate_up, sizes, form: str) -> jax.Array:
     return _apply(x_MD, gate_up, sizes, form)
 
 
+def _activated(h_MZ) -> jax.Array:
+    """[M, F] of h = [gate | up], the fused product."""
+    return swiglu(*jnp.split(h_MZ, 2, axis=-1))
+
+
 def rows_down(h_MZ, weight_M1, down, sizes, form: str) -> jax.Array:
     """[M, D]: the second product, of weighted activations."""
-    return _apply(_inside(swiglu(h_MZ) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
+    return _apply(_inside(_activated(h_MZ) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
 
 
 def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str):
     """The gradients of `rows_down` by h, weight (float32) and down."""
     weight_M1 = weight_M1.astype(h_MZ.dtype)
-    a_MF, swiglu_vjp = jax.vjp(swiglu, h_MZ)
+    a_MF, activated_vjp = jax.vjp(_activated, h_MZ)
     da_MF = _apply_transposed(dy_MD, down, sizes, form)
-    (dh_MZ,) = swiglu_vjp(da_MF * weight_M1)
+    (dh_MZ,) = activated_vjp(da_MF * weight_M1)
     dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
     return (
         _inside(dh_MZ, sizes),

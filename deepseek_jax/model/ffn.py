@@ -9,6 +9,11 @@ from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """What every network multiplies by ``down`` (Shazeer 2002.05202)."""
+    return jax.nn.silu(gate) * up
+
+
 class FFN(nnx.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one leaf [D, 2, F], multiplied at once."""
 
@@ -18,4 +23,4 @@ class FFN(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         gate_BTF, up_BTF = jnp.moveaxis(linear("BTD,DZF->BTZF", x_BTD, self.gate_up, ctx), 2, 0)
-        return linear("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down, ctx)
+        return linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), self.down, ctx)

@@ -37,8 +37,8 @@ def _gives_all(source: Path, cfg: ModelConfig) -> bool:
     """Whether a folder has every tensor of a model of ``cfg``, which may be another config than its own."""
     if is_training(source):
         return False
-    own, block = read_config(source)
-    ours, theirs = ({(t.name, t.shape) for t in layout(c, block)[0]} for c in (cfg, own))
+    own, _ = read_config(source)
+    ours, theirs = ({(t.name, t.shape) for t in layout(c)[0]} for c in (cfg, own))
     return ours <= theirs
 
 

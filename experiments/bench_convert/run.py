@@ -35,7 +35,7 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.files import index_json, split_files, write_json
 from deepseek_jax.convert.manifest import of_release
-from deepseek_jax.convert.names import SCALE, layout
+from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import DTYPES, Checkpoint, Writer
 
 HERE = Path(__file__).parent
@@ -124,7 +124,7 @@ def make(folder: Path, cfg: ModelConfig) -> int:
         bias = tensor.name.endswith("bias")
         specs[tensor.name] = (DTYPES["F8_E4M3" if tensor.fp8 else "F32" if bias else "BF16"], tensor.shape)
         if tensor.fp8:
-            specs[tensor.name + SCALE] = (DTYPES["F32"], tuple(-(-n // 128) for n in tensor.shape))
+            specs[tensor.scale] = (DTYPES["F32"], tuple(-(-n // 128) for n in tensor.shape))
     folder.mkdir()
     files = split_files(specs)
     rng = np.random.default_rng(0)

@@ -57,4 +57,7 @@ def test_an_ablation_is_one_replace():
     assert not dense.mtp_layer.is_moe
     assert replace(cfg, moe=replace(cfg.moe, top_k=1)).layers[1].ffn.top_k == 1
     assert [layer.is_moe for layer in cfg.first_layers(2).layers] == [False, True]
+    # A config.json may claim any number: what is asked before its files are looked at lists no layers.
+    huge = replace(cfg, n_layers=10**12)
+    assert (huge.n_moe_layers, huge.mtp_layer.is_moe) == (10**12 - 1, True)
     assert (cfg.first_layers(1).n_dense_layers, cfg.first_layers(1).mtp_depth) == (1, 0)
