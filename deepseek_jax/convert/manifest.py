@@ -19,6 +19,8 @@ from deepseek_jax.core.quant import BLOCK
 
 # The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")
+# Releases with FP8 matrices.
+FP8 = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "kimi-k2")
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,14 @@ def of_specs(release: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]]) -
 def of_release(name: str) -> Manifest:
     """What the published files of a zoo model hold, by the rules of its release.
 
-    DeepSeek's and Kimi-K2's releases: FP8 blocks with float32 scales, a float32 router bias, bfloat16 for the
-    rest. Moonlight's: all bfloat16 but the router bias. ``CONFIRMED`` lists those whose real headers were seen.
+    Those of ``FP8``: FP8 blocks with float32 scales, a float32 router bias, bfloat16 for the rest. Others: all bfloat16
+    but a router bias. ``CONFIRMED`` lists those whose real headers were seen.
     """
     cfg = zoo(name)
-    fp8 = name != "moonlight-16b"
     specs = {}
     for tensor in layout(cfg)[0]:
         bias = tensor.name.endswith("e_score_correction_bias")
-        dtype = "F8_E4M3" if tensor.fp8 and fp8 else "F32" if bias else "BF16"
+        dtype = "F8_E4M3" if tensor.fp8 and name in FP8 else "F32" if bias else "BF16"
         specs[tensor.name] = (DTYPES[dtype], tensor.shape)
         if dtype == "F8_E4M3":
             specs[tensor.scale] = (DTYPES["F32"], scale_shape(tensor, BLOCK))
