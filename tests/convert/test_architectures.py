@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES
 from folders import arrays, assert_same_tensors
+from measured import measured
 from tiny import random_model
 
 import deepseek_jax as dsj
@@ -49,6 +50,9 @@ def test_there_and_back(name, tmp_path):
         assert json.loads((tmp_path / folder / "config.json").read_text()) == json.loads(
             (tmp_path / "a/config.json").read_text()
         )
+    # Nothing differs, byte for byte.
+    measured(name, "load", 0)
+    measured(name, "export", 0)
 
 
 @pytest.mark.parametrize("name", ["distill-qwen", "distill-llama", "deepseek-moe", "v2"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from measured import measured
 from reference import forward, full, pair, relative
 from test_parity import CONFIGS
 
@@ -28,10 +29,10 @@ def step(p, tokens_B1, cache, **arguments):
 
 @pytest.mark.parametrize("name", ["tiny-v3", "queries not compressed"])
 def test_cached_decoding_equals_the_full_forward(name):
-    check_decoding(pair(CONFIGS[name][0]))
+    check_decoding(pair(CONFIGS[name][0]), name)
 
 
-def check_decoding(p):
+def check_decoding(p, name: str):
     """Prefill, then token by token: our full forward's logits, and transformers' with its own cache."""
     whole = full(p)
     cache = p.model.init_cache(2, 100)
@@ -40,7 +41,9 @@ def check_decoding(p):
     for t in range(PROMPT, PROMPT + STEPS):
         out = step(p, p.tokens[:, t : t + 1], out.cache)
         pieces.append(out.logits)
-    assert relative(jnp.concatenate(pieces, 1), whole.logits[:, : PROMPT + STEPS]) <= 2e-5
+    error = relative(jnp.concatenate(pieces, 1), whole.logits[:, : PROMPT + STEPS])
+    assert error <= 2e-5
+    measured(name, "decode", error)
     np.testing.assert_array_equal(out.cache.length, [PROMPT + STEPS] * 2)
 
 

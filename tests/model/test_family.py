@@ -13,15 +13,15 @@ from test_parity import check_forward
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forward_equals_transformers(name):
-    check_forward(pair(ARCHITECTURES[name]))
+    check_forward(pair(ARCHITECTURES[name]), name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_of_every_parameter_equal_torch(name):
-    check_gradients(pair(ARCHITECTURES[name]))
+    check_gradients(pair(ARCHITECTURES[name]), name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cached_decoding_equals_the_full_forward_and_transformers(name):
-    check_decoding(pair(ARCHITECTURES[name]))
+    check_decoding(pair(ARCHITECTURES[name]), name)
     check_greedy(pair(ARCHITECTURES[name]))

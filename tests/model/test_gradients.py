@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from measured import measured
 from reference import experts, full, pair, torch_tensors
 from test_parity import CONFIGS, TINY
 from tiny import random_model, random_tokens
@@ -54,10 +55,10 @@ def jax_gradients(p, directions, ctx=None) -> dict[str, np.ndarray]:
 
 def check(name: str, ctx: Context | None = None):
     cfg, offset = CONFIGS[name]
-    check_gradients(pair(cfg, bias_offset=offset), ctx)
+    check_gradients(pair(cfg, bias_offset=offset), name, ctx)
 
 
-def check_gradients(p, ctx: Context | None = None):
+def check_gradients(p, name: str, ctx: Context | None = None):
     seen = p.observe()
     if p.model.cfg.moe:
         # Where a choice of experts differs, gradients are of different functions.
@@ -69,6 +70,7 @@ def check_gradients(p, ctx: Context | None = None):
         assert np.linalg.norm(expected) > 0, tensor
         error = np.linalg.norm(ours[tensor] - expected) / np.linalg.norm(expected)
         assert error <= 1e-4, (tensor, error)
+        measured(name, "gradients", error)
 
 
 def test_gradients_of_every_parameter_equal_torch():

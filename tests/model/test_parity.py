@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from measured import measured
 from reference import assert_same_routing, experts, full, pair, relative, torch_tensors
 from tiny import tiny_config
 
@@ -35,10 +36,11 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_equals_transformers(name):
     cfg, offset = CONFIGS[name]
-    check_forward(pair(cfg, bias_offset=offset))
+    check_forward(pair(cfg, bias_offset=offset), name)
 
 
-def check_forward(p):
+def check_forward(p, name: str):
+    flipped = 0
     cfg, seen, out = p.model.cfg, p.observe(), full(p)
     std = float(seen.logits.std())
     assert 0.5 < std < 12, std
@@ -51,12 +53,14 @@ def check_forward(p):
             ours = np.asarray(out.captured["router_scores"]) + (np.stack(bias)[:, None, None] if bias else 0)
             for layer in range(cfg.n_moe_layers):
                 chosen = choose(ours[layer], cfg.moe)[0]
-                assert_same_routing(chosen, theirs[layer], biased[layer], cfg.moe)
+                flipped += assert_same_routing(chosen, theirs[layer], biased[layer], cfg.moe)
+        measured(name, "routing", flipped)
     for kind in ("attn", "ffn", "block"):
         for layer, expected in enumerate(seen.captured[kind]):
             assert relative(out.captured[kind][layer], expected) <= 2e-5, (kind, layer)
     assert relative(out.hidden, seen.hidden) <= 2e-5
     assert relative(out.logits, seen.logits) <= 2e-5
+    measured(name, "logits", relative(out.logits, seen.logits))
     for depth in range(cfg.mtp_depth):
         known = p.tokens.shape[1] - 1 - depth
         index = out.mtp_aux.expert_index[depth]
@@ -65,6 +69,7 @@ def check_forward(p):
         )
         assert (index[:, known:] == -1).all()
         assert relative(out.mtp_logits[depth][:, :known], seen.mtp_logits[depth]) <= 2e-5
+        measured(name, "MTP", relative(out.mtp_logits[depth][:, :known], seen.mtp_logits[depth]))
 
 
 def test_replayed_experts_equal_the_reference_under_the_same_experts():

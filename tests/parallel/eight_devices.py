@@ -7,6 +7,7 @@ Usage: eight_devices.py RESULTS JOB...; a job is one of `JOBS`, a mesh and, wher
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from unittest import mock
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from architectures import ARCHITECTURES
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
@@ -36,7 +38,6 @@ from deepseek_jax.train.step import start, train_step
 
 CFG = tiny_config(n_layers=2, n_dense_layers=0)
 ROWS, LENGTH, PROMPT = 8, 32, 16
-OBJECTIVE = NextToken(dsj.LossWeights(), CFG.mtp_depth)
 SGD = optax.chain(optax.trace(0.9), optax.scale(-1.0))
 ADAMW = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.add_decayed_weights(0.1), optax.scale(-1.0))
 # Small enough that the loss stays finite, large enough that a parameter moves by many times its bound.
@@ -96,7 +97,8 @@ def batch() -> dict[str, np.ndarray]:
 @partial(jax.jit, static_argnames=("ctx", "kind"))
 def step(state, rows, knobs, ctx, kind):
     optimizer = {"sgd": SGD, "adamw": ADAMW}[kind]
-    return train_step(state, rows, knobs, optimizer=optimizer, objective=OBJECTIVE, ctx=ctx, clip=1e9)
+    objective = NextToken(dsj.LossWeights(), state.model.cfg.mtp_depth)
+    return train_step(state, rows, knobs, optimizer=optimizer, objective=objective, ctx=ctx, clip=1e9)
 
 
 @partial(jax.jit, static_argnames="ctx")
@@ -144,6 +146,26 @@ def generated(model, ctx) -> tuple:
         out = cached(model, tokens[:, i : i + 1], out.cache, ctx)
         logits.append(out.logits)
     return np.concatenate(logits, axis=1), out.cache
+
+
+def compare_other(case: str, name: str) -> dict:
+    """Three steps, a prefill and two tokens of another architecture, on a mesh and on one device."""
+    model = random_model(replace(ARCHITECTURES[name], n_layers=2, n_dense_layers=0 if ARCHITECTURES[name].moe else 2))
+    ctx = dsj.Context(mesh=mesh_of(case), expert_chunks=2, loss_chunk=12)
+    ours, theirs = steps(place(model, ctx), ctx, "sgd"), steps(model, dsj.Context(), "sgd")
+    ctx = dsj.Context(mesh=mesh_of(case))
+    (logits, cache_), (expected, _) = generated(place(model, ctx), ctx), generated(model, dsj.Context())
+    return {
+        "loss": error(ours["metrics"]["loss"], theirs["metrics"]["loss"]),
+        "gradients": worst(ours["gradients"], theirs["gradients"]),
+        "parameters": worst(named(ours["state"].params), named(theirs["state"].params)),
+        "load": all(
+            "load" not in theirs[at] or same(ours[at]["load"], theirs[at]["load"]) for at in ("metrics", "last")
+        ),
+        "logits": error(logits, expected),
+        "drifted": drifted((ours["state"], ours["metrics"], cache_)),
+        "moved": worst(named(theirs["state"].params), named(theirs["before"].params)),
+    }
 
 
 MODEL = random_model(CFG)
@@ -378,6 +400,7 @@ def _pairs(ours: list, theirs: list) -> list[tuple[np.ndarray, np.ndarray]]:
 JOBS = {
     "loaded": loaded,
     "saved": saved,
+    "other": compare_other,
     "sgd": partial(compare_steps, "sgd"),
     "adamw": partial(compare_steps, "adamw"),
     "forward": compare_forward,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from measured import measured
 
 AXES = ("data=8", "fsdp=8", "expert=8", "tensor=4", "context=4")
 MIXED = (
@@ -24,7 +25,18 @@ HERE = Path(__file__).parent
 FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
 WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
+# Other architectures, on every axis once: grouped queries; then experts without a router bias, behind GQA and MLA.
+OTHER = "data=2,tensor=2,context=2|distill-qwen"
+OTHER_SLOWLY = (
+    "fsdp=8|distill-qwen",
+    "context=4|distill-llama",
+    "fsdp=2,expert=2,tensor=2|deepseek-moe",
+    "data=2,expert=2,context=2|v2",
+    "expert=8|v2-lite",
+    "data=8|deepseek-llm",
+)
 DEFAULT = [
+    f"other|{OTHER}",
     *(f"sgd|{axis}" for axis in AXES),
     *(f"{what}|{axis}" for axis in FORWARD for what in ("forward", "generated")),
     "sgd|expert=8|concentrated",
@@ -38,6 +50,7 @@ DEFAULT = [
     f"snapshot|{SNAPSHOT}",
 ]
 SLOW = [
+    *(f"other|{case}" for case in OTHER_SLOWLY),
     *(f"{what}|{axis}" for axis in FORWARD_SLOWLY for what in ("forward", "generated")),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
     *(f"text|{case}" for case in WRITTEN_SLOWLY),
@@ -107,6 +120,7 @@ def check_generated(found: dict) -> None:
 @pytest.mark.parametrize("axis", AXES)
 def test_three_steps_on_one_axis(default, axis):
     check_steps(default[f"sgd|{axis}"], SGD)
+    measured("tiny-v3", "mesh", default[f"sgd|{axis}"]["gradients"][0])
 
 
 def check_logits_and_decoding(found: dict, axis: str) -> None:
@@ -124,6 +138,28 @@ def test_logits_mtp_routing_and_decoding_on_one_axis(default, axis):
 @pytest.mark.parametrize("axis", FORWARD_SLOWLY)
 def test_logits_mtp_routing_and_decoding_on_an_axis_of_rows(slow, axis):
     check_logits_and_decoding(slow, axis)
+
+
+def check_other(results: dict, case: str) -> None:
+    found = results[f"other|{case}"]
+    measured(case.split("|")[1], "mesh", found["gradients"][0])
+    assert found["loss"] <= GRADIENT
+    assert found["gradients"][0] <= GRADIENT, found["gradients"]
+    assert found["parameters"][0] <= SGD, found["parameters"]
+    assert found["moved"][0] > 10 * SGD
+    assert found["load"]
+    assert found["logits"] <= GRADIENT
+    assert found["drifted"] == []
+
+
+def test_grouped_queries_on_a_mesh(default):
+    check_other(default, OTHER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHER_SLOWLY)
+def test_other_architectures_on_meshes(slow, case):
+    check_other(slow, case)
 
 
 def check_text(found: dict) -> None:
