@@ -35,7 +35,6 @@ LONGEST = 300
 LONGER = {
     "aot/hlo.py": 311,
     "aot/roofline.py": 381,
-    "cli/train.py": 315,
     "convert/ladder.py": 325,
     "convert/safetensors.py": 373,
     "convert/verify.py": 370,

@@ -1,6 +1,7 @@
 """Files that the commands read and write: looked at before the work begins, written whole or not at all."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -109,3 +110,8 @@ def native_output_off() -> None:
         sys.stdout = own
     else:
         _kept = own
+
+
+def free_folder(parent: Path, stem: str) -> Path:
+    """The first of PARENT/STEM-1, PARENT/STEM-2, ... that does not exist."""
+    return next(path for n in itertools.count(1) if not (path := parent / f"{stem}-{n}").exists())

@@ -1,6 +1,5 @@
 """``deepseek-jax train``: by a paper's recipe, from scratch or from a checkpoint; fine-tuning on chats."""
 
-import itertools
 import shlex
 import time
 from collections.abc import Callable
@@ -12,7 +11,8 @@ import tyro
 
 from deepseek_jax.cli.architecture import changed_fields, default_config
 from deepseek_jax.cli.devices import Devices
-from deepseek_jax.cli.files import check_destination, write_json
+from deepseek_jax.cli.files import check_destination, free_folder, write_json
+from deepseek_jax.cli.given import count, given
 from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.data.config import DataConfig
@@ -108,7 +108,7 @@ class Train:
 
         ``parse``: makes a command of arguments and defaults.
         """
-        if _given(arguments, "--from") is not None:
+        if given(arguments, "--from") is not None:
             _refuse_others_with_from(arguments)
         default = cls._from_recipe(arguments)
         if "--resume" not in arguments:
@@ -131,7 +131,7 @@ class Train:
         # The processes are this command's own.
         devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
         was = replace(was, out=None, devices=devices)
-        if _given(arguments, "--recipe") not in (None, was.recipe_name):
+        if given(arguments, "--recipe") not in (None, was.recipe_name):
             raise ValueError(
                 f"{out} was begun with the recipe {was.recipe_name}, not {default.recipe_name}: resume it as it was "
                 "begun, or choose another folder."
@@ -142,15 +142,15 @@ class Train:
     def _from_recipe(cls, arguments: list[str]) -> "Train":
         """The recipe that is named, scaled, and the config that is."""
         found = cls._scaled(arguments)
-        model = _given(arguments, "--from") or _given(arguments, "--model") or found.recipe.model
+        model = given(arguments, "--from") or given(arguments, "--model") or found.recipe.model
         return replace(found, cfg=default_config(model, arguments))
 
     @classmethod
     def _scaled(cls, arguments: list[str]) -> "Train":
-        name = _given(arguments, "--recipe") or ("tiny" if _given(arguments, "--sft") is None else "sft-tiny")
-        scale = {word: _given(arguments, option) for option, word in SCALES.items()}
+        name = given(arguments, "--recipe") or ("tiny" if given(arguments, "--sft") is None else "sft-tiny")
+        scale = {word: given(arguments, option) for option, word in SCALES.items()}
         # What is no count is left to the parser's and the recipe's own complaints.
-        scale = {word: n for word, text in scale.items() if (n := _count(text)) is not None}
+        scale = {word: n for word, text in scale.items() if (n := count(text)) is not None}
         if name not in RECIPES and name not in FINE_TUNING:
             raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join([*RECIPES, *FINE_TUNING])}.")
         if name in FINE_TUNING:
@@ -170,7 +170,7 @@ class Train:
         from deepseek_jax.cli.tables import Output
         from deepseek_jax.parallel.processes import from_first, is_first
         from deepseek_jax.runs.live import LiveView
-        from deepseek_jax.runs.loop import train
+        from deepseek_jax.runs.pretrain import train
 
         check_destination(self.json)
         if self.resume and self.out is None:
@@ -281,35 +281,11 @@ def _told(result) -> str:
     return f"{told}, trigram {result.trigram_bits:.4f}; the model was to pass it and {passed}."
 
 
-def _given(arguments: list[str], option: str) -> str | None:
-    """The value given last to an option, as ``--option value`` or ``--option=value``; the parser takes _ for - too."""
-    found = None
-    for word, after in itertools.pairwise([*arguments, ""]):
-        name, sign, value = word.partition("=")
-        if name.replace("_", "-") == option:
-            found = value if sign else after
-    return found
-
-
 def _refuse_others_with_from(arguments: list[str]) -> None:
     """A checkpoint has its architecture and tokenizer: what names others would be passed over."""
     for option in ("--model", "--tokenizer", "--vocab-size"):
-        if _given(arguments, option) is not None:
+        if given(arguments, option) is not None:
             raise ValueError(
                 f"{option} does not go with --from: a checkpoint is trained further with its own tokenizer and "
                 f"architecture. Leave {option} out, or --from to begin anew."
             )
-
-
-def _count(text: str | None) -> int | None:
-    """A positive whole number as the parser reads it, 1_000_000 among them; None for anything else."""
-    try:
-        found = int(text or "")
-    except ValueError:
-        return None
-    return found if found > 0 else None
-
-
-def free_folder(parent: Path, stem: str) -> Path:
-    """The first of PARENT/STEM-1, PARENT/STEM-2, ... that does not exist."""
-    return next(path for n in itertools.count(1) if not (path := parent / f"{stem}-{n}").exists())

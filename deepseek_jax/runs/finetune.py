@@ -4,14 +4,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.adapter import load_adapter, merge, save_adapter
 from deepseek_jax.convert.load import load_pretrained, read_config
@@ -22,14 +20,12 @@ from deepseek_jax.data.chat_rows import ChatConfig, ChatData, load_chats
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.model.transformer import Transformer, abstract
-from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import first_then_all, from_first, is_first
 from deepseek_jax.runs.export import export_model
-from deepseek_jax.runs.loop import Result, fit
-from deepseek_jax.runs.measure import exporter, measurer
 from deepseek_jax.runs.metrics import Reporter, Reporters
 from deepseek_jax.runs.options import Options
-from deepseek_jax.runs.prepare import check_fit, open_run, origin
+from deepseek_jax.runs.prepare import check_fit, open_run
+from deepseek_jax.runs.run import Result, Work, carry_out
 from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.text.tokenizer import load_tokenizer
@@ -68,7 +64,7 @@ def fine_tune(
     it is. ``patterns``: what is trained (`train.patterns.select`), all by default; everything else stays as it is
     stored, bit for bit. ``lora``: adapters are trained instead, on a model that stays as it is stored. ``planned``: is
     told the recipe as it will be run. The other arguments, and what Ctrl-C and SIGTERM do, are those of
-    `runs.loop.train`. On a mesh the whole model is trained: ``patterns`` and ``lora`` are refused there.
+    `runs.pretrain.train`. On a mesh the whole model is trained: ``patterns`` and ``lora`` are refused there.
 
     Raises ValueError, FileExistsError or FileNotFoundError for settings that do not fit each other, the checkpoint or
     the folder; nothing is written then.
@@ -102,8 +98,7 @@ def fine_tune(
         "model": None if cfg == own else asdict(cfg),
         "data": _data_settings(data, chats),
     }
-    about = origin() | {"command": command, "arguments": arguments}
-    with open_run(folder, settings, about, resume) as run:
+    with open_run(folder, settings, resume, command, arguments) as run:
         from_first(lambda: _keep_tokenizer(source, run), "copying the tokenizer")
         if isinstance(data, DataConfig):
             loaded: Data | ChatData = first_then_all(
@@ -117,12 +112,6 @@ def fine_tune(
                 begun = of_epochs(recipe, run.begun("epochs", epochs), rows)
                 recipe = replace(begun, tokens=of_epochs(recipe, epochs, rows).tokens)
         planned(recipe)
-        batches = loaded.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed, shard=row_share(ctx))
-        held_out = loaded.held_out(recipe.length)
-        run.describe(
-            model=asdict(cfg), recipe=asdict(recipe), data=loaded.record(), held_out_tokens=len(held_out.stream_n)
-        )
-        run.write_config(config_to_json(cfg))
         ctx = replace(ctx, dtype=jnp.dtype(recipe.dtype))
 
         def make() -> Transformer:
@@ -142,22 +131,17 @@ def fine_tune(
         def adapted(folder: Path) -> Transformer:
             return load_adapter(load_pretrained(source, dtype=None), folder)
 
-        with closing(batches):
-            return fit(
-                run,
-                make,
-                recipe,
-                batches,
-                measurer(held_out, ctx),
-                exporter(run, options, held_out, ctx, write, None if lora is None or lora.merge else adapted),
-                options=options,
-                view=view,
-                ctx=ctx,
-                began=began,
-                trained=trained,
-                measure_first=True,
-                told=loaded.line() if isinstance(loaded, ChatData) else None,
-            )
+        work = Work(
+            cfg,
+            recipe,
+            loaded,
+            make,
+            write,
+            load=None if lora is None or lora.merge else adapted,
+            trained=trained,
+            told=loaded.line() if isinstance(loaded, ChatData) else None,
+        )
+        return carry_out(run, work, options=options, view=view, ctx=ctx, began=began)
 
 
 def thawed(model: Transformer, trained: Trained) -> Transformer:

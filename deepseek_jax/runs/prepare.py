@@ -55,8 +55,14 @@ def check_fit(cfg: ModelConfig, recipe: Recipe, options: Options, ctx: Context =
 
 
 @contextmanager
-def open_run(folder: Path, settings: Mapping, about: Mapping, resume: bool) -> Iterator[RunFolder]:
-    """`RunFolder.opened` on the first process; the others get the same folder, in which they write nothing."""
+def open_run(
+    folder: Path, settings: Mapping, resume: bool, command: str | None, arguments: list[str] | None
+) -> Iterator[RunFolder]:
+    """`RunFolder.opened` on the first process; the others get the same folder, in which they write nothing.
+
+    ``command``, ``arguments``: what started the run, for run.json.
+    """
+    about = origin() | {"command": command, "arguments": arguments}
     with ExitStack() as stack:
         held = []
 

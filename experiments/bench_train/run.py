@@ -19,7 +19,7 @@ import deepseek_jax as dsj
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.runs.live import LiveView
-from deepseek_jax.runs.loop import train
+from deepseek_jax.runs.pretrain import train
 from deepseek_jax.train.recipes import recipe as named_recipe
 from deepseek_jax.train.scaling import scaled
 

@@ -21,7 +21,7 @@ from deepseek_jax.runs.checkpoint import Checkpoints
 from deepseek_jax.train.recipes import recipe
 from deepseek_jax.train.scaling import scaled
 
-# What is compiled is what tests/runs/test_loop.py compiles.
+# What is compiled is what tests/runs/test_run.py compiles.
 SIZES = [
     *("--length", "32", "--batch-rows", "4", "--first-rows", "2", "--micro-rows", "2", "--ramp-tokens", "150"),
     *("--optimizer.no-muon", "--optimizer.moments", "bfloat16"),

@@ -13,8 +13,8 @@ from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import ProcessError, first_then_all, from_first, join
 from deepseek_jax.runs.finetune import fine_tune
-from deepseek_jax.runs.loop import check_fit
 from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.prepare import check_fit
 from deepseek_jax.runs.signals import StopSignals
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.tuning import LoRA

@@ -22,13 +22,14 @@ from deepseek_jax.convert.training import read_leaves, read_record, write_record
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.runs import loop as loop_module
+from deepseek_jax.runs import run as run_module
 from deepseek_jax.runs.checkpoint import Checkpoints
 from deepseek_jax.runs.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
 from deepseek_jax.runs.journal import Progress, progress_damage
-from deepseek_jax.runs.loop import check_fit, train
 from deepseek_jax.runs.metrics import JsonLines, Reporters, TextLog
 from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.prepare import check_fit
+from deepseek_jax.runs.pretrain import train
 from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.runs.signals import StopSignals
 from deepseek_jax.runs.trainer import Journal, Throughput, Trainer
@@ -99,7 +100,7 @@ def go(text, folder, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def step():
     """The step of all runs here: tracing it again for each is most of their time."""
-    made, begin = [], loop_module.begin
+    made, begin = [], run_module.begin
 
     def shared(*args):
         state, step = begin(*args)
@@ -107,7 +108,7 @@ def step():
         return state, made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "begin", shared)
+        patch.setattr(run_module, "begin", shared)
         yield lambda: made[0]
 
 
@@ -219,7 +220,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_bit_equal(run, text, tmp_pat
             return self
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "StopSignals", Early)
+        patch.setattr(run_module, "StopSignals", Early)
         result = go(text, folder)
     assert (result.steps, result.interrupted, result.checkpoint) == (0, "SIGINT", None)
     (folder / "metrics.jsonl").write_text('{"kind": "ru')  # as a kill may leave it
@@ -332,7 +333,7 @@ def test_one_process_at_a_time(run):
 
 def test_steps_that_are_not_finite_stop_the_run(text, tmp_path, monkeypatch):
     """The last good checkpoint is named and is the state before them."""
-    begin = loop_module.begin
+    begin = run_module.begin
 
     def broken(*args):
         state, step = begin(*args)
@@ -344,7 +345,7 @@ def test_steps_that_are_not_finite_stop_the_run(text, tmp_path, monkeypatch):
 
         return state, bad
 
-    monkeypatch.setattr(loop_module, "begin", broken)
+    monkeypatch.setattr(run_module, "begin", broken)
     recipe = replace(RECIPE, max_skipped=3)
     with pytest.raises(TrainingStopped, match=r"3 steps in a row.*step 5, the loss is nan\..*checkpoints/4"):
         train(CFG, recipe, text, VOCABULARY, tmp_path / "run", options=OPTIONS)
