@@ -206,6 +206,8 @@ def ledger() -> str:
     orbax, back = convert["to_orbax"], convert["to_published"]
     shares = sorted(step["shares_of_a_step"].items(), key=lambda item: -item[1])
     last = train["evaluations"][-1]
+    reading, before = results("bench_reading"), json.loads((HERE / "bench_reading" / "baseline.json").read_text())
+    read, was = (record["totals"]["loss"] for record in (reading, before))
     found = {
         "bench_convert": (
             f"speed and memory of `deepseek-jax convert` on V3's real shapes, {convert['bytes'] / 1e9:.1f} GB",
@@ -223,6 +225,13 @@ def ledger() -> str:
             "tokens a second of the input pipeline, from token files to batches, FIM at 0.1, with and without masks",
             f"at least {slowest / 1e6:.1f}M a second in every setting; the longest wait, at the start of an epoch, "
             f"{longest:.1f} s",
+        ),
+        "bench_reading": (
+            "what is to be read for a forward pass of V3, configuration, cache and loss included; the goal is "
+            f"{reading['goal_code']:,} lines of code",
+            f"{read['files']} files, {read['lines']:,} lines, {read['code']:,} of code, {read['called']:,} without the "
+            f"functions that are never called; at commit {before['commit']} {was['files']}, {was['lines']:,}, "
+            f"{was['code']:,}, {was['called']:,}",
         ),
         "bench_step": (
             "where the time of a training step of the tiny V3 goes, in CPU time",

@@ -1,5 +1,6 @@
 """Every measurement under experiments at toy size, so that none of them rots; and what its record says of itself."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from deepseek_jax.analysis.provenance import commit, provenance
 
-STEMS = ("bench_convert", "bench_cpu", "bench_data", "bench_step", "bench_train", "compile_671b")
+STEMS = ("bench_convert", "bench_cpu", "bench_data", "bench_reading", "bench_step", "bench_train", "compile_671b")
 # Tested by itself, without a GPU and with one.
 ELSEWHERE = {"bench_gpu"}
 
@@ -36,8 +37,23 @@ def test_it_runs(stem, root, tmp_path):
         assert set(train["cores_used"]) == {"jax", "torch, 2 threads, grouped_mm"}
         assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
         assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim"}
+    if stem == "bench_reading":
+        assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
+        assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]
     if stem == "compile_671b":
         assert found["memory"]["total"] > 0
+
+
+def test_lines_of_code_are_those_that_are_more_than_words(root):
+    spec = importlib.util.spec_from_file_location("bench_reading", root / "experiments" / "bench_reading" / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    source = (
+        '"""Words."""\n\n@f\ndef a():\n    "Words."\n    # Words.\n    return (\n        1\n    )\n\nb = 2  # words\n'
+    )
+    assert run.code_lines(source) == {3, 4, 7, 8, 9, 11}
+    assert run.code_lines(source) - run.passed_over(source, {3}) == run.code_lines(source)
+    assert run.code_lines(source) - run.passed_over(source, set()) == {11}
 
 
 def test_a_record_names_its_commit_date_and_machine(root, tmp_path):
