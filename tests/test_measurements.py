@@ -48,9 +48,7 @@ def test_lines_of_code_are_those_that_are_more_than_words(root):
     spec = importlib.util.spec_from_file_location("bench_reading", root / "experiments" / "bench_reading" / "run.py")
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
-    source = (
-        '"""Words."""\n\n@f\ndef a():\n    "Words."\n    # Words.\n    return (\n        1\n    )\n\nb = 2  # words\n'
-    )
+    source = '"""Words."""\n\n@f\ndef a():\n    "Words."\n    # Words.\n    return (\n        1\n    )\n\nb = 2  # w\n'
     assert run.code_lines(source) == {3, 4, 7, 8, 9, 11}
     assert run.code_lines(source) - run.passed_over(source, {3}) == run.code_lines(source)
     assert run.code_lines(source) - run.passed_over(source, set()) == {11}
