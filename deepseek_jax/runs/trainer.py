@@ -174,7 +174,8 @@ class Trainer:
                 self.journal.event("pass", f"{label} has been passed {passes} times; its text repeats", self.progress)
         metrics = jax.device_get(metrics)
         now, progress = fed.setting, self.progress
-        metrics["targets"] = metrics.pop("tokens")
+        if "tokens" in metrics:
+            metrics["targets"] = metrics.pop("tokens")
         # The event of a skipped step has it in words.
         del metrics["fault"]
         self.journal.record(
