@@ -18,7 +18,7 @@ _HOME = {
     "load_pretrained": "deepseek_jax.convert.load",
     "save_pretrained": "deepseek_jax.convert.save",
     "loss": "deepseek_jax.train.loss",
-    "LossWeights": "deepseek_jax.train.recipe",
+    "LossWeights": "deepseek_jax.train.weights",
     "update_router_bias": "deepseek_jax.train.balance",
     "generate": "deepseek_jax.generation.engine",
     "load_tokenizer": "deepseek_jax.text.tokenizer",
@@ -50,4 +50,4 @@ if TYPE_CHECKING:
     from deepseek_jax.text.tokenizer import load_tokenizer  # noqa: F401
     from deepseek_jax.train.balance import update_router_bias  # noqa: F401
     from deepseek_jax.train.loss import loss  # noqa: F401
-    from deepseek_jax.train.recipe import LossWeights  # noqa: F401
+    from deepseek_jax.train.weights import LossWeights  # noqa: F401

@@ -19,3 +19,10 @@ def complaint(value: float, low: float = 0.0, high: float = LARGEST) -> str | No
     if 0 < abs(value) < SMALLEST:
         return f"is used as float32, where {value} counts as 0; the smallest number there is {SMALLEST:.3g}"
     return None
+
+
+def within(owner, low: float, high: float, *names: str) -> None:
+    """Raises ValueError for the first of an object's fields that is not a number between the two."""
+    for name in names:
+        if problem := complaint(getattr(owner, name), low, high):
+            raise ValueError(f"{name} {problem}.")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.model.outputs import Aux, Output
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 
 def balance_losses(

@@ -21,7 +21,7 @@ from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, shifted
 from deepseek_jax.train.balance_loss import balance_losses
 from deepseek_jax.train.cross_entropy import chunked_nats
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 ENTRIES = frozenset(("tokens", "segments", "positions", "loss_mask"))
 

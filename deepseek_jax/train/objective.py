@@ -15,8 +15,8 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.loss import ENTRIES, Counts, count, part_loss
-from deepseek_jax.train.recipe import LossWeights
 from deepseek_jax.train.schedule import Setting
+from deepseek_jax.train.weights import LossWeights
 
 CAPTURE = ("block_norm",)
 

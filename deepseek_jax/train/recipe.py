@@ -4,10 +4,11 @@ The defaults are DeepSeek-V3's (2412.19437 §4.2); `recipes.py` has the other pa
 schedule is a number of tokens seen: rows times length, padding included.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from deepseek_jax.configs.checks import check_types
-from deepseek_jax.configs.numbers import LARGEST, ONE, complaint
+from deepseek_jax.configs.numbers import LARGEST, ONE, complaint, within
+from deepseek_jax.train.weights import LossWeights
 
 B, T = 10**9, 10**12
 DTYPES = ("float32", "bfloat16")
@@ -17,51 +18,12 @@ AT_ZERO = {
 }
 
 
-def _within(owner, low: float, high: float, *names: str) -> None:
-    for name in names:
-        if problem := complaint(getattr(owner, name), low, high):
-            raise ValueError(f"{name} {problem}.")
-
-
 def _below_one(owner, *names: str) -> None:
     """Of averages: at 1 they never take anything in, and what corrects their beginning divides by 0."""
-    _within(owner, 0, 1, *names)
+    within(owner, 0, 1, *names)
     for name in names:
         if getattr(owner, name) >= ONE:
             raise ValueError(f"{name} must be at least 0 and below 1 as float32, not {getattr(owner, name)}.")
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Factors of the loss terms beside next-token cross-entropy; a term of weight 0 is not computed."""
-
-    mtp: float = 0.3
-    """Multi-token prediction: lambda of V3 section 2.2, before `Recipe.mtp_change`. 0: the modules are not run."""
-    mtp_over: str = "targets"
-    """What a module's summed cross-entropy is divided by: its own "targets", so that it is a mean, or "tokens", all of
-    the batch that are no padding: T of V3 equation 24. A module that looks further ahead weighs less then."""
-    balance: float = 1e-4
-    """Sequence-wise balance: alpha of V3 section 2.1.2, equation 17."""
-    batch_balance: float = 0.0
-    """Batch-wise balance (V3 section 4.5.3): the same over all tokens of a micro-batch instead of a row's. The one
-    term that accumulating micro-batches changes: it acts on each of them, weighed by its tokens."""
-    expert_balance: float = 0.0
-    """Expert-level balance over the experts really chosen: alpha 1 of DeepSeekMoE (2401.06066) and V2 (2405.04434)."""
-    device_balance: float = 0.0
-    """Device-level balance: alpha 2 of DeepSeekMoE and V2."""
-    communication_balance: float = 0.0
-    """Balance of the tokens sent to each device: alpha 3 of V2. Needs a router with groups."""
-    devices: int | None = None
-    """Groups of experts that stand for devices in the two terms above; by default the router's groups."""
-
-    def __post_init__(self):
-        check_types(self, ValueError)
-        weights = [f.name for f in fields(self) if f.name not in ("devices", "mtp_over")]
-        _within(self, 0, LARGEST, *weights)
-        if self.mtp_over not in ("targets", "tokens"):
-            raise ValueError(f"mtp_over must be targets or tokens, not {self.mtp_over!r}.")
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"devices must be at least 1, not {self.devices}.")
 
 
 @dataclass(frozen=True)
@@ -83,7 +45,7 @@ class LearningRate:
 
     def __post_init__(self):
         check_types(self, ValueError)
-        _within(self, 0, LARGEST, "peak", "warmup_steps", "decay_to")
+        within(self, 0, LARGEST, "peak", "warmup_steps", "decay_to")
         if self.decay_from is not None and not 0 <= self.decay_from < self.decay_until:
             raise ValueError(
                 f"the rate cannot fall from {self.decay_from} to {self.decay_until} tokens: decay_from must not be "
@@ -123,8 +85,8 @@ class Optimizer:
 
     def __post_init__(self):
         check_types(self, ValueError)
-        _within(self, 0, LARGEST, "eps", "weight_decay", "update_rms")
-        _within(self, 0, float("inf"), "clip")
+        within(self, 0, LARGEST, "eps", "weight_decay", "update_rms")
+        within(self, 0, float("inf"), "clip")
         for name in ("eps", "clip"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be positive: at 0 {AT_ZERO[name]}.")
@@ -192,14 +154,14 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.length < 3:
             raise ValueError(f"length must be at least 3 tokens, not {self.length}.")
-        _within(self, 0, LARGEST, "ramp_tokens", "mtp_later", "bias_speed", "init_std")
+        within(self, 0, LARGEST, "ramp_tokens", "mtp_later", "bias_speed", "init_std")
         if self.embed_std is not None:
-            _within(self, 0, LARGEST, "embed_std")
+            within(self, 0, LARGEST, "embed_std")
             if not (self.init_std and self.embed_std):
                 raise ValueError(
                     f"embed_std must be positive, and init_std not 0, not {self.embed_std} and {self.init_std}."
                 )
-        _within(self, 0, 1, "fim_rate")
+        within(self, 0, 1, "fim_rate")
         _below_one(self, "ema_decay")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")

@@ -3,7 +3,8 @@
 A number that a paper does not state is marked "not stated" and is a choice made here.
 """
 
-from deepseek_jax.train.recipe import B, LearningRate, LossWeights, Optimizer, Recipe, T
+from deepseek_jax.train.recipe import B, LearningRate, Optimizer, Recipe, T
+from deepseek_jax.train.weights import LossWeights
 
 # What the papers before V3 have in common: no multi-token prediction, no router bias, no average.
 NO_BIAS = {"bias_speed": 0.0, "bias_until": None}

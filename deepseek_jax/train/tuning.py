@@ -6,8 +6,9 @@ A number that a paper does not state is marked "not stated" and is a choice made
 import math
 from dataclasses import dataclass, replace
 
-from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
+from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
 from deepseek_jax.train.scaling import scaled
+from deepseek_jax.train.weights import LossWeights
 
 # Nominal length of a recipe whose real one follows from the data.
 NOMINAL = 10**9

@@ -96,8 +96,9 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
     from deepseek_jax.core.params import partition
     from deepseek_jax.train import optim
     from deepseek_jax.train.objective import Knobs, NextToken
-    from deepseek_jax.train.recipe import LossWeights, Optimizer
+    from deepseek_jax.train.recipe import Optimizer
     from deepseek_jax.train.step import start, train_step
+    from deepseek_jax.train.weights import LossWeights
 
     model = dsj.load_pretrained(folder, dtype=storage)
     optimizer = optim.make(Optimizer(weight_decay=DECAY, moments=storage), partition(model)[0])

@@ -6,7 +6,8 @@ import pytest
 
 import deepseek_jax as dsj
 from deepseek_jax.core import context
-from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
+from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
+from deepseek_jax.train.weights import LossWeights
 
 NAN = float("nan")
 WRONG = [

@@ -10,7 +10,7 @@ import pytest
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.train.balance_loss import balance_losses
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 # V2's shape in small: 8 experts on 4 devices, 2 a token, from at most 2 devices.
 MOE = MoE(n_experts=8, top_k=2, expert_dim=4, n_groups=4, top_groups=2)

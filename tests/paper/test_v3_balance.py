@@ -8,7 +8,7 @@ from tiny import random_model, tiny_config
 from deepseek_jax.core.params import map_variables, partition
 from deepseek_jax.model.router import expert_load, sequence_balance
 from deepseek_jax.train.balance import max_violation, router_bias, update_router_bias
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 TINY = tiny_config()
 

@@ -13,7 +13,7 @@ import deepseek_jax as dsj
 from deepseek_jax.core.params import is_trained, is_variable, map_variables
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.train.loss import count, mtp_divisors
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config(mtp_depth=2)
 T = 24

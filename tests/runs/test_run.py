@@ -34,7 +34,8 @@ from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.runs.signals import StopSignals
 from deepseek_jax.runs.trainer import Journal, Throughput, Trainer
 from deepseek_jax.train.begin import fresh
-from deepseek_jax.train.recipe import LearningRate, LossWeights, Optimizer, Recipe
+from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
+from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config()
 # Batches of 2, then of 4 rows: 6 steps, of which the last 3 take two micro-batches.

@@ -12,7 +12,7 @@ from deepseek_jax.configs.schema import MoE
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy
 from deepseek_jax.train.balance_loss import balance_losses, check_devices
-from deepseek_jax.train.recipe import LossWeights
+from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config()
 LOAD = jnp.array([[4, 0, 2, 2, 2, 2, 2, 2], [9, 1, 1, 1, 1, 1, 1, 1]], jnp.int32)

@@ -12,8 +12,9 @@ from deepseek_jax.core.params import map_variables, named, trained_layers
 from deepseek_jax.train import optim
 from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.patterns import select
-from deepseek_jax.train.recipe import LossWeights, Optimizer
+from deepseek_jax.train.recipe import Optimizer
 from deepseek_jax.train.step import start, train_step
+from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config(n_layers=4)  # layer 0 dense, 1 to 3 MoE
 MODEL = random_model(CFG)

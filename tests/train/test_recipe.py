@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from deepseek_jax.configs.zoo import zoo
-from deepseek_jax.train.recipe import B, LearningRate, LossWeights, Optimizer, Recipe, T
+from deepseek_jax.train.recipe import B, LearningRate, Optimizer, Recipe, T
 from deepseek_jax.train.recipes import RECIPES, recipe
 from deepseek_jax.train.scaling import scaled
 from deepseek_jax.train.schedule import count_steps
+from deepseek_jax.train.weights import LossWeights
 
 
 def fields(name: str, *names: str) -> list:
