@@ -195,7 +195,7 @@ def open_tokenizer(ckpt: Path, needed: str | None):
     if has_tokenizer(ckpt):
         tokenizer = load_tokenizer(ckpt)
         if needed:
-            tokenizer.check_fits(read_config(ckpt)[0].vocab_size)
+            tokenizer.check_fits(read_config(ckpt).vocab_size)
         return tokenizer
     if needed:
         raise ValueError(f"{ckpt} has no tokenizer.json, so it takes no text: give token ids with {needed}.")

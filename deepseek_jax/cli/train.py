@@ -218,7 +218,7 @@ class Train:
         if self.source is not None:
             if (why := why_no_checkpoint(self.source)) is not None:
                 raise ValueError(f"--from {why}")
-            return read_config(self.source)[0]
+            return read_config(self.source)
         try:
             return find_config(self.recipe.model)
         except ConfigError as error:

@@ -107,7 +107,7 @@ class Verify:
         if self.prompt is not None and self.tokens:
             raise ValueError("give --prompt or --tokens, not both.")
         # Both sides read the config: what it must not say is said here, before the reference meets it.
-        vocabulary = read_config(self.src)[0].vocab_size
+        vocabulary = read_config(self.src).vocab_size
         if self.tokens:
             return np.asarray([self.tokens])
         if self.prompt is not None:

@@ -8,63 +8,10 @@ from dataclasses import dataclass, replace
 
 from deepseek_jax.configs.attention import GQA, MLA, Llama3, Rope, Yarn
 from deepseek_jax.configs.checks import ConfigError, check_types, require, require_number
-from deepseek_jax.configs.layers import Dense, Layer, Stack, segmented
+from deepseek_jax.configs.layers import Dense, Layer, MoE, Stack, segmented
 from deepseek_jax.configs.numbers import LARGEST
-from deepseek_jax.notes import shown
 
 __all__ = ["GQA", "MLA", "ConfigError", "Llama3", "MoE", "ModelConfig", "Rope", "Yarn"]
-
-
-@dataclass(frozen=True)
-class MoE:
-    """DeepSeekMoE (2401.06066); by default with V3's sigmoid scores and selection-only bias (V3 §2.1.2).
-
-    ``n_groups`` and ``top_groups``: node-limited routing; 1 and 1 switch it off. ``normalize``: the chosen
-    scores are divided by their sum before ``scale``. ``score``: "sigmoid", or "softmax" over all experts (V1, V2).
-    ``group_score``: a group counts as its two best experts ("top2"), or as its best ("max": V2 §2.2.2). ``bias``:
-    whether a bias, which balances the load, is added to the scores for the choice.
-    """
-
-    n_experts: int
-    top_k: int
-    expert_dim: int
-    n_shared: int = 1
-    n_groups: int = 1
-    top_groups: int = 1
-    normalize: bool = True
-    scale: float = 1.0
-    score: str = "sigmoid"
-    group_score: str = "top2"
-    bias: bool = True
-
-    def __post_init__(self):
-        check_types(self, finite=True)
-        for name, choices in (("score", ("sigmoid", "softmax")), ("group_score", ("top2", "max"))):
-            value = getattr(self, name)
-            require(value in choices, f"MoE {name} must be one of {', '.join(choices)}, not {shown(value)}.")
-        for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
-            require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
-        require_number(self, "scale", low=-LARGEST)
-        require(self.n_shared >= 0, f"MoE n_shared must not be negative, as {self.n_shared} is.")
-        require(
-            self.n_experts % self.n_groups == 0,
-            f"n_experts={self.n_experts} does not divide into n_groups={self.n_groups} groups.",
-        )
-        require(
-            self.top_groups <= self.n_groups,
-            f"top_groups={self.top_groups} exceeds n_groups={self.n_groups}.",
-        )
-        per_group = self.n_experts // self.n_groups
-        require(
-            self.n_groups == 1 or per_group >= 2 or self.group_score == "max",
-            f"a group is scored by its two best experts, but n_groups={self.n_groups} of n_experts={self.n_experts} "
-            f"have {per_group} each.",
-        )
-        require(
-            self.top_k <= self.top_groups * per_group,
-            f"top_k={self.top_k} exceeds the {self.top_groups * per_group} experts that top_groups={self.top_groups} "
-            f"of n_groups={self.n_groups} offer, of n_experts={self.n_experts}.",
-        )
 
 
 @dataclass(frozen=True)

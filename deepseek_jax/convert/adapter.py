@@ -26,10 +26,10 @@ from deepseek_jax.version import __version__
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
-def adaptable(variable) -> bool:
+def adaptable(variable, name: str) -> bool:
     """Whether a leaf may have an adapter: linear maps, but neither the embedding, whose rows are looked up, nor a
     router, which the reference does not have as a linear module."""
-    is_map = bool(matrix_of(variable).inputs) and not is_looked_up(variable)
+    is_map = bool(matrix_of(variable, name).inputs) and not is_looked_up(variable)
     return is_map and variable.get_metadata()["axes"][-1] != "scores"
 
 
@@ -140,7 +140,7 @@ def _matrices(variable, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.nd
 def _pairs(cfg, variables: dict[tuple, Any]) -> Iterator[tuple[tuple, Pair]]:
     """Every published matrix that may have an adapter; ``variables``: the model's weights by path."""
     for tensor in layout(cfg)[0]:
-        if not tensor.copy and adaptable(variables[tensor.path]):
+        if not tensor.copy and adaptable(variables[tensor.path], tensor.name):
             yield tensor.path, Pair.of(tensor)
 
 

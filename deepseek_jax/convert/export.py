@@ -27,7 +27,7 @@ def export(source: str | Path, destination: str | Path, dtype: str | None = None
     FileExistsError for a destination that is not empty. Whole or not at all.
     """
     source = Path(source)
-    cfg, block = read_config(source)
+    cfg = read_config(source)
     quantize, dtype = ("fp8", None) if dtype == "fp8" else (None, dtype)
     if is_training(source):
         with new_folder(destination) as folder:
@@ -38,6 +38,7 @@ def export(source: str | Path, destination: str | Path, dtype: str | None = None
         raise CheckpointError(f"{source} is a converted folder: convert it back first, then to other dtypes.")
     how = Format.asked(quantize, dtype, source, cfg)
     checkpoint, (tensors, _) = how.like.checkpoint, layout(cfg)
+    block = checkpoint.block
     check_tensors(checkpoint, cfg, tensors)
 
     def held(tensor: Tensor) -> Held:

@@ -8,13 +8,14 @@ is kept beside the leaf, for saving.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.names import Tensor, widest
-from deepseek_jax.convert.safetensors import CheckpointError
+from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.core.quant import BLOCK, FP8
 from deepseek_jax.notes import shown
 
@@ -73,26 +74,25 @@ def shared(forms: Iterable[Stored]) -> Stored:
     return Stored(dtype, np.dtype(np.float32) if scales else None)
 
 
-def block_size(data: dict, cfg: ModelConfig) -> tuple[int, int]:
-    """The FP8 block of a config.json's quantization_config, 128 x 128 without one.
+def block_size(folder: Path, cfg: ModelConfig) -> tuple[int, int]:
+    """The rows and columns of a folder's FP8 blocks, by its config.json; 128 x 128 where that has none.
 
     A block beyond every tensor means one scale a tensor, as the smallest such block does, which is returned for it.
     Raises ConfigError for another format than block-wise FP8 E4M3.
     """
-    quantization = data.get("quantization_config")
+    quantization = load_json(folder / "config.json").get("quantization_config")
     if quantization is None:
         return BLOCK
+    where = f"{folder}: config.json:"
     if not isinstance(quantization, dict):
-        raise ConfigError(f"config.json: quantization_config must be an object, not {shown(quantization)}.")
+        raise ConfigError(f"{where} quantization_config must be an object, not {shown(quantization)}.")
     for field, built in (("quant_method", "fp8"), ("fmt", "e4m3")):
         value = quantization.get(field, built if field == "fmt" else None)
         if value != built:
-            raise ConfigError(
-                f"config.json: quantization_config {field} {shown(value)} is not supported, only {built!r}."
-            )
+            raise ConfigError(f"{where} quantization_config {field} {shown(value)} is not supported, only {built!r}.")
     block = quantization.get("weight_block_size", list(BLOCK))
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise ConfigError(f"config.json: weight_block_size must be two positive integers, not {shown(block)}.")
+        raise ConfigError(f"{where} weight_block_size must be two positive integers, not {shown(block)}.")
     return tuple(min(n, widest(cfg)) for n in block)
 
 

@@ -245,7 +245,7 @@ def _check_size(folder: Path, n_layers: int | None) -> None:
 
 def read_model(folder: str | Path) -> ModelConfig:
     """A folder's config, apart from its name and the tokens that begin and end a text."""
-    return replace(read_config(Path(folder))[0], name="", bos_id=None, eos_ids=())
+    return replace(read_config(Path(folder)), name="", bos_id=None, eos_ids=())
 
 
 def _mtp_rows(out: Output, seen: Observed, moe: MoE | None) -> Iterator[Row | Routing]:

@@ -24,6 +24,7 @@ import numpy as np
 from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.arrays import CHUNK_BYTES, Array
+from deepseek_jax.convert.formats import block_size
 from deepseek_jax.convert.names import Tensor, check_size, layout
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.notes import shown
@@ -100,8 +101,9 @@ class Layers:
     lacks a layer.
     """
 
-    def __init__(self, folder: str | Path, cfg: ModelConfig, block: tuple[int, int]):
-        self.folder, self.block = Path(folder), block
+    def __init__(self, folder: str | Path, cfg: ModelConfig):
+        self.folder = Path(folder)
+        self.block = block_size(self.folder, cfg)
         self.record = read_record(self.folder)
         self.entries: dict[str, LayerEntry] = {}
         check_size(cfg, {name for names in self.record["files"].values() for name in names}, self.folder)

@@ -59,20 +59,20 @@ def load_pretrained(
     not finite, and for copies of the embedding or head that differ; ConfigError for an unsupported config;
     LayoutError, before any tensor is read, where the context's layout does not divide the model.
     """
-    if cfg is None or cfg == read_config(Path(path))[0]:
+    if cfg is None or cfg == read_config(Path(path)):
         return _as_stored(Path(path), dtype, ctx or DEFAULT)
     return with_config(_as_stored(Path(path), dtype, DEFAULT), cfg, key, ctx)
 
 
 def _as_stored(folder: Path, dtype, ctx: Context) -> Transformer:
-    cfg, block = read_config(folder)
+    cfg = read_config(folder)
     if dtype is not None:
         dtype = np.dtype(dtype)
         if dtype not in FLOATS:
             raise ValueError(f"dtype {dtype} is not supported: choose float32, bfloat16 or float16, or None.")
     if is_training(folder):
         return place(load_training(folder, cfg, dtype), ctx)
-    return _load(open_checkpoint(folder, cfg, block), cfg, dtype, ctx)
+    return _load(open_checkpoint(folder, cfg), cfg, dtype, ctx)
 
 
 def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Transformer:
@@ -83,7 +83,7 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
     the model has fewer layers.
     """
     folder = Path(path)
-    cfg, block = read_config(folder)
+    cfg = read_config(folder)
     if not 1 <= n_layers <= cfg.n_layers:
         raise ValueError(f"{folder} has {cfg.n_layers} layers; its first {n_layers} cannot be taken.")
     cut = cfg.first_layers(n_layers)
@@ -92,27 +92,25 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
         layer = layer_of(name)
         return layer is None or layer < n_layers
 
-    return _load(open_checkpoint(folder, cut, block, wanted), cut, np.dtype(dtype))
+    return _load(open_checkpoint(folder, cut, wanted), cut, np.dtype(dtype))
 
 
 def open_checkpoint(
     folder: Path,
     cfg: ModelConfig,
-    block: tuple[int, int],
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> Checkpoint | Layers:
     """A published or converted folder, its tensors not yet read; ``wanted``: of a published one, the names to take."""
-    return Layers(folder, cfg, block) if (folder / RECORD).exists() else open_published(folder, cfg, block, wanted)
+    return Layers(folder, cfg) if (folder / RECORD).exists() else open_published(folder, cfg, wanted)
 
 
-def open_published(
-    folder: Path, cfg: ModelConfig, block: tuple[int, int], wanted: Callable[[str], bool] = lambda name: True
-) -> Checkpoint:
+def open_published(folder: Path, cfg: ModelConfig, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
     """A folder of safetensors files under their published names, whatever names they are stored under.
 
-    Raises CheckpointError as `Checkpoint` does, and where ``cfg`` implies far more tensors than there are.
+    Raises CheckpointError as `Checkpoint` does, and where ``cfg`` implies far more tensors than there are; ConfigError
+    as `block_size` does.
     """
-    names = stored_names(folder)
+    names, block = stored_names(folder), block_size(folder, cfg)
     prefix = find_prefix(names)
     checkpoint = Checkpoint(folder, lambda name: wanted(prefix.published(name)), block)
     if prefix != Prefix():
@@ -185,8 +183,8 @@ def _tell_mixed(checkpoint, by_leaf: dict[tuple, list[Tensor]], forms: dict[tupl
         )
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
-    """A folder's config and the rows and columns of its FP8 blocks.
+def read_config(folder: Path) -> ModelConfig:
+    """A folder's config.
 
     The tokens that end a text are those of generation_config.json, where it names any. The number of MTP layers is
     that of the files where config.json does not say it, or announces layers of which no tensor is there; a note says
@@ -201,7 +199,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[int, int]]:
         cfg = config_from_json(data, name=folder.resolve().name)
         if "eos_token_id" in stops:
             cfg = replace(cfg, eos_ids=eos_ids(stops["eos_token_id"], generation.name))
-        return cfg, block_size(data, cfg)
+        return cfg
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}") from None
 

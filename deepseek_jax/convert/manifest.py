@@ -108,9 +108,9 @@ def inspect(folder: str | Path) -> Report:
     Raises CheckpointError and ConfigError as `load_pretrained` does; tensors' values are not read.
     """
     folder = Path(folder)
-    cfg, block = read_config(folder)
+    cfg = read_config(folder)
     converted = (folder / RECORD).exists()
-    checkpoint = open_checkpoint(folder, cfg, block)
+    checkpoint = open_checkpoint(folder, cfg)
     check_tensors(checkpoint, cfg, layout(cfg)[0])
     releases = tuple(name for name in releases_of(cfg) if not name.startswith("tiny"))
     specs = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}

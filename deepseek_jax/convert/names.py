@@ -94,7 +94,7 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
             path = (*prefix, *ours.split("."))
             if path not in variables:
                 continue
-            leaf = leaves.setdefault(path, _leaf(variables[path], len(lead)))
+            leaf = leaves.setdefault(path, _leaf(variables[path], path, len(lead)))
             tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8, names))
 
     add((), names.embedding, "")
@@ -152,8 +152,8 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
         )
 
 
-def _leaf(variable, stacked: int) -> Leaf:
-    shape, form = variable.get_value().shape, matrix_of(variable)
+def _leaf(variable, path: Path, stacked: int) -> Leaf:
+    shape, form = variable.get_value().shape, matrix_of(variable, ".".join(map(str, path)))
     front, between = ([shape[a] for a in axes] for axes in (form.front, form.between))
     inputs = [math.prod(shape[a] for a in form.inputs)] if form.inputs else []
     matrix = (*shape[:stacked], *front, *inputs, *between, math.prod(shape[a] for a in form.outputs))

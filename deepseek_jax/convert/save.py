@@ -18,7 +18,7 @@ from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
 from deepseek_jax.configs.published.fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.files import Spec, copy_files, index_json, new_folder, split_files, write_json
-from deepseek_jax.convert.formats import FLOATS, Stored, block_size, has_bad, scale_shape, stored
+from deepseek_jax.convert.formats import FLOATS, Stored, has_bad, scale_shape, stored
 from deepseek_jax.convert.held import Held, forms_of, held_as, model_block, tensor_of
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.load import open_checkpoint, read_config
@@ -81,7 +81,7 @@ class Template:
     def __init__(self, folder: str | Path, cfg: ModelConfig):
         self.folder = Path(folder)
         self.config = load_json(self.folder / "config.json")
-        self.checkpoint = open_checkpoint(self.folder, cfg, block_size(self.config, cfg))
+        self.checkpoint = open_checkpoint(self.folder, cfg)
         self.entries = self.checkpoint.entries
         if isinstance(self.checkpoint, Layers):
             record = self.checkpoint.record
@@ -272,7 +272,7 @@ def _config_fields(cfg: ModelConfig, how: Format) -> dict:
 def same_model(folder: Path, cfg: ModelConfig) -> bool:
     """Whether a folder's config describes ``cfg``, its name apart."""
     try:
-        return replace(read_config(folder)[0], name=cfg.name) == cfg
+        return replace(read_config(folder), name=cfg.name) == cfg
     except ConfigError:
         return False
 

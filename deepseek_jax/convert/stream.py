@@ -46,14 +46,14 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
     """
     source, destination = Path(source), Path(destination).resolve()
     check_free(destination)
-    cfg, block = read_config(source)
+    cfg = read_config(source)
     if (source / RECORD).exists():
-        layers = Layers(source, cfg, block)
+        layers = Layers(source, cfg)
         check_tensors(layers, cfg, layout(cfg)[0])
         with _staging(layers, destination) as folder:
             _to_published(layers, folder, progress)
         return "published"
-    checkpoint = open_published(source, cfg, block)
+    checkpoint = open_published(source, cfg)
     check_tensors(checkpoint, cfg, layout(cfg)[0])
     if layers := extra_layers(checkpoint, cfg):
         raise CheckpointError(

@@ -319,12 +319,12 @@ def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
     numbers = [jnp.arange(stack.numbers.start, stack.numbers.stop, stack.numbers.step) for stack in cfg.stacks]
 
     def draw(path, variable):
-        if not matrix_of(variable).inputs:
-            return variable  # gains and biases begin as they were made
-        if path[0] != "stacks":
-            return drawn(variable, key, ".".join(map(str, path)), cfg.init_std)
         # Where a layer is kept depends on the layers beside it; what it is called must not.
-        return drawn(variable, key, ".".join(("layers", *path[2:])), cfg.init_std, numbers[path[1]])
+        stacked = path[0] == "stacks"
+        name = ".".join(("layers", *path[2:]) if stacked else map(str, path))
+        if not matrix_of(variable, name).inputs:
+            return variable  # gains and biases begin as they were made
+        return drawn(variable, key, name, cfg.init_std, numbers[path[1]] if stacked else None)
 
     return map_variables(draw, Transformer(cfg, dtype))
 

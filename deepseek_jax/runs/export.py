@@ -37,7 +37,7 @@ def _gives_all(source: Path, cfg: ModelConfig) -> bool:
     """Whether a folder has every tensor of a model of ``cfg``, which may be another config than its own."""
     if is_training(source):
         return False
-    own, _ = read_config(source)
+    own = read_config(source)
     ours, theirs = ({(t.name, t.shape) for t in layout(c)[0]} for c in (cfg, own))
     return ours <= theirs
 
@@ -45,5 +45,4 @@ def _gives_all(source: Path, cfg: ModelConfig) -> bool:
 def _has_fp8(source: Path) -> bool:
     if is_training(source):
         return False
-    cfg, block = read_config(source)
-    return any(entry.dtype == FP8 for entry in open_checkpoint(source, cfg, block).entries.values())
+    return any(entry.dtype == FP8 for entry in open_checkpoint(source, read_config(source)).entries.values())

@@ -72,7 +72,7 @@ def fine_tune(
     options, source = options or Options(), Path(source)
     chats, began = chats or ChatConfig(), time.monotonic() if began is None else began
     lora = lora if lora is not None and lora.rank else None
-    own, _ = read_config(source)
+    own = read_config(source)
     cfg = cfg or own
     check_fit(cfg, recipe, options, ctx)
     _check(recipe, data, epochs, patterns, lora, ctx)

@@ -52,4 +52,4 @@ def check_targets(model: Transformer, lora: LoRA) -> Chosen:
     """The linear maps that ``lora.targets`` match (`patterns.matches`), of a model or its shapes. Raises ValueError
     for a target without a match."""
     weights = named_variables(model)
-    return matches(model, lora.targets, {p: n for p, n in paths(model).items() if adaptable(weights[p])})
+    return matches(model, lora.targets, {p: n for p, n in paths(model).items() if adaptable(weights[p], p)})
