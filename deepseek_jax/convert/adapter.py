@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.files import new_folder, write_json
 from deepseek_jax.convert.names import Tensor, layout
-from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, Writer, load_json
+from deepseek_jax.convert.safetensors import CheckpointError, Writer, load_json
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.params import Adapter, declared, is_looked_up, is_variable, map_variables, matrix_of
 from deepseek_jax.core.quant import Quantized

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.formats import READ, SCALES, scale_shape
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.names import IGNORED, Tensor
 from deepseek_jax.convert.naming import layer_of
-from deepseek_jax.convert.safetensors import Checkpoint, CheckpointError, load_json
+from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.quant import FP8
 from deepseek_jax.notes import cut, note

@@ -32,7 +32,7 @@ def why_no_checkpoint(path: Path) -> str | None:
     if any(name.endswith(".gguf") for name in entries):
         return f"{path} holds GGUF files, llama.cpp's format, which is not read here; {GIVE}."
     if any(name.endswith(PICKLES) for name in entries) and not any(name.endswith(".safetensors") for name in entries):
-        return f"{path} holds PyTorch's pickled weights, which are not read here; {GIVE}."
+        return f"{path} holds PyTorch's pickled weights, but no config.json; {GIVE}."
     if inside := [name for name in entries if (path / name / "config.json").is_file()]:
         return f"{path} has no config.json, but folders in it have: give one of them, such as {path / inside[0]}."
     return f"{path} has no config.json; {GIVE}."
@@ -47,7 +47,7 @@ def _file(path: Path) -> str:
         whole = "the folder it lies in" if (path.parent / "config.json").is_file() else "a folder"
         return f"one file of weights; give {whole}, with config.json beside all its safetensors files: {path.parent}."
     if path.suffix in PICKLES:
-        return f"a file of PyTorch's pickled weights, which is not read here; {GIVE}."
+        return "a file of PyTorch's pickled weights; give a folder that has config.json beside pytorch_model*.bin."
     if path.name == "config.json":
         return f"a config without weights; give its folder, {path.parent}, where the safetensors files lie beside it."
     return f"a file, not a checkpoint; {GIVE}."

@@ -19,6 +19,7 @@ from deepseek_jax.configs.schema import ModelConfig, MoE
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import load_first_layers, load_pretrained, read_config
 from deepseek_jax.convert.names import layout
+from deepseek_jax.convert.pickles import weight_files
 from deepseek_jax.convert.verify import Observed, VerifyError, reference_model
 from deepseek_jax.core.params import RouterBias, combine, is_variable, map_variables, partition
 from deepseek_jax.model.outputs import Output
@@ -238,9 +239,8 @@ def _check_size(folder: Path, n_layers: int | None) -> None:
     if n_layers is not None and 1 <= n_layers <= cfg.n_layers:
         cfg = cfg.first_layers(n_layers)
     values = sum(leaf.size for leaf in jax.tree.leaves(abstract(cfg)))
-    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if values > 2 * held + SMALL:
-        raise VerifyError(f"{folder}: config.json describes {values} values; its safetensors files have {held} bytes.")
+    if values > 2 * (held := sum(file.stat().st_size for file in weight_files(folder))) + SMALL:
+        raise VerifyError(f"{folder}: config.json describes {values} values; its files of weights have {held} bytes.")
 
 
 def read_model(folder: str | Path) -> ModelConfig:

@@ -15,13 +15,15 @@ from deepseek_jax.configs.hf import config_from_json, eos_ids, reads
 from deepseek_jax.configs.published.fields import ALIASES
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.check import check_copy, check_tensors, some
+from deepseek_jax.convert.checkpoint import Checkpoint, stored_names
 from deepseek_jax.convert.folders import why_no_checkpoint
 from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, cast, check_finite, shared, stored, usual
 from deepseek_jax.convert.layers import RECORD, Layers, read_record
 from deepseek_jax.convert.names import Leaf, Tensor, check_size, layout
 from deepseek_jax.convert.naming import Prefix, find_prefix, fused_names, layer_of, published_entries
 from deepseek_jax.convert.other_config import with_config
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, load_json, stored_names
+from deepseek_jax.convert.pickles import weight_files
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError, load_json
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
 from deepseek_jax.core.axes import shardings
@@ -236,10 +238,9 @@ def tensor_names(folder: Path) -> list[str] | None:
     if (folder / RECORD).exists():
         files = None if is_training(folder) else read_record(folder)["files"]
         return None if files is None else [name for names in files.values() for name in names]
-    if not (folder / INDEX).exists() and not any(folder.glob("*.safetensors")):
+    if not (folder / INDEX).exists() and not weight_files(folder):
         return None
-    names = stored_names(folder)
-    prefix = find_prefix(names)
+    prefix = find_prefix(names := stored_names(folder))
     return [prefix.published(name) for name in names]
 
 

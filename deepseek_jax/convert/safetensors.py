@@ -8,8 +8,6 @@ mapped file that is cut short kills the process, and its pages count as the proc
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -17,8 +15,8 @@ from threading import Lock
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.notes import cut, note, shown
-from deepseek_jax.small_files import LARGE, SMALL, read_json
+from deepseek_jax.notes import cut, shown
+from deepseek_jax.small_files import SMALL, read_json
 from deepseek_jax.version import __version__
 
 DTYPES = {
@@ -45,8 +43,6 @@ LONGEST_NAME = 255  # of a file, on the systems in use
 FLUSHED = 2**28  # bytes that a file's writer leaves to the system's cache
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-MOST_NAMED = 5
 
 
 class CheckpointError(ValueError):
@@ -270,104 +266,3 @@ class Writer:
                 self.temporary.replace(self.path)
         finally:
             self._discard()
-
-
-def model_files(folder: Path) -> tuple[list[Path], bool]:
-    """A folder's safetensors files that are the model, and whether an index lists them.
-
-    A note names the other files with weights. Raises CheckpointError where there are none.
-    """
-    files, single = sorted(folder.glob("*.safetensors")), folder / SINGLE
-    listed = set(read_index(folder / INDEX).values()) if (folder / INDEX).exists() else set()
-    indexed = bool(listed) and (SINGLE in listed or not single.is_file())
-    taken = [single] if single.is_file() else [file for file in files if SHARD.fullmatch(file.name)] or files
-    if indexed:
-        taken = [file for file in files if file.name in listed]
-    elif not files:
-        bins = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"; {bins[0]} is a PyTorch file: save it as safetensors first" if bins else ""
-        raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
-    others = [file.name for file in [*files, *sorted(folder.glob("pytorch_model*.bin"))] if file not in taken]
-    if others:
-        model = taken[0].name if len(taken) == 1 else f"what {INDEX} lists" if indexed else "model-*.safetensors"
-        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
-        note(f"{folder}: {model} is the model; {', '.join(others[:MOST_NAMED])}{more} beside it: left out.")
-    return taken, indexed
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file name of an index. Raises CheckpointError for one that is damaged or leads out of its folder."""
-    found = load_json(path, LARGE).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path} has no weight_map.")
-    for name, file in found.items():
-        if not isinstance(file, str) or Path(file).name != file or len(file) > LONGEST_NAME:
-            raise CheckpointError(f"{path}: {cut(name)} is mapped to {shown(file)}, which is no file name.")
-    return found
-
-
-def stored_names(folder: Path) -> list[str]:
-    """The names of a folder's tensors: of its index where it has one, else of its files' headers.
-
-    Raises CheckpointError as `Checkpoint` does.
-    """
-    files, indexed = model_files(folder)
-    if indexed:
-        return list(read_index(folder / INDEX))
-    return [name for file in files for name in read_header(file)[0]]
-
-
-class Checkpoint:
-    """The tensors of a folder, as they are named in its files.
-
-    The files are those that transformers takes: ``model.safetensors``, else what ``model.safetensors.index.json``
-    lists. Without either, the files ``model-00001-of-0000N.safetensors``, else all
-    ``*.safetensors``. A note names other files with weights.
-
-    ``entries``: name -> `Entry`, of those names that ``wanted`` accepts; with an index, only their files have to
-    be there. Raises CheckpointError if the folder has no such file, if the index and the files disagree, or if two
-    files hold a tensor of one name. ``block``: the rows and columns of its FP8 blocks.
-    """
-
-    def __init__(self, folder: str | Path, wanted: Callable[[str], bool] = lambda name: True, block=None):
-        self.folder, self.wanted, self.block = Path(folder), wanted, block
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder.")
-        files, self.indexed = model_files(self.folder)
-        self.map = self._indexed() if self.indexed else {}
-        self.entries: dict[str, Entry] = {}
-        for file in sorted({self.folder / file for file in self.map.values()}) if self.indexed else files:
-            for name, entry in read_header(file)[0].items():
-                if name in self.entries:
-                    raise CheckpointError(f"{name} stands in both {self.entries[name].file} and {file}.")
-                if wanted(name):
-                    self.entries[name] = entry
-        if self.indexed:
-            self._check_index()
-
-    def _indexed(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        found = {name: file for name, file in read_index(path).items() if self.wanted(name)}
-        for name, file in found.items():
-            name = cut(name)
-            if not (self.folder / file).is_file():
-                raise CheckpointError(f"{self.folder / file} does not exist, but {path} has {name} in it.")
-        return found
-
-    def _check_index(self) -> None:
-        path = self.folder / INDEX
-        for name, file in self.map.items():
-            if name not in self.entries:
-                raise CheckpointError(f"{self.folder / file} lacks {cut(name)}, which {path} has in it.")
-            if self.entries[name].file.name != file:
-                name = cut(name)
-                raise CheckpointError(f"{path} has {name} in {file}, but it stands in {self.entries[name].file}.")
-        for name, entry in self.entries.items():
-            if name not in self.map:
-                raise CheckpointError(f"{entry.file} holds {cut(name)}, which {path} does not list.")
-
-    def read(self, name: str) -> np.ndarray:
-        return self.entries[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)

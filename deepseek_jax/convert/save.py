@@ -23,6 +23,7 @@ from deepseek_jax.convert.held import Held, forms_of, held_as, model_block, tens
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.load import open_checkpoint, read_config
 from deepseek_jax.convert.names import Tensor, layout
+from deepseek_jax.convert.pickles import safetensors_name
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer, load_json
 from deepseek_jax.core.params import Adapter, map_variables, variables
 from deepseek_jax.core.quant import FP8, dequantize_matrix, quantize_matrix
@@ -89,7 +90,7 @@ class Template:
             self.file_of = {name: file for file, names in record["files"].items() for name in names}
         else:
             self.indexed = self.checkpoint.indexed
-            self.file_of = {name: entry.file.name for name, entry in self.entries.items()}
+            self.file_of = {name: safetensors_name(e.file.name) for name, e in self.entries.items()}
         self.powers_of_two = (self.config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
         tensors, _ = layout(cfg)
         for tensor in tensors:

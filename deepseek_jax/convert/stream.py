@@ -20,12 +20,14 @@ import numpy as np
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
 from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.files import check_free, copy_files, index_json, write_json
 from deepseek_jax.convert.formats import check_finite, stored, usual
 from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
 from deepseek_jax.convert.load import open_published, read_config
 from deepseek_jax.convert.names import IGNORED, Tensor, layout
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
+from deepseek_jax.convert.pickles import safetensors_name
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer
 from deepseek_jax.notes import note
 from deepseek_jax.version import __version__
 
@@ -160,14 +162,14 @@ def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, progress: Progress) ->
     files: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
         if name in kept:
-            files.setdefault(entry.file.name, []).append(name)
+            files.setdefault(safetensors_name(entry.file.name), []).append(name)
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
     copy_files(checkpoint.folder, folder)
     record = {
         "format": FORMAT,
         "format_version": APART_VERSION if apart else FORMAT_VERSION,
         "deepseek_jax_version": __version__,
-        "indexed": checkpoint.indexed,
+        "indexed": checkpoint.indexed or len(files) > 1,
         "files": files,
         **({"apart": apart} if apart else {}),
     }

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.convert.names import IGNORED
+from deepseek_jax.convert.pickles import Pickled, load_pickle, weight_files
 from deepseek_jax.convert.references import EXTRA, VerifyError, build_modules
 from deepseek_jax.notes import cut
 from deepseek_jax.small_files import LARGE, read_json
@@ -137,6 +138,8 @@ class Reference:
 
     @contextmanager
     def _watch(self, seen: Observed, batch: int, routing):
+        import torch
+
         handles = []
 
         def keep(name, pick=lambda output: output):
@@ -151,7 +154,7 @@ class Reference:
                 biased = scores if bias is None else scores + bias
                 biased_to.append(biased.detach().unflatten(0, (batch, -1)))
                 if replay is not None:
-                    index = replay.flatten(0, 1)
+                    index = replay.long().flatten(0, 1)
                     weights = scores.gather(1, index)
                     if bias is not None and module.norm_topk_prob:
                         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -167,7 +170,7 @@ class Reference:
             handles.append(layer.mlp.register_forward_hook(keep("ffn")))
             handles.append(layer.register_forward_hook(keep("block")))
             if hasattr(layer.mlp, "gate"):
-                replay = None if routing is None else _long(routing[moe])
+                replay = None if routing is None else torch.tensor(np.asarray(routing[moe]))
                 handles.append(layer.mlp.gate.register_forward_hook(route(seen.index, seen.biased, replay)))
                 moe += 1
         for layer in self.mtp:
@@ -179,12 +182,6 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _long(array):
-    import torch
-
-    return torch.tensor(np.asarray(array), dtype=torch.long)
 
 
 # --- Reading a folder with PyTorch ----------------------------------------------------------------------
@@ -269,8 +266,8 @@ def _with_stored_mtp(config: dict, held: dict) -> dict:
 
 
 def find_tensors(path: Path, n_layers: int | None = None) -> dict[str, tuple[str, Any]]:
-    """Tensor -> its file's name and the file, opened by safetensors: of model.safetensors, else of the index's files,
-    else of all. ``n_layers``: layers from this one on are left out."""
+    """Tensor -> its file's name and the file, opened by its library: of model.safetensors, else of the index's files,
+    else of all, else of PyTorch's own. ``n_layers``: layers from this one on are left out."""
 
     def wanted(name: str) -> bool:
         layer = LAYER.match(name)
@@ -287,7 +284,7 @@ def find_tensors(path: Path, n_layers: int | None = None) -> dict[str, tuple[str
             if name not in opened[file].keys():  # noqa: SIM118
                 raise VerifyError(f"{path / file} lacks {name}, which {index} has in it.")
     else:
-        shards = sorted(path.glob("model-*-of-*.safetensors")) or sorted(path.glob("*.safetensors"))
+        shards = sorted(path.glob("model-*-of-*.safetensors")) or weight_files(path)
         opened = {file.name: _open(file) for file in ([single] if single.exists() else shards)}
         files = {name: file for file, f in opened.items() for name in f.keys() if wanted(name)}  # noqa: SIM118
     if not files:
@@ -336,6 +333,8 @@ def _open(file: Path):
         raise VerifyError(f"{EXTRA} ({error})") from None
     if not file.is_file():
         raise VerifyError(f"{file} does not exist.")
+    if file.suffix == ".bin":
+        return Pickled(load_pickle(file))
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:

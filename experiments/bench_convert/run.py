@@ -33,10 +33,11 @@ from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.files import index_json, split_files, write_json
 from deepseek_jax.convert.manifest import of_release
 from deepseek_jax.convert.names import layout
-from deepseek_jax.convert.safetensors import DTYPES, Checkpoint, Writer
+from deepseek_jax.convert.safetensors import DTYPES, Writer
 
 HERE = Path(__file__).parent
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import random_model, tiny_config
 
-from deepseek_jax.convert.safetensors import Checkpoint, Writer
+from deepseek_jax.convert.checkpoint import Checkpoint
+from deepseek_jax.convert.safetensors import Writer
 
 # Every FP8 matrix of this model has blocks at its edges: 160 and 144 rows, 136 columns.
 EDGES = tiny_config(dim=136, ffn_dim=160, vocab_size=144)

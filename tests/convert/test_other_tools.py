@@ -17,9 +17,10 @@ from tiny import random_model
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.schema import ConfigError
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import load_first_layers, read_config
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, read_header
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError, read_header
 from deepseek_jax.convert.stream import convert
 from deepseek_jax.core.params import is_variable
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix

@@ -18,8 +18,9 @@ import deepseek_jax as dsj
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert import files as files_module
 from deepseek_jax.convert import save as save_module
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.names import layout
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError, Writer
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer
 from deepseek_jax.core.params import RouterBias, is_variable
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
 from deepseek_jax.text.tokenizer import Tokenizer

@@ -30,9 +30,10 @@ from deepseek_jax.convert import arrays as arrays_module
 from deepseek_jax.convert import files as files_module
 from deepseek_jax.convert import stream as stream_module
 from deepseek_jax.convert.arrays import Array, chunk_shape
+from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.layers import RECORD, read_record
 from deepseek_jax.convert.manifest import CONFIRMED, inspect, of_release, releases_of
-from deepseek_jax.convert.safetensors import INDEX, Checkpoint, CheckpointError
+from deepseek_jax.convert.safetensors import INDEX, CheckpointError
 from deepseek_jax.convert.stream import convert
 from deepseek_jax.notes import CheckpointWarning
 

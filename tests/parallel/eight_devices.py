@@ -22,7 +22,8 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
-from deepseek_jax.convert.safetensors import Checkpoint, Writer
+from deepseek_jax.convert.checkpoint import Checkpoint
+from deepseek_jax.convert.safetensors import Writer
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named, partition
