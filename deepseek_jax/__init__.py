@@ -13,8 +13,8 @@ _HOME = {
     "zoo": "deepseek_jax.configs.zoo",
     "Context": "deepseek_jax.parallel.context",
     "init": "deepseek_jax.model.transformer",
-    "partition": "deepseek_jax.core.params",
-    "combine": "deepseek_jax.core.params",
+    "partition": "deepseek_jax.core.partition",
+    "combine": "deepseek_jax.core.partition",
     "load_pretrained": "deepseek_jax.convert.load",
     "save_pretrained": "deepseek_jax.convert.save",
     "loss": "deepseek_jax.train.loss",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from deepseek_jax.configs.zoo import zoo  # noqa: F401
     from deepseek_jax.convert.load import load_pretrained  # noqa: F401
     from deepseek_jax.convert.save import save_pretrained  # noqa: F401
-    from deepseek_jax.core.params import combine, partition  # noqa: F401
+    from deepseek_jax.core.partition import combine, partition  # noqa: F401
     from deepseek_jax.generation.engine import generate  # noqa: F401
     from deepseek_jax.model.transformer import init  # noqa: F401
     from deepseek_jax.parallel.context import Context  # noqa: F401

@@ -21,7 +21,8 @@ from deepseek_jax.convert.load import load_first_layers, load_pretrained, read_c
 from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.pickles import weight_files
 from deepseek_jax.convert.verify import Observed, VerifyError, reference_model
-from deepseek_jax.core.params import RouterBias, combine, is_variable, map_variables, partition
+from deepseek_jax.core.params import RouterBias, is_variable, map_variables
+from deepseek_jax.core.partition import combine, partition
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.small_files import SMALL
@@ -197,8 +198,7 @@ def ladder(
     _check_size(Path(against), n_layers)
     reference = reference_model(against, n_layers)
     vocabulary, longest = reference.main.config.vocab_size, reference.main.config.max_position_embeddings
-    tokens = np.asarray(tokens)
-    T = tokens.shape[1]
+    tokens, T = np.asarray(tokens), np.shape(tokens)[1]
     if T < 4 or steps < 1:
         raise ValueError(f"{T} tokens and {steps} decoding steps: give at least 4 tokens and 1 step.")
     if max(T, T // 2 + steps) > longest:

@@ -15,7 +15,8 @@ from deepseek_jax.convert.adapter import load_adapter, merge, save_adapter
 from deepseek_jax.convert.load import load_pretrained, read_config
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.lowrank import dense
-from deepseek_jax.core.params import Trained, map_variables
+from deepseek_jax.core.params import map_variables
+from deepseek_jax.core.partition import Trained
 from deepseek_jax.data.chat_rows import ChatConfig, ChatData, load_chats
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import Data, load_data

@@ -14,7 +14,8 @@ from deepseek_jax.analysis.peaks import peak_of, training_flops
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import Trained, named
+from deepseek_jax.core.params import named
+from deepseek_jax.core.partition import Trained
 from deepseek_jax.data.batches import Batches
 from deepseek_jax.data.chat_rows import ChatData
 from deepseek_jax.data.pipeline import Data

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.params import RouterBias, Trained, map_variables
+from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.partition import Trained
 
 
 def update_router_bias(

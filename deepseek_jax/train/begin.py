@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import Trained, has_adapters, map_variables, partition
+from deepseek_jax.core.params import has_adapters, map_variables
+from deepseek_jax.core.partition import Trained, partition
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.parallel.placement import settle
 from deepseek_jax.train import optim
@@ -76,7 +77,7 @@ def begin(
 ) -> tuple[State, Callable[[State, dict, Knobs], tuple[State, dict]]]:
     """The state before the first step, and the `compiled` step.
 
-    ``trained``: which parameters are trained (`core.params.partition`); by default all. ``objective``: as `prepared`
+    ``trained``: which parameters are trained (`core.partition.partition`); by default all. ``objective``: as `prepared`
     takes it.
     """
     optimizer, step = prepared(model, recipe, ctx, trained, objective)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.params import named, trained_layers
+from deepseek_jax.core.params import named
+from deepseek_jax.core.partition import trained_layers
 from deepseek_jax.model.transformer import Transformer
 
 # Accelerators, and XLA on the CPU, take smaller magnitudes for 0.
@@ -38,7 +39,7 @@ def parts(tree, model: Transformer, layers: dict[str, tuple[int, ...]] | None = 
     """Of each floating-point array in a tree of parameters by name, such as an optimizer's state: the names of its
     parts, the array, and the axes within a part.
 
-    ``layers``: of stacked parameters of which single layers are there, which ones (`core.params.trained_layers`).
+    ``layers``: of stacked parameters of which single layers are there, which ones (`core.partition.trained_layers`).
     """
     numbers = [stack.numbers for stack in model.cfg.stacks]
     for path, a in jax.tree_util.tree_leaves_with_path(tree):

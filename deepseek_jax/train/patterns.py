@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 from flax import nnx
 
-from deepseek_jax.core.params import RouterBias, Trained, map_variables, stacked_layers
+from deepseek_jax.core.params import RouterBias, map_variables, stacked_layers
+from deepseek_jax.core.partition import Trained
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.transformer import Transformer
 

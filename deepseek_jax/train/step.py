@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import Trained, combine, named, partition, renamed, trained_layers
+from deepseek_jax.core.params import named, renamed
+from deepseek_jax.core.partition import Trained, combine, partition, trained_layers
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy, update_router_bias
 from deepseek_jax.train.loss import check_entries
@@ -54,7 +55,7 @@ def start(
     model: Transformer, optimizer: optax.GradientTransformation, average: bool = False, trained: Trained | None = None
 ) -> State:
     """The state before the first step; ``average``: keep a moving average of the parameters; ``trained``: which of
-    them are trained, as `core.params.partition` takes it."""
+    them are trained, as `core.partition.partition` takes it."""
     params, rest = partition(model, trained)
     values = named(params)
     ema = {name: jnp.array(v, jnp.float32) for name, v in values.items()} if average else None

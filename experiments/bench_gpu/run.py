@@ -93,7 +93,7 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
     import numpy as np
 
     import deepseek_jax as dsj
-    from deepseek_jax.core.params import partition
+    from deepseek_jax.core.partition import partition
     from deepseek_jax.train import optim
     from deepseek_jax.train.objective import Knobs, NextToken
     from deepseek_jax.train.recipe import Optimizer

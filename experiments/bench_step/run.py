@@ -27,7 +27,8 @@ import deepseek_jax as dsj
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.core.params import named, partition, unstack
+from deepseek_jax.core.params import named, unstack
+from deepseek_jax.core.partition import partition
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.train import optim
 from deepseek_jax.train.loss import cross_entropy

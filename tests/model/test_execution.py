@@ -13,7 +13,8 @@ from tiny import random_model, random_tokens
 
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import combine, is_trained, is_variable, map_variables, partition
+from deepseek_jax.core.params import is_trained, is_variable, map_variables
+from deepseek_jax.core.partition import combine, partition
 from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.model.transformer import abstract, init
 

@@ -14,7 +14,8 @@ from test_parity import CONFIGS, TINY
 from tiny import random_model, random_tokens
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import combine, named, partition
+from deepseek_jax.core.params import named
+from deepseek_jax.core.partition import combine, partition
 from deepseek_jax.model.transformer import abstract
 
 CASES = [name for name, (cfg, _) in CONFIGS.items() if cfg.moe]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import random_model, tiny_config
 
-from deepseek_jax.core.params import map_variables, partition
+from deepseek_jax.core.params import map_variables
+from deepseek_jax.core.partition import partition
 from deepseek_jax.model.router import expert_load, sequence_balance
 from deepseek_jax.train.balance import max_violation, router_bias, update_router_bias
 from deepseek_jax.train.weights import LossWeights

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from deepseek_jax.core.params import named, partition
+from deepseek_jax.core.params import named
+from deepseek_jax.core.partition import partition
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.train.optim import make
 from deepseek_jax.train.recipe import B, Recipe, T

@@ -26,7 +26,8 @@ from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import Writer
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import parts
-from deepseek_jax.core.params import RouterBias, map_variables, named, partition
+from deepseek_jax.core.params import RouterBias, map_variables, named
+from deepseek_jax.core.partition import partition
 from deepseek_jax.core.quant import dequantize_matrix
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score

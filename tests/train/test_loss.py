@@ -13,7 +13,8 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.lowrank import LowRank, dense
-from deepseek_jax.core.params import combine, named, partition
+from deepseek_jax.core.params import named
+from deepseek_jax.core.partition import combine, partition
 from deepseek_jax.train.loss import _nats, check_entries, cross_entropy
 
 CFG = tiny_config(mtp_depth=2)

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.configs.zoo import zoo
-from deepseek_jax.core.params import decays, gain, named, named_variables, param, partition
+from deepseek_jax.core.params import decays, gain, named, named_variables, param
+from deepseek_jax.core.partition import partition
 from deepseek_jax.model.transformer import abstract
 from deepseek_jax.train.muon import matrices
 from deepseek_jax.train.optim import make, muon_matrix

@@ -8,7 +8,8 @@ import pytest
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
-from deepseek_jax.core.params import map_variables, named, trained_layers
+from deepseek_jax.core.params import map_variables, named
+from deepseek_jax.core.partition import trained_layers
 from deepseek_jax.train import optim
 from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.patterns import select

@@ -13,7 +13,8 @@ from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.params import named, partition, renamed
+from deepseek_jax.core.params import named, renamed
+from deepseek_jax.core.partition import partition
 from deepseek_jax.runs.guards import fault
 from deepseek_jax.train import optim
 from deepseek_jax.train.norms import fault_names, first_fault, gradient_norms, parts
