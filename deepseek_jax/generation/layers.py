@@ -22,7 +22,7 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     if ctx.mesh is not None:
         return model
     device = next(iter(jax.tree.leaves(model)[0].devices()))
-    if device.platform != "cpu" or all(map(_prepared, model.stacks)):
+    if device.platform != "cpu" or _is_prepared(model):
         return model
     leaves, structure = jax.tree.flatten(model)
     result = jax.tree.unflatten(structure, leaves)
@@ -37,9 +37,11 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     return result
 
 
-def _prepared(stack) -> bool:
-    single = stack.attn_norm.weight.get_value().shape[0] == 1
-    return single and (not isinstance(stack.attn, MLA) or stack.attn.absorbed is not None)
+def _is_prepared(model: Transformer) -> bool:
+    attention = [stack.attn for stack in model.stacks]
+    return len(attention) == model.cfg.n_layers and not any(
+        isinstance(a, MLA) and a.absorbed is None for a in attention
+    )
 
 
 @partial(jax.jit, static_argnames="dtype")
