@@ -243,6 +243,13 @@ def ledger() -> str:
             f"{last['trigram_bits_per_byte']:.3f} after {last['minutes']:.1f} (aim: {train['aim_minutes']}); one seed",
         ),
     }
+    support = results("bench_support")
+    worst = max(errors["logits"] for errors in support["measured"].values())
+    found["bench_support"] = (
+        f"errors of {len(support['measured'])} architectures against the reference, by their tests; a step of each "
+        "compiled at full size",
+        f"logits within {worst:.0e} of the largest; README has the table",
+    )
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
     gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
     lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
@@ -252,7 +259,18 @@ def ledger() -> str:
     return rows("| stem | what is measured | outcome | commit, date, machine |", lines)
 
 
+def support() -> str:
+    """A row an architecture: what is byte-equal, the largest relative error of each kind, a compiled step's memory."""
+    record = results("bench_support")
+    v3 = results("compile_671b")["configurations"]["train-r4"]
+    record["compiled"]["tiny-v3"] = {"release": "deepseek-v3", "topology": "v5p:8x8x8", "bytes": v3["memory"]["total"]}
+    header = "| release | load, export | logits | routing | gradients | decode | MTP | mesh | compiled, GB a chip |"
+    at = ", ".join(sorted({f"{commit}" for commit in record["at"].values()}))
+    return f"{rows(header, _run('bench_support').table(record))}\n\nMeasured at commit {at}, {record['date']}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "support": support,
     "speed": speed,
     "speed-parts": speed_parts,
     "conversion": conversion,

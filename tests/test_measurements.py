@@ -10,7 +10,16 @@ import pytest
 
 from deepseek_jax.analysis.provenance import commit, provenance
 
-STEMS = ("bench_convert", "bench_cpu", "bench_data", "bench_reading", "bench_step", "bench_train", "compile_671b")
+STEMS = (
+    "bench_convert",
+    "bench_cpu",
+    "bench_data",
+    "bench_reading",
+    "bench_step",
+    "bench_support",
+    "bench_train",
+    "compile_671b",
+)
 # Tested by itself, without a GPU and with one.
 ELSEWHERE = {"bench_gpu"}
 

@@ -132,7 +132,7 @@ def _flops(c: Counts) -> Table:
         ("training", "6 N + causal attention", c.flops_per_token),
         ("training, MTP too", "the same for the MTP modules", c.flops_per_token + c.flops_per_token_mtp),
         ("prefill", "a third of training", c.forward_flops_per_token),
-        ("decode", "2 N + absorbed attention over the cache", c.decode_flops_per_token),
+        ("decode", "2 N + attention over the cache (MLA: absorbed)", c.decode_flops_per_token),
     ):
         if name != "training, MTP too" or c.flops_per_token_mtp:
             table.add_row(name, formula, _giga(value))

@@ -17,8 +17,8 @@ from deepseek_jax.model.experts import grouped_matmul, grouped_outer
 
 # Relative Frobenius errors, float32.
 BOUND = 2e-5
-# Heads, heads of keys, key and value dim: as the expanded form has them, and as the absorbed one.
-HEADS = {"expanded": (2, 2, 24, 16), "absorbed": (3, 1, 40, 32)}
+# Heads, heads of keys, key and value dim: as MLA's expanded form has them, as its absorbed one, and grouped queries.
+HEADS = {"expanded": (2, 2, 24, 16), "absorbed": (3, 1, 40, 32), "grouped": (4, 2, 16, 16)}
 
 
 @pytest.fixture
@@ -70,6 +70,8 @@ def tensors(heads: str, segment, dtype=jnp.float32):
     [
         ("expanded", "none"),
         ("absorbed", "offload"),
+        ("grouped", "none"),
+        pytest.param("grouped", "offload", marks=pytest.mark.slow),
         pytest.param("expanded", "offload", marks=pytest.mark.slow),
         pytest.param("absorbed", "none", marks=pytest.mark.slow),
     ],

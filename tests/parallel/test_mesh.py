@@ -50,7 +50,6 @@ DEFAULT = [
     f"snapshot|{SNAPSHOT}",
 ]
 SLOW = [
-    *(f"other|{case}" for case in OTHER_SLOWLY),
     *(f"{what}|{axis}" for axis in FORWARD_SLOWLY for what in ("forward", "generated")),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
     *(f"text|{case}" for case in WRITTEN_SLOWLY),
@@ -85,6 +84,12 @@ def default(tmp_path_factory):
 @pytest.fixture(scope="session")
 def slow(tmp_path_factory):
     return run(SLOW, tmp_path_factory.mktemp("eight"))
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory):
+    """In a process of their own: the programs of all would take more memory maps than a process may have."""
+    return run([f"other|{case}" for case in OTHER_SLOWLY], tmp_path_factory.mktemp("eight"))
 
 
 def check_steps(found: dict, bound: float) -> None:
@@ -158,8 +163,8 @@ def test_grouped_queries_on_a_mesh(default):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OTHER_SLOWLY)
-def test_other_architectures_on_meshes(slow, case):
-    check_other(slow, case)
+def test_other_architectures_on_meshes(others, case):
+    check_other(others, case)
 
 
 def check_text(found: dict) -> None:

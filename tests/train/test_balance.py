@@ -5,10 +5,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES
 from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.configs.schema import MoE
+from deepseek_jax.core.params import variables
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.train.balance import max_violation, router_bias, routing_entropy
 from deepseek_jax.train.balance_loss import balance_losses, check_devices
@@ -62,6 +64,15 @@ def test_a_load_for_other_layers_is_refused():
         dsj.update_router_bias(rest, LOAD[:1], None, 0.001)
     with pytest.raises(ValueError, match=r"mtp_load must have shape \(1, 8\)"):
         dsj.update_router_bias(rest, LOAD, LOAD, 0.001)
+
+
+def test_a_model_without_router_biases_stays_as_it_is():
+    cfg = ARCHITECTURES["v2"]
+    _, rest = dsj.partition(random_model(cfg))
+    # All is trained: there is nothing else that could move.
+    assert variables(dsj.update_router_bias(rest, LOAD, None, 0.001)) == variables(rest) == []
+    with pytest.raises(ValueError, match=r"load must have shape \(2, 8\)"):
+        dsj.update_router_bias(rest, LOAD[:1], None, 0.001)
 
 
 def test_biases_of_all_layers_stand_below_each_other():
