@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepseek_jax.analysis.counts import Counts
+from deepseek_jax.analysis.counts import BF16_BYTES, Counts
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 
@@ -112,7 +112,30 @@ _KIMI_K2 = (
     Claim("activated", "32B", "the release's page", _activated),
 )
 
+_V2_PAPER, _V1_PAPER = "2405.04434", "2401.06066 §5.1.2"
+_V2 = (
+    Claim("parameters", "236B", _V2_PAPER, lambda c: _billions(c.total)),
+    Claim("activated", "21B", _V2_PAPER, _activated),
+    Claim(
+        "cache a token, numbers", "34.6K", f"{_V2_PAPER} table 9", lambda c: f"{c.kv_bytes_per_token // BF16_BYTES:,}"
+    ),
+    Claim("training a token", "155 GFLOPs", f"{_INSIGHTS} table 2", lambda c: f"{c.flops_per_token / 1e9:.2f} GFLOPs"),
+)
+_V2_LITE = (
+    Claim("parameters", "15.7B", f"{_V2_PAPER} appendix B", lambda c: _billions(c.total)),
+    Claim("activated", "2.4B", f"{_V2_PAPER} appendix B", _activated),
+)
+_MOE_16B = (
+    Claim("parameters", "16.4B", _V1_PAPER, lambda c: _billions(c.total)),
+    Claim("activated", "2.8B", _V1_PAPER, _activated),
+)
+
 CLAIMS = {
+    "deepseek-moe-16b": _MOE_16B,
+    "deepseek-v2-lite": _V2_LITE,
+    "deepseek-v2": _V2,
+    "deepseek-v2.5": _V2[:2],
+    "deepseek-coder-v2": _V2[:2],
     "deepseek-v3": _V3,
     "deepseek-r1": _V3[:4],
     "deepseek-v3.1": _V3[:4],

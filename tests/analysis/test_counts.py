@@ -214,6 +214,13 @@ def test_claims_beside_our_figures():
     assert ours["deepseek-v3", "cache a token"] == "70.272 KB"
     assert ours["deepseek-v3", "training a token"] == "250.46 GFLOPs"
     assert ours["moonlight-16b", "without embeddings"] == "15.29B"
+    assert ours["deepseek-v2", "parameters"] == "235.74B"
+    assert ours["deepseek-v2", "activated"] == "20.85B to 21.38B"
+    assert ours["deepseek-v2", "cache a token, numbers"] == "34,560"
+    assert ours["deepseek-v2", "training a token"] == "155.31 GFLOPs"
+    assert ours["deepseek-v2-lite", "activated"] == "2.45B to 2.66B"
+    assert ours["deepseek-moe-16b", "parameters"] == "16.38B"
+    assert ours["deepseek-moe-16b", "activated"] == "2.62B to 2.83B"
     assert ours["moonlight-16b", "the same, activated"] == "2.24B"
 
 
