@@ -186,16 +186,16 @@ def config(rng, base: Path, folder: Path) -> None:
 def _as_transformers(cfg, data: dict) -> None:
     from transformers import DeepseekV3Config
 
-    from deepseek_jax.configs.published.fields import ATTENTION, MODEL, MOE, YARN
+    from deepseek_jax.configs.published.fields import MLA, MODEL, MOE, YARN
 
     left_out = ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype")
     try:
         theirs = DeepseekV3Config(**{k: v for k, v in data.items() if k not in left_out})
     except Exception:  # what transformers does not take has no meaning to compare with
         return
-    for owner, names in ((cfg, MODEL), (cfg.attention, ATTENTION), (cfg.moe, MOE)):
+    for owner, names in ((cfg, MODEL), (cfg.attention, MLA), (cfg.moe, MOE)):
         for ours, name in names.items():
-            if owner is not None and ours not in ("model_type", "eos_ids", "mtp_depth", "n_dense_layers"):
+            if owner is not None and ours not in ("model_type", "eos_ids", "score", "group_score"):
                 same(getattr(owner, ours) or 0, getattr(theirs, name) or 0, name)
     rope = theirs.rope_parameters
     same(cfg.attention.rope.theta, rope["rope_theta"], "rope_theta")

@@ -154,6 +154,8 @@ def _fit(
         if work.told is not None:
             journal.say(work.told)
         journal.say(f"recipe {json.dumps(asdict(recipe))}")
+        if recipe.bias_speed and cfg.moe is not None and not cfg.moe.bias:
+            journal.say("the routers have no bias that bias_speed could move: the balance losses alone spread the load")
         for message in damaged:
             journal.event("damaged", message, progress)
         if resumed:

@@ -43,6 +43,7 @@ def test_it_learns_from_scratch_and_with_adapters(name, text, tmp_path, capsys):
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
     # A router without a bias has none in the metrics, and is balanced by the losses.
     assert ("load" in steps[-1], "bias" in steps[-1]) == (cfg.moe is not None, False)
+    assert ("no bias that bias_speed could move" in (tmp_path / "a/train.log").read_text()) == (cfg.moe is not None)
 
     checkpoint = str(tmp_path / "a/checkpoint")
     model = dsj.load_pretrained(checkpoint, dtype=None)
