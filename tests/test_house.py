@@ -24,6 +24,7 @@ TEXTS = sorted(
 NOTES = {path.stem for path in (ROOT / "paper_notes").glob("*.md")} - {"README"}
 PAPER_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "paper").glob("test_*.py")}
 EXPERIMENTS = {path.parent.name for path in (ROOT / "experiments").glob("*/run.py")}
+FEW = 4  # files of a folder that need no README
 MEASUREMENTS = ("bench_", "compile_")
 SUFFIXES = (".py", ".md", ".toml", ".json", ".cff", ".png", ".safetensors", ".npz", ".log")
 
@@ -83,6 +84,21 @@ def test_written_paths_exist(path):
     links = re.findall(r"\]\(([^)#\s]+)", text)
     dead += [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert sorted(dead) == []
+
+
+def test_a_folder_of_more_than_a_few_files_says_how_to_read_it():
+    """And the files that it names are there."""
+    wrong = {}
+    for folder in sorted(path for path in (ROOT / "deepseek_jax").iterdir() if path.is_dir()):
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        readme = folder / "README.md"
+        if not readme.exists():
+            wrong |= {folder.name: "has no README.md"} if len(files) > FEW else {}
+            continue
+        named = set(re.findall(r"`(\w+\.py)`", readme.read_text(encoding="utf-8")))
+        if named - files or (len(files) > FEW and not named):
+            wrong[folder.name] = sorted(named - files) or "names no file"
+    assert wrong == {}
 
 
 def test_the_readme_is_short():
