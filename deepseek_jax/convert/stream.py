@@ -160,6 +160,7 @@ def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, progress: Progress) ->
     kept = {name for arrays in units.values() for members in arrays.values() for name in members.values()}
     kept |= {tensor.name for tensor in tensors}
     files: dict[str, list[str]] = {}
+    pickled = any(entry.file.suffix == ".bin" for entry in checkpoint.entries.values())
     for name, entry in checkpoint.entries.items():
         if name in kept:
             files.setdefault(safetensors_name(entry.file.name), []).append(name)
@@ -169,7 +170,8 @@ def _to_layers(checkpoint: Checkpoint, folder: Path, cfg, progress: Progress) ->
         "format": FORMAT,
         "format_version": APART_VERSION if apart else FORMAT_VERSION,
         "deepseek_jax_version": __version__,
-        "indexed": checkpoint.indexed or len(files) > 1,
+        # Pickled files have an index of their own kind, or need none.
+        "indexed": checkpoint.indexed or (pickled and len(files) > 1),
         "files": files,
         **({"apart": apart} if apart else {}),
     }

@@ -37,7 +37,6 @@ TESTS = {
     ),
     "mesh": (
         f"{MESH}three_steps_on_one_axis",
-        f"{MESH}grouped_queries_on_a_mesh",
         f"{MESH}other_architectures_on_meshes",
     ),
 }

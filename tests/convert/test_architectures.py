@@ -55,7 +55,10 @@ def test_there_and_back(name, tmp_path):
     measured(name, "export", 0)
 
 
-@pytest.mark.parametrize("name", ["distill-qwen", "distill-llama", "deepseek-moe", "v2"])
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("distill-llama", "deepseek-moe")]
+
+
+@pytest.mark.parametrize("name", ["distill-qwen", "v2", *SLOWLY])
 def test_a_folder_is_verified_against_its_own_reference(name, tmp_path):
     dsj.save_pretrained(model_of(name), tmp_path / "a")
     tokens = np.random.default_rng(0).integers(0, 256, (1, 24))

@@ -25,9 +25,9 @@ HERE = Path(__file__).parent
 FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
 WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
-# Other architectures, on every axis once: grouped queries; then experts without a router bias, behind GQA and MLA.
-OTHER = "data=2,tensor=2,context=2|distill-qwen"
-OTHER_SLOWLY = (
+# Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA.
+OTHERS = (
+    "data=2,tensor=2,context=2|distill-qwen",
     "fsdp=8|distill-qwen",
     "context=4|distill-llama",
     "fsdp=2,expert=2,tensor=2|deepseek-moe",
@@ -36,7 +36,6 @@ OTHER_SLOWLY = (
     "data=8|deepseek-llm",
 )
 DEFAULT = [
-    f"other|{OTHER}",
     *(f"sgd|{axis}" for axis in AXES),
     *(f"{what}|{axis}" for axis in FORWARD for what in ("forward", "generated")),
     "sgd|expert=8|concentrated",
@@ -89,7 +88,7 @@ def slow(tmp_path_factory):
 @pytest.fixture(scope="session")
 def others(tmp_path_factory):
     """In a process of their own: the programs of all would take more memory maps than a process may have."""
-    return run([f"other|{case}" for case in OTHER_SLOWLY], tmp_path_factory.mktemp("eight"))
+    return run([f"other|{case}" for case in OTHERS], tmp_path_factory.mktemp("eight"))
 
 
 def check_steps(found: dict, bound: float) -> None:
@@ -157,12 +156,8 @@ def check_other(results: dict, case: str) -> None:
     assert found["drifted"] == []
 
 
-def test_grouped_queries_on_a_mesh(default):
-    check_other(default, OTHER)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OTHER_SLOWLY)
+@pytest.mark.parametrize("case", OTHERS)
 def test_other_architectures_on_meshes(others, case):
     check_other(others, case)
 
