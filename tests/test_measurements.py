@@ -46,6 +46,7 @@ def test_it_runs(stem, root, tmp_path):
         assert set(train["cores_used"]) == {"jax", "torch, 2 threads, grouped_mm"}
         assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
         assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim"}
+        assert set(record["dense"]["results"]) == {"train", "prefill", "decode-1", "decode-8"}
     if stem == "bench_reading":
         assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
         assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]

@@ -1,4 +1,5 @@
-"""Speed on a CPU beside PyTorch transformers: a training step, prefill and decoding of a 34M-parameter V3.
+"""Speed on a CPU beside PyTorch transformers: a training step, prefill and decoding of a 34M-parameter V3 and of a
+dense model of R1-Distill-Qwen's kind.
 
 Both sides run the same weights and shapes in processes of their own that take turns, so that whatever else the
 machine does meets both; figures are medians. PyTorch is taken at its best: the fastest of one and two threads and
@@ -6,7 +7,8 @@ of its `eager` and `grouped_mm` experts, each task for itself. Times vary from m
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
 each side used are its CPU time over its wall time.
 
-    python experiments/bench_cpu/run.py            # about 15 minutes on 2 cores; writes results.json beside itself
+    python experiments/bench_cpu/run.py            # about 20 minutes on 2 cores; writes results.json beside itself
+    python experiments/bench_cpu/run.py --only dense  # one of the models; the other's figures stay
     python experiments/bench_cpu/run.py --smoke    # the same code at toy size, in seconds
 
 Needs the extra ``deepseek-jax[verify]``.
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import deepseek_jax as dsj
 from deepseek_jax.analysis.provenance import provenance
-from deepseek_jax.configs.schema import MLA, ModelConfig, MoE
+from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
 
 HERE = Path(__file__).parent
 
@@ -66,7 +68,25 @@ FULL = Size(
     grouped={"grouped-32": (8192, 256, 256, 32), "grouped-64": (8192, 512, 256, 64)},
     torch=tuple((threads, experts) for threads in (1, 2) for experts in ("grouped_mm", "eager")),
 )
-SMOKE = Size(
+DENSE = replace(
+    FULL,
+    cfg=ModelConfig(
+        name="bench-cpu-dense",
+        vocab_size=4096,
+        dim=512,
+        n_layers=8,
+        n_dense_layers=8,
+        ffn_dim=1792,
+        attention=GQA(n_heads=8, n_kv_heads=2, head_dim=64, bias=True),
+        moe=None,
+        max_length=4096,
+        init_std=0.02,
+        model_type="qwen2",
+    ),
+    grouped={},
+    torch=((1, "none"), (2, "none")),
+)
+SMALL = Size(
     replace(
         CFG,
         vocab_size=64,
@@ -84,6 +104,22 @@ SMOKE = Size(
     grouped={"grouped-4": (64, 16, 16, 4)},
     torch=((2, "grouped_mm"),),
 )
+SMALL_DENSE = replace(
+    SMALL,
+    cfg=replace(
+        DENSE.cfg,
+        vocab_size=64,
+        dim=32,
+        n_layers=2,
+        n_dense_layers=2,
+        ffn_dim=32,
+        attention=replace(DENSE.cfg.attention, n_heads=2, n_kv_heads=1, head_dim=8),
+        max_length=64,
+    ),
+    grouped={},
+    torch=((2, "none"),),
+)
+MODELS = {"moe": (FULL, SMALL), "dense": (DENSE, SMALL_DENSE)}
 TASKS = ("train", "prefill", "decode-1", "decode-8")
 GROUPED_AIM = 2.5
 AIMS = {"train": 1.0, "prefill": 1.3, "decode-1": 4.0, "decode-8": 6.0}
@@ -146,6 +182,8 @@ def jax_tasks(folder: str, size: Size) -> dict:
         return partial(more, generate, 1, size.new + 1)
 
     tasks = {"train": partial(clocked, train), "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
+    if size.cfg.moe is None:
+        return tasks
     tasks |= {name: partial(grouped, *shape) for name, shape in size.grouped.items()}
     return tasks | {"parts": lambda: parts(reader, size)}
 
@@ -226,7 +264,8 @@ def torch_tasks(folder: str, size: Size, threads: int, experts: str) -> dict:
 
     torch.set_num_threads(threads)
     model = reference_model(folder).main
-    model.set_experts_implementation(experts)
+    if size.cfg.moe is not None:
+        model.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.1)
     batch, prompt = (torch.as_tensor(tokens(size, *shape)) for shape in (size.train, size.prefill))
 
@@ -260,9 +299,12 @@ def work(side: str, folder: str, size: Size, threads: int, experts: str) -> None
 
 
 class Side:
-    def __init__(self, name: str, folder: str, smoke: bool, threads: int = 2, experts: str = "blocks"):
-        self.name, self.label = name, name if name == "jax" else f"torch, {threads} threads, {experts}"
-        command = [sys.executable, __file__, *["--smoke"] * smoke, "--side", name, folder, str(threads), experts]
+    def __init__(self, name: str, folder: str, model: str, smoke: bool, threads: int = 2, experts: str = "blocks"):
+        self.name, self.label = name, name
+        if name == "torch":
+            self.label += f", {threads} threads" + (f", {experts}" if experts != "none" else "")
+        command = [sys.executable, __file__, *["--smoke"] * smoke, "--only", model]
+        command += ["--side", name, folder, str(threads), experts]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=os.environ | MALLOC, **pipes)
 
@@ -278,66 +320,80 @@ class Side:
         self.process.wait()
 
 
+def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str) -> dict:
+    """The figures of one model, both sides on the weights in ``folder``."""
+    sides = [Side("jax", folder, name, smoke), *(Side("torch", folder, name, smoke, *c) for c in size.torch)]
+    results = {}
+    for task in TASKS:
+        seconds = {side.label: [] for side in sides}
+        for turn in range(repeats + 1):
+            for side in sides:
+                value = side.run(task)
+                if turn:
+                    seconds[side.label].append(value)
+        medians = {label: statistics.median(wall for wall, _ in values) for label, values in seconds.items()}
+        cores = {label: statistics.median(cpu / wall for wall, cpu in v) for label, v in seconds.items()}
+        best = min((label for label in medians if label != "jax"), key=medians.get)
+        ratio = medians[best] / medians["jax"]
+        rows, length = {"train": size.train, "prefill": size.prefill}.get(task) or (int(task[-1]), size.new)
+        results[task] = {
+            "times_as_fast": round(ratio, 3),
+            **({"aim": AIMS[task]} if name == "moe" else {}),
+            "torch_at_its_best": best,
+            "tokens_a_second": {k: round(rows * length / v, 1) for k, v in medians.items()},
+            "cores_used": {k: round(v, 2) for k, v in cores.items()},
+            "seconds": {k: [round(wall, 4) for wall, _ in v] for k, v in seconds.items()},
+        }
+        print(f"{name} {task:9} {ratio:5.2f} x torch at its best ({best})", flush=True)
+        for label, median in medians.items():
+            rate = f"{rows * length / median:9.0f} tokens a second on {cores[label]:.2f} cores"
+            print(f"          {label:28} {rate}", flush=True)
+    ours = sides[0]
+    for shape in size.grouped:
+        found = ours.run(shape)
+        results[shape] = {**{k: round(v, 2) for k, v in found.items()}, "aim": GROUPED_AIM}
+        times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
+        print(f"{shape:10} {times} one dense product's time; aim {GROUPED_AIM} x", flush=True)
+    if size.cfg.moe is not None:
+        results["parts"] = {part: round(value, 4) for part, value in ours.run("parts").items()}
+        print("where a training step's time goes, each part alone, in seconds:")
+        for part, value in results["parts"].items():
+            print(f"          {part:28} {value:9.3f}")
+    for side in sides:
+        side.close()
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs a task and side, after one to warm up")
+    parser.add_argument("--only", choices=MODELS, help="this model alone; the results file keeps the other's figures")
     parser.add_argument("--smoke", action="store_true", help="toy size, one run each; results go to --out only")
     parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     parser.add_argument("--side", nargs=4, metavar=("NAME", "FOLDER", "THREADS", "EXPERTS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    size, repeats = (SMOKE, 1) if given.smoke else (FULL, given.repeats)
+    repeats = 1 if given.smoke else given.repeats
+    sizes = {name: small if given.smoke else full for name, (full, small) in MODELS.items()}
     if given.side:
         name, folder, threads, experts = given.side
-        return work(name, folder, size, int(threads), experts)
+        return work(name, folder, sizes[given.only], int(threads), experts)
 
     import jax
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = str(Path(temporary) / "checkpoint")
-        model = dsj.init(size.cfg, jax.random.key(0))
-        parameters = sum(a.size for a in jax.tree.leaves(model))
-        dsj.save_pretrained(model, folder)
-        sides = [Side("jax", folder, given.smoke), *(Side("torch", folder, given.smoke, *c) for c in size.torch)]
-        results = {}
-        for task in TASKS:
-            seconds = {side.label: [] for side in sides}
-            for turn in range(repeats + 1):
-                for side in sides:
-                    value = side.run(task)
-                    if turn:
-                        seconds[side.label].append(value)
-            medians = {label: statistics.median(wall for wall, _ in values) for label, values in seconds.items()}
-            cores = {label: statistics.median(cpu / wall for wall, cpu in v) for label, v in seconds.items()}
-            best = min((label for label in medians if label != "jax"), key=medians.get)
-            ratio = medians[best] / medians["jax"]
-            rows, length = {"train": size.train, "prefill": size.prefill}.get(task) or (int(task[-1]), size.new)
-            results[task] = {
-                "times_as_fast": round(ratio, 3),
-                "aim": AIMS[task],
-                "torch_at_its_best": best,
-                "tokens_a_second": {k: round(rows * length / v, 1) for k, v in medians.items()},
-                "cores_used": {k: round(v, 2) for k, v in cores.items()},
-                "seconds": {k: [round(wall, 4) for wall, _ in v] for k, v in seconds.items()},
-            }
-            print(f"{task:9} {ratio:5.2f} x torch at its best ({best}); aim {AIMS[task]} x", flush=True)
-            for label, median in medians.items():
-                rate = f"{rows * length / median:9.0f} tokens a second on {cores[label]:.2f} cores"
-                print(f"          {label:28} {rate}", flush=True)
-        ours = sides[0]
-        for name in size.grouped:
-            found = ours.run(name)
-            results[name] = {**{k: round(v, 2) for k, v in found.items()}, "aim": GROUPED_AIM}
-            times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
-            print(f"{name:10} {times} one dense product's time; aim {GROUPED_AIM} x", flush=True)
-        results["parts"] = {name: round(value, 4) for name, value in ours.run("parts").items()}
-        print("where a training step's time goes, each part alone, in seconds:")
-        for name, value in results["parts"].items():
-            print(f"          {name:28} {value:9.3f}")
-        for side in sides:
-            side.close()
     out = given.out or (None if given.smoke else HERE / "results.json")
+    record = json.loads(out.read_text()) if out is not None and given.only and out.exists() else {}
+    for name, size in sizes.items():
+        if given.only in (None, name):
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = str(Path(temporary) / "checkpoint")
+                model = dsj.init(size.cfg, jax.random.key(0))
+                dsj.save_pretrained(model, folder)
+                parameters = sum(a.size for a in jax.tree.leaves(model))
+                results = compare(name, size, repeats, given.smoke, folder)
+            found = provenance() | {"parameters": parameters, "results": results}
+            record |= found if name == "moe" else {name: found}
     if out is not None:
-        out.write_text(json.dumps(provenance() | {"parameters": parameters, "results": results}, indent=2) + "\n")
+        out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
