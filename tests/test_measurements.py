@@ -14,6 +14,7 @@ STEMS = (
     "bench_convert",
     "bench_cpu",
     "bench_data",
+    "bench_load",
     "bench_reading",
     "bench_step",
     "bench_support",
@@ -47,6 +48,9 @@ def test_it_runs(stem, root, tmp_path):
         assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
         assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim"}
         assert set(record["dense"]["results"]) == {"train", "prefill", "decode-1", "decode-8"}
+    if stem == "bench_load":
+        assert record["load"]["weights_bytes"] == record["bytes"]
+        assert record["generate"]["tokens_a_second"] > 0 < record["torch"]["tokens_a_second"]
     if stem == "bench_reading":
         assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
         assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]
