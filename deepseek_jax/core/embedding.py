@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.core.axes import parameter_sharding
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.lowrank import dense, held
@@ -15,7 +16,7 @@ AXES = ("vocab", "embedding")
 
 
 def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
-    """The tokens' rows of the table (a parameter, an array, `Quantized` or `LowRank`) as ``dtype``, [B, T, D].
+    """The tokens' rows of the table (a parameter, an array, `Quantized`, `Bits` or `LowRank`) as ``dtype``, [B, T, D].
 
     On a mesh the table is gathered over ``fsdp`` only. Over the other axes its width stays split: each device looks
     its part up for all tokens of the devices that share the table, and they exchange these. So neither a whole table
@@ -26,6 +27,10 @@ def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
     Raises LayoutError where the batch does not divide over the mesh.
     """
     table = held(table_VD)
+    if isinstance(table, Bits):
+        rows = Bits(table.values.at[tokens_BT].get(mode="clip", wrap_negative_indices=False)).dequantize(dtype)
+        inside_BT1 = ((tokens_BT >= 0) & (tokens_BT < table.shape[0]))[..., None]
+        return jnp.where(inside_BT1, rows, jnp.nan)
     # Looked up in the table's own dtype, which its gradient, a sum over all of a token's places, then has as well.
     table = table if isinstance(table, jax.Array) else dense(table, dtype)
     if ctx.mesh is None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.axes import gather, gathered, parameter_sharding, to_rest
+from deepseek_jax.core.bits import Bits, tiled_product
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.lowrank import LowRank, dense, held
@@ -51,9 +52,9 @@ def _cotangents(equation: str, a, b, dy, precision):
 def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=None) -> jax.Array:
     """``einsum(equation, x, w)`` in x's dtype, accumulated in float32, forward and backward.
 
-    ``w``: a parameter, an array, or a `Quantized` or `LowRank` leaf. ``ctx``: how the model runs; what changes the
-    arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since a
-    float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
+    ``w``: a parameter, an array, or a `Quantized`, `Bits` or `LowRank` leaf. ``ctx``: how the model runs; what changes
+    the arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since
+    a float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
 
     On a mesh a parameter is gathered here, for this one product, and once more in the backward pass; or, where x has so
     few tokens that this moves less, x is brought to the parts of the parameter. x's first two axes are rows and tokens.
@@ -63,6 +64,8 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
         axes = w.get_metadata()["axes"]
         return _sharded(x, w.get_value(), equation, axes, ctx, precision).astype(dtype)
     w = held(gather(w, ctx, x.dtype))
+    if isinstance(w, Bits):
+        return tiled_product(equation, x, w).astype(dtype)
     if isinstance(w, LowRank):
         y = product(equation, x, dense(w.base, x.dtype), precision)
         return (y + w.scale * _adapted(equation, x, w, precision)).astype(dtype)

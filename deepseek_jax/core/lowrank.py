@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.quant import Quantized
 
 
@@ -67,4 +68,4 @@ def dense(w, dtype) -> jax.Array:
     w = held(w)
     if isinstance(w, LowRank):
         return (dense(w.base, jnp.float32) + w.delta()).astype(dtype)
-    return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
+    return w.dequantize(dtype) if isinstance(w, Quantized | Bits) else w.astype(dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.quant import Quantized
 
 Tree = TypeVar("Tree")
@@ -159,7 +160,7 @@ def is_variable(x) -> bool:
 
 def is_trained(x) -> bool:
     """Whether a variable is a parameter that gradients reach: not a router bias, not a quantised leaf."""
-    return isinstance(x, nnx.Param) and not isinstance(x.get_value(), Quantized)
+    return isinstance(x, nnx.Param) and not isinstance(x.get_value(), Quantized | Bits)
 
 
 def has_adapters(model) -> bool:

@@ -3,10 +3,13 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.params import is_variable, matrix_of
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.transformer import Transformer
 
@@ -15,9 +18,9 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     """The same model with every layer a stack of its own, which `Transformer` runs without a scan, and with the
     maps of absorbed attention in ``dtype``, laid out for it (a step would otherwise transpose every kv_b again).
 
-    On a CPU the new leaves share the old ones' memory (where a layer does not begin on a boundary of 64
-    bytes they are copies): done once, outside jit. On an accelerator the model is returned as it is: there
-    one compiled layer is better than many. So is a model that this function has made, and one on a mesh.
+    On a CPU bfloat16 maps become `Bits`. The new leaves share the old ones' memory (where a layer does not begin
+    on a boundary of 64 bytes they are copies): done once, outside jit. On an accelerator the model is returned as
+    it is: there one compiled layer is better than many. So is a model that this function has made, and one on a mesh.
     """
     if ctx.mesh is not None:
         return model
@@ -34,7 +37,15 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     for stack in result.stacks:
         if isinstance(stack.attn, MLA):
             stack.attn.absorbed = _absorbed_maps(stack.attn, dtype)
-    return result
+    return jax.tree.map(_as_bits, result, is_leaf=is_variable)
+
+
+def _as_bits(leaf):
+    """A bfloat16 map as `Bits`, be it a parameter or made of one; all else as it is."""
+    a = leaf.get_value() if is_variable(leaf) else leaf
+    if not isinstance(a, jax.Array) or a.dtype != jnp.bfloat16 or (is_variable(leaf) and not matrix_of(leaf).inputs):
+        return leaf
+    return leaf.replace(Bits.of(a)) if is_variable(leaf) else Bits.of(a)
 
 
 def _is_prepared(model: Transformer) -> bool:
