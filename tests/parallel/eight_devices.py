@@ -371,6 +371,21 @@ def loaded(case: str) -> dict:
     }
 
 
+def compare_stored(case: str) -> dict:
+    """The forward pass of the shipped checkpoint as it is stored, in FP8, computed in float32."""
+    folder, tokens = Path(__file__).parents[2] / "checkpoints" / "tiny-v3", random_tokens(CFG, ROWS, LENGTH)
+    found = []
+    for mesh in (mesh_of(case), None):
+        ctx = dsj.Context(mesh=mesh, dtype=jnp.float32)
+        model = dsj.load_pretrained(folder, dtype=None, ctx=ctx)
+        found.append(forward(model, place_batch({"tokens": tokens}, ctx)["tokens"], None, ctx))
+    ours, theirs = found
+    return {
+        "logits": error(ours.logits, theirs.logits),
+        "routing": same(ours.aux.expert_index, theirs.aux.expert_index),
+    }
+
+
 def saved(case: str) -> dict:
     """The files of a model in its shards and of the same on one device, FP8 blocks and all; and these files, some of
     their tensors no longer FP8, as they are stored in shards and on one device."""
@@ -405,6 +420,7 @@ def _pairs(ours: list, theirs: list) -> list[tuple[np.ndarray, np.ndarray]]:
 JOBS = {
     "loaded": loaded,
     "saved": saved,
+    "stored": compare_stored,
     "other": compare_other,
     "sgd": partial(compare_steps, "sgd"),
     "adamw": partial(compare_steps, "adamw"),

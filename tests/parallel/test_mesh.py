@@ -56,6 +56,7 @@ SLOW = [
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
     f"attention|{MIXED[4]}",
     f"kernel|{MIXED[1]}",
+    f"stored|{MIXED[0]}",
 ]
 # Relative Frobenius errors, float32.
 GRADIENT, SGD, ADAMW = 2e-5, 1e-4, 1e-3
@@ -237,6 +238,13 @@ def test_attention_kernel_takes_each_device_s_rows_and_heads(slow):
 @pytest.mark.slow
 def test_grouped_matmul_kernel_on_a_mesh(slow):
     check_forward(slow[f"kernel|{MIXED[1]}"])
+
+
+@pytest.mark.slow
+def test_weights_that_stay_in_fp8_on_a_mesh(slow):
+    found = slow[f"stored|{MIXED[0]}"]
+    assert found["routing"]
+    assert found["logits"] <= GRADIENT
 
 
 def test_a_model_is_born_in_its_shards(default):
