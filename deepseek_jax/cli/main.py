@@ -222,7 +222,7 @@ def _help() -> str:
         [
             "usage: deepseek-jax COMMAND [ARGUMENTS]",
             "",
-            fill("The DeepSeek-V3 architecture in JAX: load, convert, verify, train and run its models."),
+            fill("DeepSeek models in JAX: V3 and its kin, V2, DeepSeekMoE and the dense ones. Load, convert, verify, train, run."),
             "",
             *(fill(text, f"  {name}", column) for name, (_, text) in COMMANDS.items()),
             "",
