@@ -250,6 +250,15 @@ def ledger() -> str:
             f"{last['trigram_bits_per_byte']:.3f} after {last['minutes']:.1f} (aim: {train['aim_minutes']}); one seed",
         ),
     }
+    loading = results("bench_load")
+    made, torch = loading["generate"], loading["torch"]
+    found["bench_load"] = (
+        f"loading {loading['model']}'s real shapes in bfloat16 on a CPU, and decoding beside PyTorch transformers",
+        f"loading takes {loading['load']['times_the_weights']:.2f} times the weights' bytes (aim: {loading['aim']}); "
+        f"{made['tokens_a_second']:.1f} tokens a second in {made['peak_bytes'] / 1e9:.1f} GB, the first after "
+        f"{made['first_token_seconds']:.1f} s; PyTorch {torch['tokens_a_second']:.1f}, after "
+        f"{torch['first_token_seconds']:.1f} s; one run beside other work, one side after the other",
+    )
     support = results("bench_support")
     worst = max(errors["logits"] for errors in support["measured"].values())
     found["bench_support"] = (

@@ -222,7 +222,7 @@ def _help() -> str:
         [
             "usage: deepseek-jax COMMAND [ARGUMENTS]",
             "",
-            fill("DeepSeek models in JAX: V3 and its kin, V2, DeepSeekMoE and the dense ones. Load, convert, verify, train, run."),
+            fill("DeepSeek models in JAX, from the dense ones to V3: load, convert, verify, train and run them."),
             "",
             *(fill(text, f"  {name}", column) for name, (_, text) in COMMANDS.items()),
             "",
