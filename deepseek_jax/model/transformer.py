@@ -360,4 +360,4 @@ def init_leaves(cfg: ModelConfig, key: jax.Array, paths: tuple, dtype=jnp.float3
 
 def abstract(cfg: ModelConfig, dtype=jnp.float32) -> Transformer:
     """The model's tree with shapes and dtypes in place of arrays; allocates nothing."""
-    return jax.eval_shape(partial(_init, cfg, dtype=jnp.dtype(dtype)), jax.random.key(0))
+    return jax.eval_shape(lambda: Transformer(cfg, jnp.dtype(dtype)))
