@@ -49,3 +49,15 @@ class MTP(nnx.Module):
         x = linear("BTX,XD->BTD", x, self.proj, ctx)
         x, memory, aux, _ = self.block(x, span, ctx, memory, layer)
         return jnp.where(span.segment[..., None] != 0, self.norm(x), 0), memory, aux
+
+
+def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Array:
+    """int32 [B, T, depth]: the tokens at +1..+depth within the same segment, -1 where there is none."""
+    T = tokens_BT.shape[1]
+    columns = []
+    for ahead in range(1, depth + 1):
+        pad = ((0, 0), (0, ahead))
+        token = jnp.pad(tokens_BT, pad, constant_values=-1)[:, ahead : ahead + T]
+        segment = jnp.pad(segment_BT, pad)[:, ahead : ahead + T]
+        columns.append(jnp.where((segment == segment_BT) & (segment_BT != 0), token, -1))
+    return jnp.stack(columns, axis=-1).astype(jnp.int32)

@@ -26,7 +26,7 @@ from deepseek_jax.model.arguments import check_call, check_context, check_init, 
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.mtp import MTP
+from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
 
 
@@ -209,20 +209,16 @@ class Transformer(nnx.Module):
         for stack, (kind,) in zip(self.stacks, self.segments, strict=True):
             first, size, moe = kind.numbers.start, len(kind.numbers), kind.layer.is_moe
             replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
-
-            def layer(carry, inputs):
-                x, memory = carry
-                block, number, replay = inputs
-                x, memory, aux, activations = block(x, span, ctx, memory, number, replay)
-                kept = {name: activations[name] for name in capture if name in activations}
-                return (x, memory), (aux, kept)
-
-            layer = _remat(layer, ctx)
+            layer = _remat(lambda carry, inputs: _layer(carry, inputs, span, ctx, capture), ctx)
             inputs = (stack, jnp.arange(first, first + size), replay)
             if size == 1:
                 # A scan of one layer would copy its weights; generation relies on this.
                 inputs = (unstack(stack, 0), first, None if replay is None else replay[0])
-                carry, outputs = layer((x_BTD, memory), inputs)
+                if memory is not None:
+                    # Generation has every layer here: those of one kind are traced once.
+                    carry, outputs = _traced_once((x_BTD, memory), inputs, span, ctx, capture)
+                else:
+                    carry, outputs = layer((x_BTD, memory), inputs)
                 outputs = jax.tree.map(lambda a: a[None], outputs)
             else:
                 carry, outputs = jax.lax.scan(layer, (x_BTD, memory), inputs)
@@ -280,6 +276,16 @@ class Transformer(nnx.Module):
         return self.unembed(hidden, ctx)
 
 
+def _layer(carry, inputs, span: Span, ctx: Context, capture: tuple[str, ...]):
+    """A scan's step: carry (stream, memory), inputs (block, number, replay), outputs (statistics, activations)."""
+    (x_BTD, memory), (block, number, replay) = carry, inputs
+    x_BTD, memory, aux, activations = block(x_BTD, span, ctx, memory, number, replay)
+    return (x_BTD, memory), (aux, {name: activations[name] for name in capture if name in activations})
+
+
+_traced_once = jax.jit(_layer, static_argnames=("ctx", "capture"), inline=True)
+
+
 def _remat(f, ctx: Context):
     """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
     if REMAT[ctx.remat] is None:
@@ -300,18 +306,6 @@ def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Arr
     """Enters a value a token at its slot; slots beyond the capacity are dropped."""
     rows = jnp.arange(held_BS.shape[0])[:, None]
     return held_BS.at[rows, slot_BT].set(new_BT.astype(held_BS.dtype), mode="drop")
-
-
-def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Array:
-    """int32 [B, T, depth]: the tokens at +1..+depth within the same segment, -1 where there is none."""
-    T = tokens_BT.shape[1]
-    columns = []
-    for ahead in range(1, depth + 1):
-        pad = ((0, 0), (0, ahead))
-        token = jnp.pad(tokens_BT, pad, constant_values=-1)[:, ahead : ahead + T]
-        segment = jnp.pad(segment_BT, pad)[:, ahead : ahead + T]
-        columns.append(jnp.where((segment == segment_BT) & (segment_BT != 0), token, -1))
-    return jnp.stack(columns, axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

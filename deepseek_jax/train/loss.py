@@ -17,8 +17,9 @@ from deepseek_jax.core.axes import gather
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import balanced_order
 from deepseek_jax.core.lowrank import LowRank, dense, held
+from deepseek_jax.model.mtp import shifted
 from deepseek_jax.model.outputs import Output
-from deepseek_jax.model.transformer import Transformer, shifted
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.balance_loss import balance_losses
 from deepseek_jax.train.cross_entropy import chunked_nats
 from deepseek_jax.train.weights import LossWeights

@@ -12,7 +12,8 @@ from tiny import random_model
 
 from deepseek_jax.configs.schema import Rope
 from deepseek_jax.model.arguments import check_call
-from deepseek_jax.model.transformer import init, shifted
+from deepseek_jax.model.mtp import shifted
+from deepseek_jax.model.transformer import init
 
 TINY = CONFIGS["tiny-v3"][0]
 TWO = CONFIGS["two mtp modules"][0]
