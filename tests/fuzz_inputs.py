@@ -242,7 +242,7 @@ def tensors(rng, base: Path, folder: Path) -> None:
 def index(rng, base: Path, folder: Path) -> None:
     """A damaged index beside good tensors: the same weights, or refused."""
     import deepseek_jax as dsj
-    from deepseek_jax.convert.safetensors import Checkpoint
+    from deepseek_jax.convert.checkpoint import Checkpoint
 
     shutil.copytree(base / "model", folder, copy_function=os.link)
     file = folder / "model.safetensors.index.json"
@@ -258,7 +258,8 @@ def scales(rng, base: Path, folder: Path) -> None:
     import ml_dtypes
 
     import deepseek_jax as dsj
-    from deepseek_jax.convert.safetensors import Checkpoint, Writer
+    from deepseek_jax.convert.checkpoint import Checkpoint
+    from deepseek_jax.convert.safetensors import Writer
 
     held = {name: Checkpoint(base / "model").read(name) for name in Checkpoint(base / "model")}
     name = sorted(n for n in held if n.endswith("mlp.down_proj.weight_scale_inv"))[0]
