@@ -25,7 +25,7 @@ COMMANDS = {
     "plot": ("Plot", "a run's metrics as images"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("experiment", "sweep", "report")
+NOT_BUILT = ("chat", "serve", "rl", "distill", "experiment", "sweep", "report")
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

@@ -45,16 +45,18 @@ def tiled_product(equation: str, x: jax.Array, w: Bits) -> jax.Array:
     """float32 ``einsum(equation, x, w)``, a tile of the weight's first axis after the other: the products are those of
     bfloat16 operands, added up in another order.
 
-    Tiles fit into a core's cache; where the first axis is summed over, they are at least as long as x has rows, or
-    adding up would move more than the weight. Has no gradient.
+    Tiles fit into a core's cache. Where the first axis is summed over they divide it, and are at least as long as x has
+    rows, or adding up would move more than the weight; otherwise the last one begins early and repeats some products.
+    Has no gradient.
     """
     terms, of_y = equation.split("->")
     of_x, of_w = terms.split(",")
     sizes = dict(zip(of_x + of_w, x.shape + w.shape, strict=True))
     first, length, rest = of_w[0], w.shape[0], math.prod(w.shape[1:])
-    rows = 1 if first in of_y else math.prod(n for a, n in sizes.items() if a in of_x and a not in of_w)
-    most = max(TILE_BYTES // (4 * rest), rows, 1)
-    size = max(n for n in range(1, min(length, most) + 1) if length % n == 0)
+    size = min(length, max(TILE_BYTES // (4 * rest), 1))
+    if first not in of_y:
+        rows = math.prod(n for a, n in sizes.items() if a in of_x and a not in of_w)
+        size = max(n for n in range(1, min(length, max(size, rows)) + 1) if length % n == 0)
     x = x.astype(jnp.float32)
 
     def part(a, term: str, number):
@@ -69,4 +71,5 @@ def tiled_product(equation: str, x: jax.Array, w: Bits) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(y, product, number * size, axis=of_y.index(first))
         return y + product
 
-    return jax.lax.fori_loop(0, length // size, add, jnp.zeros([sizes[a] for a in of_y], jnp.float32))
+    # A slice that would end behind its array begins earlier, in all three terms alike.
+    return jax.lax.fori_loop(0, -(-length // size), add, jnp.zeros([sizes[a] for a in of_y], jnp.float32))

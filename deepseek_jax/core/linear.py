@@ -63,13 +63,16 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     if ctx.mesh is not None and isinstance(w, nnx.Variable) and isinstance(w.get_value(), jax.Array):
         axes = w.get_metadata()["axes"]
         return _sharded(x, w.get_value(), equation, axes, ctx, precision).astype(dtype)
-    w = held(gather(w, ctx, x.dtype))
-    if isinstance(w, Bits):
-        return tiled_product(equation, x, w).astype(dtype)
+    return _applied(equation, x, held(gather(w, ctx, x.dtype)), precision).astype(dtype)
+
+
+def _applied(equation: str, x, w, precision) -> jax.Array:
+    """float32 `product` of x and a whole weight of any kind."""
     if isinstance(w, LowRank):
-        y = product(equation, x, dense(w.base, x.dtype), precision)
-        return (y + w.scale * _adapted(equation, x, w, precision)).astype(dtype)
-    return product(equation, x, dense(w, x.dtype), precision).astype(dtype)
+        return _applied(equation, x, w.base, precision) + w.scale * _adapted(equation, x, w, precision)
+    if isinstance(w, Bits):
+        return tiled_product(equation, x, w)
+    return product(equation, x, dense(w, x.dtype), precision)
 
 
 # --- On a mesh ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from flax import nnx
 
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import is_variable, matrix_of
+from deepseek_jax.core.params import Adapter, is_variable, matrix_of
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.transformer import Transformer
 
@@ -41,11 +41,12 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
 
 
 def _as_bits(leaf):
-    """A bfloat16 map as `Bits`, be it a parameter or made of one; all else as it is."""
-    a = leaf.get_value() if is_variable(leaf) else leaf
-    if not isinstance(a, jax.Array) or a.dtype != jnp.bfloat16 or (is_variable(leaf) and not matrix_of(leaf).inputs):
-        return leaf
-    return leaf.replace(Bits.of(a)) if is_variable(leaf) else Bits.of(a)
+    """A bfloat16 map as `Bits`, be it a parameter or made of one; all else as it is, adapters too: they are thin."""
+    if not is_variable(leaf):
+        return Bits.of(leaf) if leaf.dtype == jnp.bfloat16 else leaf
+    value = leaf.get_value()
+    held_so = isinstance(value, jax.Array) and value.dtype == jnp.bfloat16 and not isinstance(leaf, Adapter)
+    return leaf.replace(Bits.of(value)) if held_so and matrix_of(leaf).inputs else leaf
 
 
 def _is_prepared(model: Transformer) -> bool:

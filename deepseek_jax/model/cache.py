@@ -84,3 +84,9 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, rewind: int, dtype, ct
         length=zeros((batch,), jnp.int32, BATCH),
         max_rewind=rewind,
     )
+
+
+def write_slots(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    """Enters a value a token at its slot; slots beyond the capacity are dropped."""
+    rows = jnp.arange(held_BS.shape[0])[:, None]
+    return held_BS.at[rows, slot_BT].set(new_BT.astype(held_BS.dtype), mode="drop")

@@ -14,20 +14,21 @@ from flax import nnx
 from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.axes import constrain, shardings, together
-from deepseek_jax.core.context import DEFAULT, REMAT, Context
+from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import drawn, map_variables, matrix_of, param, parameter_dtype, unstack
+from deepseek_jax.core.params import drawn, map_variables, matrix_of, param, parameter_dtype
 from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import cache as cache_module
 from deepseek_jax.model.arguments import check_call, check_context, check_init, check_new_config
 from deepseek_jax.model.attention import Span
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.cache import Cache, write_slots
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
+from deepseek_jax.model.stacks import remat, run_stacks
 
 
 class Transformer(nnx.Module):
@@ -108,7 +109,9 @@ class Transformer(nnx.Module):
         span, cache = self._span(tokens_BT, positions, segments, cache, ctx)
         x_BTD = lookup(self.embed, tokens_BT, self.compute_dtype(ctx), ctx)
         memory = None if cache is None else cache.latent
-        x_BTD, memory, aux, captured = self._layers(x_BTD, span, ctx, memory, routing, tuple(capture))
+        x_BTD, memory, aux, captured = run_stacks(
+            self.stacks, self.segments, x_BTD, span, ctx, memory, routing, tuple(capture)
+        )
         hidden = self.norm(x_BTD)
         if cache is not None:
             cache = replace(cache, latent=memory)
@@ -172,7 +175,7 @@ class Transformer(nnx.Module):
         own = replace(span, segment=known, key_segment=known, uniform=False)
         memory = None
         if cache is not None:
-            segment = _write(cache.mtp_segment[depth], known, span.slot)
+            segment = write_slots(cache.mtp_segment[depth], known, span.slot)
             cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
             memory, own = cache.mtp_latent, replace(own, key_segment=segment)
         embedding = lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype, ctx)
@@ -182,7 +185,7 @@ class Transformer(nnx.Module):
         def run(module, hidden_BTD, embedding, own, memory):
             return module(hidden_BTD, embedding, own, ctx, memory, depth)
 
-        hidden_BTD, memory, aux = _remat(run, ctx)(module, hidden_BTD, embedding, own, memory)
+        hidden_BTD, memory, aux = remat(run, ctx)(module, hidden_BTD, embedding, own, memory)
         if cache is not None:
             cache = replace(cache, mtp_latent=memory)
         return hidden_BTD, own, cache, aux
@@ -203,34 +206,6 @@ class Transformer(nnx.Module):
             uniform=False,
         )
 
-    def _layers(self, x_BTD, span: Span, ctx: Context, memory, routing, capture: tuple[str, ...]):
-        first_moe, statistics, seen = 0, [], {name: [] for name in capture}
-        # One stack a segment: no config here repeats a longer pattern.
-        for stack, (kind,) in zip(self.stacks, self.segments, strict=True):
-            first, size, moe = kind.numbers.start, len(kind.numbers), kind.layer.is_moe
-            replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
-            layer = _remat(lambda carry, inputs: _layer(carry, inputs, span, ctx, capture), ctx)
-            inputs = (stack, jnp.arange(first, first + size), replay)
-            if size == 1:
-                # A scan of one layer would copy its weights; generation relies on this.
-                inputs = (unstack(stack, 0), first, None if replay is None else replay[0])
-                if memory is not None:
-                    # Generation has every layer here: those of one kind are traced once.
-                    carry, outputs = _traced_once((x_BTD, memory), inputs, span, ctx, capture)
-                else:
-                    carry, outputs = layer((x_BTD, memory), inputs)
-                outputs = jax.tree.map(lambda a: a[None], outputs)
-            else:
-                carry, outputs = jax.lax.scan(layer, (x_BTD, memory), inputs)
-            (x_BTD, memory), (aux, activations) = carry, outputs
-            if aux is not None:
-                statistics.append(aux)
-            for name, value in activations.items():
-                seen[name].append(value)
-            first_moe += size if moe else 0
-        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
-        return x_BTD, memory, aux, {name: jnp.concatenate(values) for name, values in seen.items()}
-
     def _span(self, tokens_BT, positions, segments, cache: Cache | None, ctx: Context) -> tuple[Span, Cache | None]:
         """Who sees whom, and the cache with the new tokens' positions and segments entered."""
         B, T = tokens_BT.shape
@@ -244,8 +219,8 @@ class Transformer(nnx.Module):
             position = cache.length[:, None] + jnp.maximum(order - 1, 0) if positions is None else positions
             cache = replace(
                 cache,
-                position=_write(cache.position, position, slot),
-                segment=_write(cache.segment, segment, slot),
+                position=write_slots(cache.position, position, slot),
+                segment=write_slots(cache.segment, segment, slot),
                 length=cache.length + order[:, -1],
             )
             key_position, key_segment = cache.position, cache.segment
@@ -274,38 +249,6 @@ class Transformer(nnx.Module):
             last = jnp.max(jnp.where(segment != 0, jnp.arange(segment.shape[1]), 0), axis=-1)
             hidden, ctx = jnp.take_along_axis(hidden, last[:, None, None], axis=1), ctx.whole_rows()
         return self.unembed(hidden, ctx)
-
-
-def _layer(carry, inputs, span: Span, ctx: Context, capture: tuple[str, ...]):
-    """A scan's step: carry (stream, memory), inputs (block, number, replay), outputs (statistics, activations)."""
-    (x_BTD, memory), (block, number, replay) = carry, inputs
-    x_BTD, memory, aux, activations = block(x_BTD, span, ctx, memory, number, replay)
-    return (x_BTD, memory), (aux, {name: activations[name] for name in capture if name in activations})
-
-
-_traced_once = jax.jit(_layer, static_argnames=("ctx", "capture"), inline=True)
-
-
-def _remat(f, ctx: Context):
-    """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
-    if REMAT[ctx.remat] is None:
-        return f
-    saved, offloaded = REMAT[ctx.remat]
-    if not offloaded:
-        return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*saved))
-    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(saved),
-        names_which_can_be_offloaded=list(offloaded),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    return jax.checkpoint(f, policy=policy)
-
-
-def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
-    """Enters a value a token at its slot; slots beyond the capacity are dropped."""
-    rows = jnp.arange(held_BS.shape[0])[:, None]
-    return held_BS.at[rows, slot_BT].set(new_BT.astype(held_BS.dtype), mode="drop")
 
 
 @partial(jax.jit, static_argnums=(0, 2))

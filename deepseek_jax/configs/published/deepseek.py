@@ -10,7 +10,7 @@ from deepseek_jax.configs import schema
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.published.fields import ALIASES, DEPTHS, GQA, MLA, MOE, MOST_LAID_OUT, MOST_MTP, Fields
 from deepseek_jax.configs.published.rope import read_rope, write_rope
-from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, written
+from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, head_size, written
 from deepseek_jax.configs.schema import ModelConfig, MoE
 from deepseek_jax.notes import shown
 
@@ -51,15 +51,13 @@ def _mla(fields: Fields, interleaved: bool) -> schema.MLA:
 
 
 def _v1_attention(fields: Fields) -> schema.GQA:
-    heads, dim = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if heads < 1 or dim % heads:
-        raise ConfigError(f"config.json: hidden_size {dim} does not divide into num_attention_heads {heads}.")
+    heads = fields.integer("num_attention_heads")
     key_heads = fields.integer("num_key_value_heads", None)
     return fields.make(
         schema.GQA,
         n_heads=heads,
         n_kv_heads=heads if key_heads is None else key_heads,
-        head_dim=dim // heads,
+        head_dim=head_size(fields, heads),
         rope=read_rope(fields, ("default",), False),
     )
 

@@ -6,7 +6,7 @@ from deepseek_jax.configs import schema
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.published.fields import GQA, Fields
 from deepseek_jax.configs.published.rope import read_rope, write_rope
-from deepseek_jax.configs.published.tradition import Networks, Tradition, written
+from deepseek_jax.configs.published.tradition import Networks, Tradition, head_size, written
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -14,21 +14,13 @@ KINDS = ("default", "yarn", "llama3")
 
 
 def _attention(fields: Fields, bias: bool) -> schema.GQA:
-    heads, dim = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    head_dim = fields.integer("head_dim", None)
-    if head_dim is None:
-        if heads < 1 or dim % heads:
-            raise ConfigError(
-                f"config.json: hidden_size {dim} does not divide into num_attention_heads {heads}, and there is no "
-                "head_dim."
-            )
-        head_dim = dim // heads
+    heads, head_dim = fields.integer("num_attention_heads"), fields.integer("head_dim", None)
     key_heads = fields.integer("num_key_value_heads", None)
     return fields.make(
         schema.GQA,
         n_heads=heads,
         n_kv_heads=heads if key_heads is None else key_heads,
-        head_dim=head_dim,
+        head_dim=head_size(fields, heads) if head_dim is None else head_dim,
         bias=bias,
         rope=read_rope(fields, KINDS, False),
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.published.fields import Fields
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
 
@@ -43,6 +44,14 @@ def check_following(fields: Fields, follows: dict[str, tuple[Any, str]]) -> None
         found = fields.integer(name, None)
         if found is not None and found != value:
             raise fields.contradiction(f"{name} is {found}, but {why} is {value}")
+
+
+def head_size(fields: Fields, heads: int) -> int:
+    """The size of a head where no field says it: heads share the width. Raises ConfigError where it does not divide."""
+    dim = fields.integer("hidden_size")
+    if heads < 1 or dim % heads:
+        raise ConfigError(f"{fields.where}: hidden_size {dim} does not divide into num_attention_heads {heads}.")
+    return dim // heads
 
 
 def written(owner, names: dict[str, str]) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""The layers one after the other: a scan over each stack of equal ones, and what the backward pass keeps of a layer.
+
+Suffixes: B batch, T tokens, D width.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.configs.layers import Stack
+from deepseek_jax.core.context import REMAT, Context
+from deepseek_jax.core.params import unstack
+from deepseek_jax.model.attention import Span
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.outputs import Aux
+
+
+def run_stacks(
+    stacks: Sequence[Block],
+    segments: tuple[tuple[Stack, ...], ...],
+    x_BTD: jax.Array,
+    span: Span,
+    ctx: Context,
+    memory: jax.Array | None = None,
+    routing: jax.Array | None = None,
+    capture: tuple[str, ...] = (),
+) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
+    """The stream after all layers, the cache's memory, router statistics and activations, a row a layer that has them.
+
+    ``stacks``: blocks whose leaves have a leading layer axis; ``segments``: which layers they are. ``routing``: int32
+    [L_moe, B, T, K], experts to use instead of choosing. ``capture``: names of activations (`block.CAPTURABLE`).
+    """
+    first_moe, statistics, seen = 0, [], {name: [] for name in capture}
+    # One stack a segment: no config here repeats a longer pattern.
+    for stack, (kind,) in zip(stacks, segments, strict=True):
+        first, size, moe = kind.numbers.start, len(kind.numbers), kind.layer.is_moe
+        replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
+        carry = (x_BTD, memory)
+        if size == 1:
+            # A scan of one layer would copy its weights. Generation has every layer here: of those that are of one
+            # kind one is traced.
+            layer = _layer if memory is None else _traced_once
+            inputs = (unstack(stack, 0), first, None if replay is None else replay[0])
+            carry, outputs = layer(carry, inputs, span, ctx, capture)
+            outputs = jax.tree.map(lambda a: a[None], outputs)
+        else:
+            layer = partial(_layer, span=span, ctx=ctx, capture=capture)
+            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(first, first + size), replay))
+        (x_BTD, memory), (aux, activations) = carry, outputs
+        if aux is not None:
+            statistics.append(aux)
+        for name, value in activations.items():
+            seen[name].append(value)
+        first_moe += size if moe else 0
+    aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
+    return x_BTD, memory, aux, {name: jnp.concatenate(values) for name, values in seen.items()}
+
+
+def _layer(carry, inputs, span: Span, ctx: Context, capture: tuple[str, ...]):
+    """A scan's step: carry (stream, memory), inputs (block, number, replay), outputs (statistics, activations)."""
+
+    def run(carry, inputs):
+        (x_BTD, memory), (block, number, replay) = carry, inputs
+        x_BTD, memory, aux, activations = block(x_BTD, span, ctx, memory, number, replay)
+        return (x_BTD, memory), (aux, {name: activations[name] for name in capture if name in activations})
+
+    return remat(run, ctx)(carry, inputs)
+
+
+_traced_once = jax.jit(_layer, static_argnames=("ctx", "capture"), inline=True)
+
+
+def remat(f, ctx: Context):
+    """``f``, of whose activations the backward pass keeps what ``ctx.remat`` names."""
+    if REMAT[ctx.remat] is None:
+        return f
+    saved, offloaded = REMAT[ctx.remat]
+    if not offloaded:
+        return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(saved),
+        names_which_can_be_offloaded=list(offloaded),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(f, policy=policy)
