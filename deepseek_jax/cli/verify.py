@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from deepseek_jax.convert.ladder import Gradients, Routing, Row
+    from deepseek_jax.convert.gradients import Gradients
+    from deepseek_jax.convert.ladder import Routing, Row
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Verify:
         from rich.console import Console
 
         from deepseek_jax.cli.tables import Output, show
-        from deepseek_jax.convert.ladder import BOUND, GRADIENT_BOUND, ladder
+        from deepseek_jax.convert.gradients import GRADIENT_BOUND
+        from deepseek_jax.convert.ladder import BOUND, ladder
 
         check_destination(self.json)
         self._check()

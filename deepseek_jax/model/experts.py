@@ -8,7 +8,6 @@ Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E 
 width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +19,8 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import dense
 from deepseek_jax.core.lowrank import LowRank, held
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.model import kernels
 from deepseek_jax.model.ffn import swiglu
-
-MAX_BLOCK_ROWS = 128
-MIN_BLOCK_ROWS = 8
+from deepseek_jax.model.grouped import grouped_matmul, grouped_outer
 
 
 def routed_experts(
@@ -141,11 +137,6 @@ def _inside(a_MX, sizes) -> jax.Array:
     return jnp.where(jnp.arange(a_MX.shape[0])[:, None] < sizes.sum(), a_MX, 0)
 
 
-def _fuse(w):
-    """[E, D, 2, F] as [E, D, 2F]; [E, D, Z] stays."""
-    return w.reshape(*w.shape[:2], -1)
-
-
 def _halves(w: LowRank, dy_MZ=None) -> list[tuple]:
     """An adapter's pairs a [E, D, r], b [E, r, F]: two for gate and up, one for down; each with its part of dy."""
     if not w.split:
@@ -184,124 +175,6 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
         base = _weight_gradient(w.base, x_MD, dy_MZ, sizes, form)
         return replace(w, base=base, a=da.astype(w.a.dtype), b=db.astype(w.b.dtype))
     return grouped_outer(x_MD, dy_MZ, sizes, form, w.dtype).reshape(w.shape)
-
-
-# --- Grouped matmul -----------------------------------------------------------------------------------------
-
-
-def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
-    """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are arbitrary, even not finite.
-
-    ``form``: "blocks", "ragged", "kernel", or "auto" for the one that suits the platform the program is lowered for.
-    """
-    if form == "auto":
-        return jax.lax.platform_dependent(
-            cpu=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose),
-            default=lambda: ragged_matmul(x_MD, w_EDZ, sizes_E, transpose),
-        )
-    forms = {"blocks": blocks_matmul, "ragged": ragged_matmul, "kernel": kernel_matmul}
-    return forms[form](x_MD, w_EDZ, sizes_E, transpose)
-
-
-def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Array:
-    """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32."""
-    if form == "auto":
-        return jax.lax.platform_dependent(
-            cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype),
-            default=lambda: ragged_outer(x_MD, y_MZ, sizes_E, dtype),
-        )
-    forms = {"blocks": blocks_outer, "ragged": ragged_outer, "kernel": kernel_outer}
-    return forms[form](x_MD, y_MZ, sizes_E, dtype)
-
-
-def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    w_EDZ = _fuse(dense(w_EDZ, x_MD.dtype))
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
-        lhs_ragged_dimensions=(0,),
-        rhs_group_dimensions=(0,),
-    )
-    # Asked for in x's dtype: accelerators accumulate in float32 all the same, and a float32 result would be an array.
-    with kernels.one_pass(x_MD.dtype):
-        return jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
-
-
-def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
-    dims = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
-    )
-    with kernels.one_pass(x_MD.dtype):
-        return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=dtype)
-
-
-def kernel_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    run = lambda interpret: partial(kernels.grouped_matmul, transpose=transpose, interpret=interpret)  # noqa: E731
-    return kernels.on_platform(run)(x_MD, _fuse(dense(w_EDZ, x_MD.dtype)), sizes_E)
-
-
-def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
-    run = lambda interpret: partial(kernels.grouped_outer, dtype=dtype, interpret=interpret)  # noqa: E731
-    return kernels.on_platform(run)(x_MD, y_MZ, sizes_E)
-
-
-def block_rows(rows: int, groups: int) -> int:
-    """Rows a block: a power of two near the mean group, between 8 (decoding) and 128."""
-    mean = max(rows // groups, 1)
-    return min(max(1 << (mean.bit_length() - 1), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
-
-
-def _blocks(sizes_E: jax.Array, rows: int, size: int):
-    """Group, first row and number of real rows of every block of ``size`` rows, and the number of blocks."""
-    blocks_E = -(-sizes_E // size)
-    last_E, end_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E)
-    block = jnp.arange(-(-rows // size) + sizes_E.size)
-    group = jnp.minimum(jnp.searchsorted(last_E, block, side="right"), sizes_E.size - 1)
-    first = end_E[group] - sizes_E[group] + (block - (last_E[group] - blocks_E[group])) * size
-    return group, first, jnp.clip(end_E[group] - first, 0, size), last_E[-1]
-
-
-def _pick(w, e: jax.Array, dtype) -> jax.Array:
-    """Expert e of a stack, as a matrix [D, Z]; of a quantised stack only this expert is dequantised."""
-    one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False), w)
-    if isinstance(w, Quantized):
-        one = Quantized(one.values, one.scale, w.block[1:], w.dims[1:])
-    return dense(one, dtype).reshape(w.shape[1], -1)
-
-
-def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    """Rows of a group are contiguous, so blocks run in order without padding copies: what one writes beyond
-    its group, the next group's first block overwrites. The trip count is the number of real blocks."""
-    M = x_MD.shape[0]
-    size = block_rows(M, sizes_E.size)
-    group, first, _, count = _blocks(sizes_E, M, size)
-    x_pad = jnp.pad(x_MD, ((0, size), (0, 0)))
-    width = w_EDZ.shape[1] if transpose else math.prod(w_EDZ.shape[2:])
-
-    def body(i, y):
-        x = jax.lax.dynamic_slice(x_pad, (first[i], 0), (size, x_pad.shape[1]))
-        w = _pick(w_EDZ, group[i], x.dtype)
-        dims = (((1,), (1 if transpose else 0,)), ((), ()))
-        out = jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice(y, out.astype(x.dtype), (first[i], 0))
-
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((M + size, width), x_MD.dtype))[:M]
-
-
-def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
-    size = block_rows(x_MD.shape[0], sizes_E.size)
-    group, first, real, count = _blocks(sizes_E, x_MD.shape[0], size)
-    x_pad, y_pad = (jnp.pad(a, ((0, size), (0, 0))) for a in (x_MD, y_MZ))
-
-    def body(i, out):
-        x = jax.lax.dynamic_slice(x_pad, (first[i], 0), (size, x_pad.shape[1]))
-        y = jax.lax.dynamic_slice(y_pad, (first[i], 0), (size, y_pad.shape[1]))
-        y = jnp.where(jnp.arange(size)[:, None] < real[i], y, 0)
-        outer = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        sum_ = jax.lax.dynamic_index_in_dim(out, group[i], 0, keepdims=False) + outer
-        return jax.lax.dynamic_update_index_in_dim(out, sum_, group[i], 0)
-
-    shape = (sizes_E.size, x_MD.shape[1], y_MZ.shape[1])
-    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32)).astype(dtype)
 
 
 @dataclass(frozen=True)

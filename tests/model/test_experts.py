@@ -9,7 +9,8 @@ import pytest
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.quant import FP8, Quantized
-from deepseek_jax.model.experts import block_rows, routed_experts, sort_by_expert
+from deepseek_jax.model.experts import routed_experts, sort_by_expert
+from deepseek_jax.model.grouped import block_rows
 
 FORMS = ("dense", "blocks", "ragged", "kernel")
 E, D, F = 6, 16, 12

@@ -13,7 +13,7 @@ import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
 from deepseek_jax.model import kernels
 from deepseek_jax.model.attention import Span, attend
-from deepseek_jax.model.experts import grouped_matmul, grouped_outer
+from deepseek_jax.model.grouped import grouped_matmul, grouped_outer
 
 # Relative Frobenius errors, float32.
 BOUND = 2e-5
