@@ -257,7 +257,7 @@ def ledger() -> str:
         f"loading takes {loading['load']['times_the_weights']:.2f} times the weights' bytes (aim: {loading['aim']}); "
         f"{made['tokens_a_second']:.1f} tokens a second in {made['peak_bytes'] / 1e9:.1f} GB, the first after "
         f"{made['first_token_seconds']:.1f} s; PyTorch {torch['tokens_a_second']:.1f}, after "
-        f"{torch['first_token_seconds']:.1f} s; one run beside other work, one side after the other",
+        f"{torch['first_token_seconds']:.1f} s; one run, one side after the other",
     )
     support = results("bench_support")
     worst = max(errors["logits"] for errors in support["measured"].values())
