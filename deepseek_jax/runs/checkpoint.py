@@ -267,9 +267,10 @@ class Checkpoints:
 def _quiet_late_writes() -> None:
     """Keeps libraries from printing a traceback for each write that fails beside the first one.
 
-    At the first error Orbax closes the event loop that waits for all of them. Those that failed by then are tasks that
-    nobody asks for their error, which asyncio logs; the others find the loop closed, on threads of TensorStore, which
-    hands what it cannot raise anywhere to `sys.unraisablehook`. The first error is raised by `Checkpoints.wait`.
+    At the first error Orbax closes the event loop that waits for all of them. Those that failed by then are tasks, and
+    gatherings of tasks, that nobody asks for their error, and those under way are destroyed: asyncio logs both. The
+    others find the loop closed, on threads of TensorStore, which hands what it cannot raise anywhere to
+    `sys.unraisablehook`. The first error is raised by `Checkpoints.wait`.
     """
     logging.getLogger("asyncio").addFilter(_is_no_late_write)
     before = sys.unraisablehook
@@ -288,4 +289,6 @@ def _quiet_late_writes() -> None:
 
 def _is_no_late_write(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
+    first_line = text.partition("\n")[0]
+    forgotten = "exception was never retrieved" in first_line or "was destroyed but it is pending" in first_line
+    return not (forgotten and "orbax" in text)

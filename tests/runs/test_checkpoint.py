@@ -1,6 +1,8 @@
 """Checkpoints of any pytree: what comes back, which stay, what damage and a full disk leave."""
 
+import asyncio
 import errno
+import gc
 import hashlib
 import json
 import random
@@ -269,6 +271,40 @@ def test_no_library_prints_beside_the_error_of_a_disk_without_room(tmp_path):
     assert "step 2 could not be written (File too large); the last good one is" in found.stdout
     assert "Traceback" not in found.stderr
     assert (found.stdout.count("\n"), found.returncode) == (1, 0)
+
+
+def test_asyncio_logs_no_late_write_and_everything_else(tmp_path, caplog):
+    """Of whatever kind: a task, a gathering of tasks, one under way when its loop closes."""
+    save_whole(Checkpoints(tmp_path / "c"), 1)  # quiets what is told later
+
+    async def write(message: str, delay: float):
+        await asyncio.sleep(delay)
+        raise ValueError(message)
+
+    def forget(folder: str) -> None:
+        loop = asyncio.new_event_loop()
+        message = f"Error writing {folder}/ocdbt"
+        task = loop.create_task(write(message, 0), name=folder)
+        late = loop.create_task(write(message, 9), name=folder)
+
+        async def gather():
+            return asyncio.gather(write(message, 0), write(message, 0))
+
+        gathering = loop.run_until_complete(gather())
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+        del task, late, gathering
+        gc.collect()
+
+    forget("2.orbax-checkpoint-tmp")
+    assert not caplog.records
+    forget("elsewhere")
+    lines = [record.getMessage().partition("\n")[0] for record in caplog.records]
+    assert sorted(lines) == [
+        "Task exception was never retrieved",
+        "Task was destroyed but it is pending!",
+        "_GatheringFuture exception was never retrieved",
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
