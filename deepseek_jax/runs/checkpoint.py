@@ -201,7 +201,11 @@ class Checkpoints:
                 preservation_policy=self.kept,
                 save_root_metadata=False,
                 lightweight_initialize=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                # The folder is made before the writes begin: made on a thread, it may come after an error was cleared
+                # away, and a thread of Orbax waits minutes for a folder that could not be made.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._seal, create_directories_asynchronously=False
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
@@ -232,10 +236,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failures(self, step: int) -> Iterator[None]:
-        """One OSError for whatever a full disk or a closed folder makes Orbax raise; what was begun is removed.
-
-        A thread of Orbax may make the unfinished folder after that; the next `restore` removes it.
-        """
+        """One OSError for whatever a full disk or a closed folder makes Orbax raise; what was begun is removed."""
         log = logging.getLogger("absl")
         level = log.level
         log.setLevel(logging.CRITICAL)  # Orbax prints the traceback of what it then raises
