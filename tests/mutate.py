@@ -52,7 +52,7 @@ TARGETS = {
 }
 # Lines that act on a mesh only, and what notices those: minutes for each, so only with --mesh.
 MESH = re.compile(
-    r"sequence_parts|fold_|copy_rows|dispatch|balanced|\bplace\b|\[:, order\]|next_tokens|held\(w\)|for w in"
+    r"ops\.(rows|attend|heads|experts|nats|row_order|constrain|fence)|\[:, order\]|next_tokens"
     r'|"segments": _segments|batch\.get\("positions"|B, T = batch'
 )
 MESH_TESTS = ["parallel/test_mesh.py"]

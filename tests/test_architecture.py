@@ -21,14 +21,15 @@ MAY_IMPORT = {
     "core": {"configs"},
     "text": set(),
     "data": {"text"},
-    "model": {"configs", "core"},
+    "kernels": {"core"},
+    "model": {"configs", "core", "kernels"},
     "parallel": {"configs", "core"},
     "convert": {"configs", "core", "model", "parallel", "text"},
     "analysis": {"configs", "core", "model"},
     "generation": {"core", "model", "parallel"},
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
-    "aot": {"configs", "core", "model", "parallel", "convert", "analysis", "train"},
+    "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},
 }
 # Files longer than `LONGEST` lines, and what they are allowed. Nothing is added here: they are to be parted.
 LONGEST = 300
@@ -36,6 +37,12 @@ LONGER = {
     "aot/hlo.py": 311,
     "aot/roofline.py": 381,
 }
+# Where nothing may know of a mesh: what it asks of its devices is `ctx.ops`. The exceptions say where arrays may lie.
+MESHLESS = ("core", "kernels", "model")
+KNOW_THE_MESH = {"core/context.py", "core/layout.py"}
+# Of modules, and of a context.
+OF_MESHES = {"shard_map", "PartitionSpec", "NamedSharding", "Mesh", "AbstractMesh", "with_sharding_constraint", "psum"}
+OF_A_CONTEXT = {"mesh", "layout", "balanced", "folded"}
 REFERENCE = {"torch", "transformers", "safetensors"}
 REFERENCE_HOME = {"convert/pickles.py", "convert/reference_files.py", "convert/references.py", "convert/verify.py"}
 # Flax's own transforms and side channels: modules are plain pytrees here, driven by jax alone.
@@ -167,6 +174,21 @@ def test_files_are_short():
     lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {n: lines for n, lines in lengths.items() if lines > LONGER.get(n, LONGEST)} == {}
     assert [n for n in LONGER if lengths.get(n, 0) <= LONGEST] == [], "these are short now: take them off the list"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(PACKAGE).parts[0] in MESHLESS], ids=name)
+def test_a_model_knows_nothing_of_the_mesh(path):
+    if name(path) in KNOW_THE_MESH:
+        return
+    for node in ast.walk(tree(path)):
+        found = {node.id} if isinstance(node, ast.Name) else set()
+        if isinstance(node, ast.Attribute):
+            of_context = node.attr in OF_A_CONTEXT and "ctx" in ast.unparse(node.value)
+            found = {node.attr} & OF_MESHES | ({node.attr} if of_context else set())
+        elif isinstance(node, ast.ImportFrom):
+            found = {alias.name for alias in node.names}
+        line = getattr(node, "lineno", 0)
+        assert not found & (OF_MESHES | OF_A_CONTEXT), f"{name(path)}:{line}: {found}; a model asks `ctx.ops` for it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from deepseek_jax.aot.hlo import Array, Instruction
-from deepseek_jax.model.kernels import BLOCK
+from deepseek_jax.kernels.attention import BLOCK
 
 GROUPED = ("ragged-dot", "ragged_dot", "gmm")
 # Products of a block of queries with one of keys: with keys' width, with values' width.

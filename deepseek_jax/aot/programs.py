@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.names import layout as published
-from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.layout import BATCH, spec
 from deepseek_jax.core.params import map_variables, named, renamed
 from deepseek_jax.core.quant import BLOCK, FP8, Quantized
@@ -24,6 +23,7 @@ from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import row_groups
+from deepseek_jax.parallel.shardings import shardings
 from deepseek_jax.train.begin import compiled, prepared
 from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.recipe import Recipe

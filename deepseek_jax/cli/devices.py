@@ -10,7 +10,7 @@ from deepseek_jax.cli.files import native_output_off
 
 Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE"), tyro.conf.UseAppendAction]
 # Fields of `Context` that a command's own options decide.
-NOT_SET = ("mesh", "layout", "dispatch", "balanced", "dtype")
+NOT_SET = ("mesh", "layout", "balanced", "folded", "dtype")
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from deepseek_jax.convert.pickles import weight_files
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, load_json
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
-from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.parallel.placement import place
+from deepseek_jax.parallel.shardings import shardings
 
 ALIGNMENT = 64
 STRIP = 64

@@ -1,15 +1,14 @@
 """How a model runs, apart from what it is: one frozen, hashable value handed down explicitly."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.configs.checks import check_types
-from deepseek_jax.core.layout import BATCH, SEQUENCE, Layout
+from deepseek_jax.core.layout import Layout
+from deepseek_jax.core.ops import ONE_DEVICE, Operations
 from deepseek_jax.notes import shown
 
 # Activations that `remat` may name: what the backward pass finds on the device, and what in the host's memory. All else
@@ -40,12 +39,12 @@ class Context:
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
     ``loss_chunk``: tokens of each row whose logits the loss has in memory at once; None for all.
 
-    ``mesh`` and ``layout``: the devices, and where arrays lie on them; both or neither. ``dispatch``: what runs the
-    routed experts on a mesh, ``(experts, x_BTD, index_BTK, weight_BTK, gate_up, down, ctx) -> (y_BTD, dropped)``.
-    ``expert_buffer``: rows that a device takes in from others at once, as a multiple of the mean. What does not fit
-    follows in further rounds, or with ``drop`` is dropped and counted. ``expert_chunks``: parts in which a device's
-    tokens go, so that one can travel while another is computed. ``balanced``: a row's tokens stand in
-    `balanced_order`. `deepseek_jax.Context` fills these in from a mesh and a layout's name.
+    ``mesh`` and ``layout``: the devices, and where arrays lie on them; both or neither. `deepseek_jax.Context` takes a
+    layout's name, and has the `ops` of a mesh. ``expert_buffer``: rows that a device takes in from others at once, as a
+    multiple of the mean. What does not fit follows in further rounds, or with ``drop`` is dropped and counted.
+    ``expert_chunks``: parts in which a device's tokens go, so that one can travel while another is computed.
+    ``balanced``: a row's tokens stand in `parallel.sequence.balanced_order`. ``folded``: a row here is one of so many
+    parts of a longer one.
 
     Raises ValueError for unknown choices and values of another type.
     """
@@ -58,11 +57,11 @@ class Context:
     attention: str = "auto"
     remat: str = "none"
     loss_chunk: int | None = None
-    dispatch: Callable | None = None
     expert_buffer: float = 2.0
     expert_chunks: int = 1
     drop: bool = False
     balanced: bool = False
+    folded: int = 1
 
     def __post_init__(self):
         check_types(self, ValueError)
@@ -70,6 +69,8 @@ class Context:
             raise ValueError(f"Context(dtype={shown(self.dtype)}): must be a floating dtype, or None.")
         if (self.mesh is None) != (self.layout is None):
             raise ValueError("Context(mesh=..., layout=...): give both or neither.")
+        if self.mesh is not None and self.ops is ONE_DEVICE:
+            raise ValueError("Context(mesh=...): this one is of one device; deepseek_jax.Context takes meshes.")
         if not self.expert_buffer > 0:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
         if self.expert_chunks < 1:
@@ -91,25 +92,13 @@ class Context:
         return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
 
     @property
-    def sequence_parts(self) -> int:
-        """The number of parts in which a row's tokens lie on different devices."""
-        axes = () if self.mesh is None else dict(self.layout.use).get(SEQUENCE, ())
-        return math.prod(self.mesh.shape[a] for a in axes)
+    def ops(self) -> Operations:
+        """What the model asks of its devices."""
+        return ONE_DEVICE
 
     def whole_rows(self) -> "Context":
         """The same, but with every row on one device: for calls of few tokens, such as a decoding step."""
-        if self.sequence_parts == 1:
-            return self
-        use = tuple((name, axes) for name, axes in self.layout.use if name != SEQUENCE)
-        return replace(self, layout=replace(self.layout, use=use), balanced=False)
-
-    def folded(self) -> "Context":
-        """The same for rows of which each device's part stands as a row of its own (`model.attention.fold_rows`)."""
-        if self.sequence_parts == 1:
-            return self
-        use = dict(self.layout.use)
-        use[BATCH] = use.pop(SEQUENCE) + use.get(BATCH, ())
-        return replace(self, layout=replace(self.layout, use=tuple(use.items())), balanced=False)
+        return self
 
 
 def _is_float(dtype) -> bool:

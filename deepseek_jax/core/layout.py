@@ -1,6 +1,6 @@
 """Layouts: the table from logical axes to the axes of a device mesh, and what follows from it without a context.
 
-A parameter names its axes where it is made (`core.params.param`), an activation where `core.axes.constrain` is called.
+A parameter names its axes where it is made (`core.params.param`), an activation where ``ctx.ops.constrain`` is called.
 A `Layout` has two tables from those names to mesh axes: ``rest``, where parameters, gradients and optimizer state lie,
 and ``use``, how activations lie and what stays split of a parameter while it is multiplied. The difference between
 the two is gathered when a layer is read (FSDP).
@@ -9,7 +9,6 @@ the two is gathered when a layer is read (FSDP).
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -100,17 +99,3 @@ def spec(axes: Axes, shape: tuple[int, ...], rules: Rules, mesh: Mesh, what: str
 def parts(split: PartitionSpec) -> tuple[tuple[str, ...], ...]:
     """The mesh axes of each axis, as tuples: a PartitionSpec holds a lone one as a string, and none as None."""
     return tuple((entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in split)
-
-
-def balanced_order(length: int, devices: int) -> np.ndarray:
-    """int [length]: the tokens of a row in the order in which ``devices`` share causal attention equally.
-
-    Of 2 x devices runs, device i has the i-th from the start and the i-th from the end. Raises LayoutError where the
-    length does not divide.
-    """
-    if length % (2 * devices):
-        raise LayoutError(
-            f"rows of {length} tokens do not divide into 2 x {devices} runs over the mesh axis 'context'."
-        )
-    run = np.arange(length).reshape(2 * devices, -1)
-    return np.stack([run[:devices], run[::-1][:devices]], axis=1).reshape(-1)

@@ -1,52 +1,12 @@
-"""Linear maps of weights: the one place that gathers and dequantises a weight and fixes the dtype of its products.
+"""Linear maps of weights: the one place that fixes the dtype of their products.
 
 The grouped matmul of the experts, which has no equation, is the exception: `model/experts.py`, and on a mesh
 `parallel/expert.py`.
 """
 
-import math
-from functools import partial
-
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import gather, gathered, parameter_sharding, to_rest
-from deepseek_jax.core.bits import Bits, tiled_product
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
-from deepseek_jax.core.lowrank import LowRank, dense, held
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(equation: str, a: jax.Array, b: jax.Array, precision=None) -> jax.Array:
-    """float32 ``einsum(equation, a, b)`` of operands of one dtype; no letter stands in one of its three terms only.
-
-    The backward pass multiplies in the operands' dtype as well. JAX's own rule would multiply the float32 cotangent
-    by a bfloat16 operand: a float32 product, several times slower on an accelerator.
-    """
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _forward(equation, a, b, precision):
-    return product(equation, a, b, precision), (a, b)
-
-
-def _backward(equation, precision, operands, dy):
-    a, b = operands
-    return tuple(_cotangents(equation, a, b, dy.astype(a.dtype), precision))
-
-
-product.defvjp(_forward, _backward)
-
-
-def _cotangents(equation: str, a, b, dy, precision):
-    inputs, out = equation.split("->")
-    of_a, of_b = inputs.split(",")
-    back = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    yield back(f"{out},{of_b}->{of_a}", dy, b).astype(a.dtype)
-    yield back(f"{of_a},{out}->{of_b}", a, dy).astype(b.dtype)
 
 
 def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=None) -> jax.Array:
@@ -56,125 +16,6 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     the arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since
     a float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
 
-    On a mesh a parameter is gathered here, for this one product, and once more in the backward pass; or, where x has so
-    few tokens that this moves less, x is brought to the parts of the parameter. x's first two axes are rows and tokens.
+    x's first two axes are rows and tokens.
     """
-    dtype = dtype or x.dtype
-    if ctx.mesh is not None and isinstance(w, nnx.Variable) and isinstance(w.get_value(), jax.Array):
-        axes = w.get_metadata()["axes"]
-        return _sharded(x, w.get_value(), equation, axes, ctx, precision).astype(dtype)
-    return _applied(equation, x, held(gather(w, ctx, x.dtype)), precision).astype(dtype)
-
-
-def _applied(equation: str, x, w, precision) -> jax.Array:
-    """float32 `product` of x and a whole weight of any kind."""
-    if isinstance(w, LowRank):
-        return _applied(equation, x, w.base, precision) + w.scale * _adapted(equation, x, w, precision)
-    if isinstance(w, Bits):
-        return tiled_product(equation, x, w)
-    return product(equation, x, dense(w, x.dtype), precision)
-
-
-# --- On a mesh ------------------------------------------------------------------------------------------------
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _sharded(x, w, equation: str, axes, ctx: Context, precision) -> jax.Array:
-    """float32 `product` of x and a parameter that lies at rest.
-
-    Written out with its collectives: left to the compiler, a weight's gradient is summed whole on every device.
-    """
-    return _sharded_forward(x, w, equation, axes, ctx, precision)[0]
-
-
-class _Split:
-    """How the three terms of an equation are split over the mesh."""
-
-    def __init__(self, equation: str, x, w, axes, ctx: Context):
-        self.of_x, self.of_w, self.of_y = equation.replace("->", ",").split(",")
-        self.rest, self.use = (parameter_sharding(axes, w.shape, ctx, in_use).spec for in_use in (False, True))
-        over = dict(zip(self.of_w, parts(self.use), strict=True))
-        rows = spec((BATCH, SEQUENCE), x.shape[:2], ctx.layout.use, ctx.mesh, "an activation")
-        over |= dict(zip(self.of_x[:2], parts(rows), strict=True))
-        self.over, self.mesh = over, ctx.mesh
-        self.x, self.y = (PartitionSpec(*(over[a] or None for a in term)) for term in (self.of_x, self.of_y))
-
-    def brought(self, x, w) -> tuple[str, tuple[str, ...]] | None:
-        """The letter and the mesh axes over which the weight lies apart, if bringing x there moves less than gathering
-        the weight; for a weight that differs from its use in one such letter, split further, as the rows of x are."""
-        pairs = zip(self.of_w, parts(self.rest), parts(self.use), strict=True)
-        changed = [(letter, rest, use) for letter, rest, use in pairs if rest != use]
-        if len(changed) != 1:
-            return None
-        letter, rest, use = changed[0]
-        apart, rows = rest[len(use) :], self.over[self.of_x[0]]
-        if rest[: len(use)] != use or not apart or rows[len(rows) - len(apart) :] != apart:
-            return None
-        sizes = dict(zip(self.of_x + self.of_w, x.shape + w.shape, strict=True))
-        parted = {a: sizes[a] // math.prod(self.mesh.shape[m] for m in self.over[a]) for a in sizes}
-        given, made, weight = (math.prod(parted[a] for a in term) for term in (self.of_x, self.of_y, self.of_w))
-        devices = math.prod(self.mesh.shape[m] for m in apart)
-        # What is made travels in float32.
-        return (letter, apart) if (given + 2 * made) * devices < weight else None
-
-    def without(self, term: str) -> tuple[str, ...]:
-        """The mesh axes over which a product that gives ``term`` is a sum."""
-        return tuple(a for letter, axes in self.over.items() if letter not in term for a in axes)
-
-
-def _sharded_forward(x, w, equation, axes, ctx, precision):
-    split = _Split(equation, x, w, axes, ctx)
-    product = partial(jnp.einsum, equation, precision=precision, preferred_element_type=jnp.float32)
-
-    def local(x, w):
-        y = product(x, gathered(w, split.rest, split.use, x.dtype))
-        return jax.lax.psum(y, split.without(split.of_y))
-
-    if brought := split.brought(x, w):
-        local = partial(_bring, product=product, split=split, letter=brought[0], over=brought[1])
-    run = jax.shard_map(local, mesh=ctx.mesh, in_specs=(split.x, split.rest), out_specs=split.y, check_vma=False)
-    return run(x, w), (x, w)
-
-
-def _bring(x, w, *, product, split: _Split, letter: str, over: tuple[str, ...]):
-    """The product of all rows of the devices ``over`` with this device's part of the weight, and each row's back."""
-    for axis in reversed(over):
-        x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
-    if letter in split.of_x:
-        size = w.shape[split.of_w.index(letter)]
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(over) * size, size, split.of_x.index(letter))
-        y = product(x, w.astype(x.dtype))
-        for axis in over:
-            y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
-    else:
-        y = product(x, w.astype(x.dtype))
-        y = jax.lax.all_to_all(y, over, split_axis=0, concat_axis=split.of_y.index(letter), tiled=True)
-    return jax.lax.psum(y, split.without(split.of_y))
-
-
-def _sharded_backward(equation, axes, ctx, precision, operands, dy):
-    x, w = operands
-    split = _Split(equation, x, w, axes, ctx)
-
-    def local(x, w, dy):
-        whole = gathered(w, split.rest, split.use, x.dtype)
-        dx, dw = _cotangents(equation, x, whole, dy.astype(x.dtype), precision)
-        dx = jax.lax.psum(dx, split.without(split.of_x))
-        return dx, to_rest(dw, split.use, split.rest, split.without(split.of_w)).astype(w.dtype)
-
-    specs = (split.x, split.rest, split.y)
-    run = jax.shard_map(local, mesh=ctx.mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
-    return run(x, w, dy)
-
-
-_sharded.defvjp(_sharded_forward, _sharded_backward)
-
-
-def _adapted(equation: str, x: jax.Array, w: LowRank, precision) -> jax.Array:
-    """float32 ``x a b``: the map of an adapter before its factor, through the rank's few dimensions."""
-    terms, out = equation.split("->")
-    of_x, of_w = terms.split(",")
-    inputs, split, outputs = of_w[: w.inputs], of_w[w.inputs : -w.outputs], of_w[-w.outputs :]
-    thin = "".join(letter for letter in of_x if letter not in inputs) + split + "r"
-    down = product(f"{of_x},{inputs}{split}r->{thin}", x, w.a.astype(x.dtype), precision).astype(x.dtype)
-    return product(f"{thin},{split}r{outputs}->{out}", down, w.b.astype(x.dtype), precision)
+    return ctx.ops.product(equation, x, w, precision).astype(dtype or x.dtype)

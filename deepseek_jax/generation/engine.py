@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.generation.arguments import check_count, check_model, check_prompts, check_stops
@@ -16,6 +15,7 @@ from deepseek_jax.generation.loop import State, compiled
 from deepseek_jax.generation.sampling import Sampling, make_sampling
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import fetch, place, row_groups
+from deepseek_jax.parallel.shardings import activation_sharding
 
 # Tokens of a prompt that one prefill call feeds, and decoding steps that one call runs on the device.
 CHUNK = 128

@@ -1,6 +1,6 @@
 """What the public functions are given, checked before anything runs: kinds, shapes, and values where they are known.
 
-Under jit values are not known. There an id outside the vocabulary has an embedding of NaN (`core.embedding.lookup`).
+Under jit values are not known. There an id outside the vocabulary has an embedding of NaN (`Operations.lookup`).
 """
 
 from dataclasses import fields

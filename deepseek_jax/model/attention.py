@@ -4,7 +4,7 @@ Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key 
 F rotary frequencies.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.core.axes import constrain
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.layout import BATCH, SEQUENCE
-from deepseek_jax.core.linear import product
-from deepseek_jax.model.kernels import LANES, causal_attention, on_platform
+from deepseek_jax.core.product import product
+from deepseek_jax.kernels.attention import LANES, causal_attention
+from deepseek_jax.kernels.platform import on_platform
 
 # At most this many query blocks are unrolled; each attends to the keys up to its own end only.
 UNROLLED_BLOCKS = 16
@@ -120,83 +119,27 @@ def attend(
     if ctx.attention != "xla" and span.slot is None:
         if not (refusal := _kernel_refusal(q_BTNK, span, ctx)):
             segment_BT = None if span.uniform else span.segment
-            kernel = lambda interpret: partial(causal_attention, scale=scale, ctx=ctx, interpret=interpret)  # noqa: E731
+            # Where activations are even sent to the host, memory is short.
+            how = {"scale": scale, "fused": ctx.remat != "offload"}
+            kernel = lambda interpret: partial(ctx.ops.heads, partial(causal_attention, **how, interpret=interpret))  # noqa: E731
             xla = None
             if ctx.attention == "auto":
                 xla = lambda q, k, v, _: attend_whole(q, k, v, span, scale)  # noqa: E731
             return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
         if ctx.attention == "kernel":
             raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
-    if not ctx.balanced:
-        return attend_whole(q_BTNK, k_BSGK, v_BSGV, span, scale)
-
-    # Queries of a row's first half need the first half's keys only, on every device alike.
-    def early(a_BS):
-        runs = rearrange(a_BS, "B (P H S) ... -> B P H S ...", P=ctx.sequence_parts, H=2)
-        return rearrange(runs[:, :, 0], "B P S ... -> B (P S) ...")
-
-    half, outputs = q_BTNK.shape[1] // 2, []
-    for queries, seen in ((slice(0, half), early), (slice(half, None), lambda a: a)):
-        part = replace(
-            span,
-            position=span.position[:, queries],
-            segment=span.segment[:, queries],
-            key_position=seen(span.key_position),
-            key_segment=seen(span.key_segment),
-        )
-        outputs.append(attend_whole(q_BTNK[:, queries], seen(k_BSGK), seen(v_BSGV), part, scale))
-    return jnp.concatenate(outputs, axis=1)
+    return ctx.ops.attend(partial(attend_whole, scale=scale), q_BTNK, k_BSGK, v_BSGV, span)
 
 
 def _kernel_refusal(q_BTNK: jax.Array, span: Span, ctx: Context) -> str:
     """Why a call without a cache cannot run by the kernel; empty if it can."""
-    if ctx.sequence_parts > 1:
+    if ctx.ops.splits_rows:
         return "it takes whole rows, and the mesh splits them over its axis 'context'"
     if not span.causal:
         return "it takes tokens in order, and this call gives positions"
     if q_BTNK.shape[1] % LANES:
         return f"it takes rows of a multiple of {LANES} tokens, not {q_BTNK.shape[1]}"
     return ""
-
-
-def fold_rows(a_BT: jax.Array, ctx: Context, *axes: str | None) -> jax.Array:
-    """[P x B, T / P, ...]: the parts of each row that lie on different devices, as rows. ``axes``: the other axes."""
-    parts = rearrange(a_BT, "B (P T) ... -> P B T ...", P=ctx.sequence_parts)
-    parts = constrain(parts, (SEQUENCE, BATCH, None, *axes), ctx)
-    return constrain(rearrange(parts, "P B ... -> (P B) ..."), ((SEQUENCE, BATCH), None, *axes), ctx)
-
-
-def unfold_rows(a_BT: jax.Array, ctx: Context) -> jax.Array:
-    """[B, T, ...] of `fold_rows`'s rows."""
-    parts = rearrange(a_BT, "(P B) ... -> P B ...", P=ctx.sequence_parts)
-    parts = constrain(parts, (SEQUENCE, BATCH, *(None,) * (a_BT.ndim - 1)), ctx)
-    return rearrange(parts, "P B T ... -> B (P T) ...")
-
-
-def copy_rows(a_BS: jax.Array, ctx: Context, *axes: str | None) -> jax.Array:
-    """[P x B, S, ...]: whole rows for each of the P parts, gathered from the devices that hold them. ``axes``: the
-    other axes, by default whole.
-
-    The copies' gradients are summed after whatever is computed from a copy, at the width of this array.
-    """
-    others = (None, *(axes or (None,) * (a_BS.ndim - 2)))
-    whole = constrain(a_BS, (BATCH, *others), ctx)
-    copies = jnp.broadcast_to(whole, (ctx.sequence_parts, *a_BS.shape))
-    copies = constrain(copies, (SEQUENCE, BATCH, *others), ctx)
-    return constrain(rearrange(copies, "P B ... -> (P B) ..."), ((SEQUENCE, BATCH), *others), ctx)
-
-
-def fold_span(span: Span, ctx: Context) -> Span:
-    """The span of `fold_rows`'s queries among `copy_rows`'s keys."""
-    return replace(
-        span,
-        position=fold_rows(span.position, ctx),
-        segment=fold_rows(span.segment, ctx),
-        key_position=copy_rows(span.key_position, ctx),
-        key_segment=copy_rows(span.key_segment, ctx),
-        causal=False,
-        uniform=False,
-    )
 
 
 def attend_whole(q_BTNK, k_BSGK, v_BSGV, span: Span, scale: float) -> jax.Array:

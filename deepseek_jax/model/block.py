@@ -7,7 +7,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.configs import schema
 from deepseek_jax.configs.layers import Layer
-from deepseek_jax.core.axes import constrain, together
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.norm import RMSNorm
@@ -45,16 +44,16 @@ class Block(nnx.Module):
         """The stream, the cache's memory, router statistics (None for a dense layer), activations."""
         x_BTD = checkpoint_name(x_BTD, "stream")
         attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
-        attn = checkpoint_name(constrain(attn, (BATCH, SEQUENCE, None), ctx), "attn")
+        attn = checkpoint_name(ctx.ops.constrain(attn, (BATCH, SEQUENCE, None)), "attn")
         x_BTD = x_BTD + attn
         aux, scores = None, {}
         if isinstance(self.ffn, MoE):
             ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), span.segment, ctx, replay_BTK)
             scores = {"router_scores": score_BTE}
         else:
-            network, y_BTD = together((self.ffn, self.ffn_norm(x_BTD)), ctx)
+            network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(x_BTD)))
             ffn = network(y_BTD, ctx)
-        ffn = checkpoint_name(constrain(ffn, (BATCH, SEQUENCE, None), ctx), "ffn")
+        ffn = checkpoint_name(ctx.ops.constrain(ffn, (BATCH, SEQUENCE, None)), "ffn")
         x_BTD = x_BTD + ffn
         norm_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
         return x_BTD, memory, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **scores}

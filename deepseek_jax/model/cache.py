@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import activation_sharding
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH
 
@@ -70,18 +69,14 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, rewind: int, dtype, ct
             f"init_cache(batch={batch}, length={length}, rewind={rewind}): batch and length must be positive "
             "and rewind must lie in [0, length)."
         )
-    width = cfg.attention.cache_width
-
-    def zeros(shape, kind, *axes):
-        return jnp.zeros(shape, kind, device=None if ctx.mesh is None else activation_sharding(axes, shape, ctx))
-
+    width, zeros = cfg.attention.cache_width, ctx.ops.zeros
     return Cache(
-        latent=zeros((cfg.n_layers, batch, length, width), dtype, None, BATCH, None, None),
-        mtp_latent=zeros((cfg.mtp_depth, batch, length, width), dtype, None, BATCH, None, None),
-        position=zeros((batch, length), jnp.int32, BATCH, None),
-        segment=zeros((batch, length), jnp.int32, BATCH, None),
-        mtp_segment=zeros((cfg.mtp_depth, batch, length), jnp.int32, None, BATCH, None),
-        length=zeros((batch,), jnp.int32, BATCH),
+        latent=zeros((cfg.n_layers, batch, length, width), dtype, (None, BATCH, None, None)),
+        mtp_latent=zeros((cfg.mtp_depth, batch, length, width), dtype, (None, BATCH, None, None)),
+        position=zeros((batch, length), jnp.int32, (BATCH, None)),
+        segment=zeros((batch, length), jnp.int32, (BATCH, None)),
+        mtp_segment=zeros((cfg.mtp_depth, batch, length), jnp.int32, (None, BATCH, None)),
+        length=zeros((batch,), jnp.int32, (BATCH,)),
         max_rewind=rewind,
     )
 

@@ -1,41 +1,37 @@
 """Routed experts: every token through its chosen SwiGLU networks, nothing dropped (DeepSeekMoE 2401.06066).
 
 One function, `routed_experts`, in four forms that agree: a dense oracle that computes every expert for every
-token; and tokens sorted by expert with a grouped matmul, either block-wise (fast on CPU),
-`jax.lax.ragged_dot` (lowered natively on TPU and GPU) or a Pallas kernel for TPU.
+token; and tokens sorted by expert with one of the three grouped matmuls of `kernels.grouped`.
 
 Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert
 width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import dense
-from deepseek_jax.core.lowrank import LowRank, held
+from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.quant import Quantized
+from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
 from deepseek_jax.model.ffn import swiglu
-from deepseek_jax.model.grouped import grouped_matmul, grouped_outer
 
 
 def routed_experts(
-    x_ND: jax.Array, index_NK: jax.Array, weight_NK: jax.Array, gate_up_ED2F, down_EFD, ctx: Context
+    x_ND: jax.Array, index_NK: jax.Array, weight_NK: jax.Array, gate_up_ED2F, down_EFD, form: str
 ) -> jax.Array:
     """[N, D]: the weighted sum of each token's experts; index -1 contributes nothing.
 
-    ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays, `Quantized` or `LowRank`. ``ctx.experts``
-    names the form.
+    ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays, `Quantized` or `LowRank`. ``form``: a
+    `Context.experts`.
     """
     gate_up, down = held(gate_up_ED2F), held(down_EFD)
     weight_NK = jnp.where(index_NK >= 0, weight_NK, 0)
-    if ctx.experts == "dense":
+    if form == "dense":
         return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype))
-    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, ctx.experts)
+    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form)
 
 
 def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Array:
@@ -179,11 +175,23 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 
 @dataclass(frozen=True)
 class Experts:
-    """The computation on one device, for a dispatcher that brings tokens to their experts."""
+    """The computation on one device in one form, for ``ctx.ops.experts``, which on a mesh brings tokens to it."""
 
-    routed: Callable = routed_experts
-    sort: Callable = sort_by_expert
-    up: Callable = rows_up
-    down: Callable = rows_down
-    down_backward: Callable = rows_down_backward
-    up_backward: Callable = rows_up_backward
+    form: str
+
+    sort = staticmethod(sort_by_expert)
+
+    def routed(self, x_ND, index_NK, weight_NK, gate_up, down) -> jax.Array:
+        return routed_experts(x_ND, index_NK, weight_NK, gate_up, down, self.form)
+
+    def up(self, x_MD, gate_up, sizes) -> jax.Array:
+        return rows_up(x_MD, gate_up, sizes, self.form)
+
+    def down(self, h_MZ, weight_M1, down, sizes) -> jax.Array:
+        return rows_down(h_MZ, weight_M1, down, sizes, self.form)
+
+    def down_backward(self, h_MZ, weight_M1, dy_MD, down, sizes):
+        return rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, self.form)
+
+    def up_backward(self, x_MD, dh_MZ, gate_up, sizes):
+        return rows_up_backward(x_MD, dh_MZ, gate_up, sizes, self.form)

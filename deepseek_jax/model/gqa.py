@@ -13,7 +13,7 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import apply_rope
-from deepseek_jax.model.attention import Span, attend, copy_rows, fold_rows, fold_span, unfold_rows
+from deepseek_jax.model.attention import Span, attend
 
 
 class GQA(nnx.Module):
@@ -52,14 +52,11 @@ class GQA(nnx.Module):
             held = memory[layer].astype(x_BTD.dtype).reshape(*memory.shape[1:3], *both.shape[2:])
             k_BSGH, v_BSGH = held[:, :, 0], held[:, :, 1]
 
-        scale = self.cfg.head_dim**-0.5
-        if ctx.sequence_parts > 1:
-            keys, values = copy_rows(k_BSGH, ctx, "heads", None), copy_rows(v_BSGH, ctx, "heads", None)
-            o_BTNH = attend(fold_rows(q_BTNH, ctx, "heads", None), keys, values, fold_span(span, ctx), scale, ctx)
-            o_BTNH = unfold_rows(o_BTNH, ctx)
-        else:
-            o_BTNH = attend(q_BTNH, k_BSGH, v_BSGH, span, scale, ctx)
+        o_BTNH = ctx.ops.rows(self._attend, (q_BTNH,), (k_BSGH, v_BSGH), span, ctx)
         return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), memory
+
+    def _attend(self, q_BTNH, k_BSGH, v_BSGH, span: Span, ctx: Context) -> jax.Array:
+        return attend(q_BTNH, k_BSGH, v_BSGH, span, self.cfg.head_dim**-0.5, ctx)
 
 
 def _mapped(x_BTD: jax.Array, w, b: nnx.Param | None, ctx: Context) -> jax.Array:

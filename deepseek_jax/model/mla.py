@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core.axes import gather
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.linear import dense, linear
+from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import apply_rope, softmax_scale
-from deepseek_jax.model.attention import Span, attend, copy_rows, fold_rows, fold_span, unfold_rows
+from deepseek_jax.model.attention import Span, attend
 
 
 class MLA(nnx.Module):
@@ -63,13 +62,7 @@ class MLA(nnx.Module):
             latent_BSX = memory[layer].astype(x_BTD.dtype)
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], latent_BSX.shape[1], ctx) else self._expanded
-        if ctx.sequence_parts > 1:
-            # Of tokens on other devices only latents are gathered: all heads' keys and values follow from them.
-            q_BTNH, q_BTNR = (fold_rows(q, ctx, "heads", None) for q in (q_BTNH, q_BTNR))
-            o_BTNV = form(q_BTNH, q_BTNR, copy_rows(latent_BSX, ctx), fold_span(span, ctx), ctx)
-            o_BTNV = unfold_rows(o_BTNV, ctx)
-        else:
-            o_BTNV = form(q_BTNH, q_BTNR, latent_BSX, span, ctx)
+        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR), (latent_BSX,), span, ctx)
         return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), memory
 
     def _queries(self, x_BTD, span: Span, ctx: Context):
@@ -84,7 +77,7 @@ class MLA(nnx.Module):
     def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
         cfg = self.cfg
         c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
-        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx.folded())
+        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx)
         k_BSNH, v_BSNV = jnp.split(kv, [cfg.nope_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
         q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
@@ -101,7 +94,7 @@ class MLA(nnx.Module):
 
     def absorbed_maps(self, dtype, ctx: Context = DEFAULT) -> tuple[jax.Array, jax.Array]:
         """[N, H, C], from a head's query to the latent, and [N, C, V], from the latent to its values."""
-        w_k_CNH, w_v_CNV = jnp.split(dense(gather(self.kv_b, ctx, dtype), dtype), [self.cfg.nope_dim], axis=-1)
+        w_k_CNH, w_v_CNV = jnp.split(ctx.ops.weight(self.kv_b, dtype), [self.cfg.nope_dim], axis=-1)
         return w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2)
 
     def _absorbs(self, T: int, S: int, ctx: Context) -> bool:

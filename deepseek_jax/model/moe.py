@@ -3,21 +3,16 @@
 Suffixes: B batch, T tokens, D width, K chosen experts, E experts, F expert width.
 """
 
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core.axes import gather, summed
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.lowrank import dense, held
 from deepseek_jax.core.params import param
-from deepseek_jax.model.experts import Experts, routed_experts
+from deepseek_jax.model.experts import Experts
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.outputs import Aux
-from deepseek_jax.model.router import Router, expert_load, score_share, sequence_balance
+from deepseek_jax.model.router import Router, score_share, sequence_balance
 
 
 class MoE(nnx.Module):
@@ -36,25 +31,15 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
     ) -> tuple[jax.Array, Aux, jax.Array]:
         routing = self.router(x_BTD, segment_BT, ctx, replay_BTK)
-        y_BTD, dropped = self._routed(x_BTD, routing.index_BTK, routing.weight_BTK, ctx)
+        chosen = routing.index_BTK, routing.weight_BTK
+        y_BTD, dropped = ctx.ops.experts(Experts(ctx.experts), x_BTD, *chosen, self.gate_up, self.down)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, ctx)
         aux = Aux(
             expert_index=routing.index_BTK,
-            load=summed(partial(expert_load, n_experts=self.cfg.n_experts), routing.index_BTK, ctx),
+            load=ctx.ops.count(routing.index_BTK, self.cfg.n_experts),
             balance={"sequence": sequence_balance(routing.score_BTE, segment_BT, self.cfg.top_k, ctx)},
             share=score_share(routing.score_BTE, segment_BT),
             dropped=dropped,
         )
         return y_BTD, aux, routing.score_BTE
-
-    def _routed(self, x_BTD, index_BTK, weight_BTK, ctx: Context) -> tuple[jax.Array, jax.Array]:
-        """The routed experts' sum, and the number of assignments that were not computed."""
-        if ctx.dispatch is not None:
-            # The dispatcher gathers arrays itself; a quantised weight is whole, where it is not split in use.
-            weights = [held(w) for w in (self.gate_up, self.down)]
-            if not all(isinstance(w, jax.Array) for w in weights):
-                weights = [dense(gather(w, ctx, x_BTD.dtype), x_BTD.dtype) for w in (self.gate_up, self.down)]
-            return ctx.dispatch(Experts(), x_BTD, index_BTK, weight_BTK, *weights, ctx)
-        rows = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, index_BTK, weight_BTK))
-        return routed_experts(*rows, self.gate_up, self.down, ctx).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)

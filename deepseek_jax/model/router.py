@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core.axes import top_k
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param, router_bias
@@ -60,18 +59,13 @@ class Router(nnx.Module):
         biased_BTE = jax.lax.stop_gradient(score_BTE if self.bias is None else score_BTE + self.bias.get_value())
         if cfg.n_groups > 1:
             biased_BTGM = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_groups, -1)
-            best_of = {"top2": lambda a: top_k(a, 2, ctx)[0].sum(-1), "max": lambda a: a.max(-1)}
+            best_of = {"top2": lambda a: ctx.ops.top_k(a, 2)[0].sum(-1), "max": lambda a: a.max(-1)}
             group_BTG = best_of[cfg.group_score](biased_BTGM)
-            best = top_k(group_BTG, cfg.top_groups, ctx)[1]
+            best = ctx.ops.top_k(group_BTG, cfg.top_groups)[1]
             kept_BTG = (best[..., None] == jnp.arange(cfg.n_groups)).any(-2)
             # -inf, not 0: a bias may make every score of a kept group negative.
             biased_BTE = jnp.where(kept_BTG[..., None], biased_BTGM, -jnp.inf).reshape(biased_BTE.shape)
-        return top_k(biased_BTE, cfg.top_k, ctx)[1]
-
-
-def expert_load(index: jax.Array, n_experts: int) -> jax.Array:
-    """int32 [E]: how often each expert was chosen; -1 counts for none."""
-    return jnp.zeros(n_experts, jnp.int32).at[index.reshape(-1)].add(1, mode="drop", wrap_negative_indices=False)
+        return ctx.ops.top_k(biased_BTE, cfg.top_k)[1]
 
 
 def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, chosen: int, ctx: Context = DEFAULT) -> jax.Array:
@@ -83,7 +77,7 @@ def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, chosen: int, c
     real_BT = (segment_BT != 0).astype(jnp.float32)
     tokens_B = jnp.maximum(real_BT.sum(-1), 1.0)
     E = score_BTE.shape[-1]
-    chosen_BTK = top_k(jax.lax.stop_gradient(score_BTE), chosen, ctx)[1]
+    chosen_BTK = ctx.ops.top_k(jax.lax.stop_gradient(score_BTE), chosen)[1]
     rows = jnp.arange(score_BTE.shape[0])[:, None, None]
     count_BE = jnp.zeros((score_BTE.shape[0], E)).at[rows, chosen_BTK].add(real_BT[..., None])
     f_BE = count_BE * E / (chosen * tokens_B[:, None])

@@ -13,9 +13,7 @@ from flax import nnx
 
 from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.axes import constrain, shardings, together
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
@@ -107,7 +105,7 @@ class Transformer(nnx.Module):
         if cache is not None:
             ctx = ctx.whole_rows()
         span, cache = self._span(tokens_BT, positions, segments, cache, ctx)
-        x_BTD = lookup(self.embed, tokens_BT, self.compute_dtype(ctx), ctx)
+        x_BTD = ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx))
         memory = None if cache is None else cache.latent
         x_BTD, memory, aux, captured = run_stacks(
             self.stacks, self.segments, x_BTD, span, ctx, memory, routing, tuple(capture)
@@ -137,7 +135,7 @@ class Transformer(nnx.Module):
         ctx = ctx or DEFAULT
         equation, w = ("BTD,VD->BTV", self.embed) if self.head is None else ("BTD,DV->BTV", self.head)
         logits = linear(equation, hidden_BTD, w, ctx, dtype=jnp.float32)
-        return constrain(logits, (BATCH, SEQUENCE, "vocab"), ctx)
+        return ctx.ops.constrain(logits, (BATCH, SEQUENCE, "vocab"))
 
     def predict(
         self,
@@ -178,9 +176,9 @@ class Transformer(nnx.Module):
             segment = write_slots(cache.mtp_segment[depth], known, span.slot)
             cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
             memory, own = cache.mtp_latent, replace(own, key_segment=segment)
-        embedding = lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype, ctx)
+        embedding = ctx.ops.lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype)
 
-        module, hidden_BTD, embedding = together((self.mtp[depth], hidden_BTD, embedding), ctx)
+        module, hidden_BTD, embedding = ctx.ops.fence((self.mtp[depth], hidden_BTD, embedding))
 
         def run(module, hidden_BTD, embedding, own, memory):
             return module(hidden_BTD, embedding, own, ctx, memory, depth)
@@ -225,7 +223,7 @@ class Transformer(nnx.Module):
             )
             key_position, key_segment = cache.position, cache.segment
         attention = self.cfg.attention
-        shared = positions is None and cache is None and ctx.sequence_parts == 1
+        shared = positions is None and cache is None and not ctx.ops.splits_rows
         cos, sin = rope_tables(position[:1] if shared else position, attention.rope_dim, attention.rope)
         return (
             Span(
@@ -277,10 +275,7 @@ def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | Non
     divide the model.
     """
     dtype = check_init(cfg, key, dtype)
-    if ctx is None or ctx.mesh is None:
-        return _init(cfg, key, dtype)
-    places = shardings(abstract(cfg, dtype), ctx)
-    return jax.jit(_init, static_argnums=(0, 2), out_shardings=places)(cfg, key, dtype)
+    return (ctx or DEFAULT).ops.made(partial(_init, cfg, dtype=dtype), key)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))

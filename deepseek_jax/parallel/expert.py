@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import gathered, parameter_sharding, to_rest
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, LayoutError, parts, spec
+from deepseek_jax.parallel.collectives import gathered, to_rest
 from deepseek_jax.parallel.rounds import Stage, Trip, each_round, expert_parts
+from deepseek_jax.parallel.shardings import parameter_sharding
 
 WEIGHTS = (("expert", "embed", None, "expert_ffn"), ("expert", "expert_ffn", "embed"))
 TOKEN = (BATCH, SEQUENCE, None)
@@ -97,17 +98,17 @@ def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: 
     gate_up, down = _in_use((gate_up, down), x_BTD.dtype, rest, use)
     chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK)]
     if expert_parts(ctx) == 1:
-        y_CND = jnp.stack([experts.routed(*chunk, gate_up, down, ctx) for chunk in zip(*chunks, strict=True)])
+        y_CND = jnp.stack([experts.routed(*chunk, gate_up, down) for chunk in zip(*chunks, strict=True)])
         return jax.lax.psum(y_CND, _tensor(ctx)).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)
 
     def send(trip, held, x_ND, weight_NK):
         held |= {"x": trip.there(x_ND), "weight": trip.weights(weight_NK)}
 
     def product_up(trip, held):
-        held["h"] = experts.up(held.pop("x"), gate_up, trip.sizes_L, ctx.experts)
+        held["h"] = experts.up(held.pop("x"), gate_up, trip.sizes_L)
 
     def product_down(trip, held):
-        held["y"] = experts.down(held.pop("h"), held.pop("weight"), down, trip.sizes_L, ctx.experts)
+        held["y"] = experts.down(held.pop("h"), held.pop("weight"), down, trip.sizes_L)
 
     def back(trip, held):
         held["result"] = trip.back(held.pop("y"))
@@ -131,16 +132,16 @@ def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, exper
         held["dy"] = trip.there(dy_ND)
 
     def product_up(trip, held):
-        held["h"] = experts.up(held["x"], w_up, trip.sizes_L, ctx.experts)
+        held["h"] = experts.up(held["x"], w_up, trip.sizes_L)
 
     def product_down(trip, held):
         rows = (held.pop(name) for name in ("h", "weight", "dy"))
-        held["dh"], held["dweight"], d_down = experts.down_backward(*rows, w_down, trip.sizes_L, ctx.experts)
+        held["dh"], held["dweight"], d_down = experts.down_backward(*rows, w_down, trip.sizes_L)
         held["sums"] = {"down": d_down}
 
     def last_products(trip, held):
         rows = (held.pop(name) for name in ("x", "dh"))
-        held["dx"], held["sums"]["up"] = experts.up_backward(*rows, w_up, trip.sizes_L, ctx.experts)
+        held["dx"], held["sums"]["up"] = experts.up_backward(*rows, w_up, trip.sizes_L)
 
     def back(trip, held):
         held["result"] = trip.back(held.pop("dx")), trip.weights_back(held.pop("dweight"))
@@ -148,9 +149,7 @@ def _backward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, dy_BTD, *, exper
     if expert_parts(ctx) == 1:
 
         def gradients(x_ND, index_NK, weight_NK, dy_ND):
-            _, vjp = jax.vjp(
-                lambda x, w, *both: experts.routed(x, index_NK, w, *both, ctx), x_ND, weight_NK, w_up, w_down
-            )
+            _, vjp = jax.vjp(lambda x, w, *both: experts.routed(x, index_NK, w, *both), x_ND, weight_NK, w_up, w_down)
             return vjp(dy_ND)
 
         every = [gradients(*chunk) for chunk in zip(x_CND, index_CNK, weight_CNK, dy_CND, strict=True)]

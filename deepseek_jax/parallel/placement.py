@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, LayoutError, parts, spec
+from deepseek_jax.parallel.shardings import shardings
 
 Tree = TypeVar("Tree")
 

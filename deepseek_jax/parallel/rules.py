@@ -27,7 +27,7 @@ REST: Rules = (
     ("embed", GATHERED),
     ("q_rank", GATHERED),
     ("kv_rank", GATHERED),
-    # What `core.embedding.lookup` gathers is the minor part: the columns of a device that shares it are neighbours.
+    # What `parallel.embedding.lookup` gathers is the minor part: the columns of a device that shares it are neighbours.
     ("embedding", ("expert", "context", "fsdp")),
 )
 

@@ -12,11 +12,11 @@ import jax
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.layout import balanced_order
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import training_texts
 from deepseek_jax.parallel.placement import row_groups
 from deepseek_jax.parallel.processes import from_first
+from deepseek_jax.parallel.sequence import balanced_order, sequence_parts
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
@@ -50,8 +50,8 @@ def check_fit(cfg: ModelConfig, recipe: Recipe, options: Options, ctx: Context =
             "fsdp x expert axes: choose a batch, and micro_rows where they are given, that are multiples of it, or "
             "smaller axes."
         )
-    if ctx.sequence_parts > 1:
-        balanced_order(recipe.length, ctx.sequence_parts)
+    if sequence_parts(ctx) > 1:
+        balanced_order(recipe.length, sequence_parts(ctx))
 
 
 @contextmanager

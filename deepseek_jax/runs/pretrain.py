@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.load import load_pretrained
-from deepseek_jax.core.axes import shardings
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.processes import first_then_all, is_first
+from deepseek_jax.parallel.shardings import shardings
 from deepseek_jax.runs.export import export_model
 from deepseek_jax.runs.metrics import Reporter, Reporters
 from deepseek_jax.runs.options import Options

@@ -11,11 +11,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from deepseek_jax.core.axes import gathered, parameter_sharding, to_rest
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -41,28 +38,20 @@ chunked_nats.defvjp(_forward, _backward)
 
 
 def _run(hidden_BTD, head, target_BT, axes, ctx: Context, gradients: bool):
-    local = partial(_on_device, tied=axes[0] == "vocab", chunk=ctx.loss_chunk, gradients=gradients)
-    if ctx.mesh is None:
-        return local(hidden_BTD, head, target_BT, vocabulary=(), over=(), rest=None, use=None)
-    rest, use = (parameter_sharding(axes, head.shape, ctx, in_use).spec for in_use in (False, True))
-    token = spec((BATCH, SEQUENCE), target_BT.shape, ctx.layout.use, ctx.mesh, "a batch")
-    local = partial(
-        local,
-        vocabulary=parts(use)[axes.index("vocab")],
-        over=tuple(axis for mine in parts(token) for axis in mine),
-        rest=rest,
-        use=use,
-    )
-    out = (PartitionSpec(), PartitionSpec(*token, None), rest) if gradients else PartitionSpec()
-    specs = (PartitionSpec(*token, None), rest, token)
-    return jax.shard_map(local, mesh=ctx.mesh, in_specs=specs, out_specs=out, check_vma=False)(
-        hidden_BTD, head, target_BT
-    )
+    compute = partial(_on_device, tied=axes[0] == "vocab", chunk=ctx.loss_chunk, gradients=gradients)
+    return ctx.ops.nats(compute, hidden_BTD, head, target_BT, axes)
 
 
-def _on_device(hidden_BTD, head, target_BT, *, tied, chunk, gradients, vocabulary, over, rest, use):
+def _on_device(
+    hidden_BTD, head, target_BT, *, tied, chunk, gradients, vocabulary=(), over=(), in_use=None, at_rest=None
+):
+    """The sum, with ``gradients`` also its own by hidden states and head.
+
+    On a mesh, of this device's part. ``vocabulary``, ``over``: the mesh axes over which vocabulary and tokens are
+    split. ``in_use``, ``at_rest``: bring the head here, and its gradient back.
+    """
     dtype = hidden_BTD.dtype
-    w = head.astype(dtype) if rest is None else gathered(head, rest, use, dtype)
+    w = in_use(head) if in_use else head.astype(dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     of_w, size = ("VD", w.shape[0]) if tied else ("DV", w.shape[1])
     first = jax.lax.axis_index(vocabulary) * size if vocabulary else 0
@@ -96,6 +85,6 @@ def _on_device(hidden_BTD, head, target_BT, *, tied, chunk, gradients, vocabular
     nats, dw = held
     dhidden_BTD = jnp.moveaxis(dh_nBTD, 0, 1).reshape(hidden_BTD.shape)[:, :T]
     dw = dw.astype(w.dtype)
-    dw = dw if rest is None else to_rest(dw, use, rest, over)
+    dw = at_rest(dw) if at_rest else dw
     # Together, or the compiler would hold the whole of this gradient until everything else is done.
     return jax.lax.optimization_barrier((jax.lax.psum(nats, over), dhidden_BTD, dw.astype(head.dtype)))

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.axes import gather
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.layout import balanced_order
-from deepseek_jax.core.lowrank import LowRank, dense, held
+from deepseek_jax.core.lowrank import LowRank, held
 from deepseek_jax.model.mtp import shifted
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
@@ -91,7 +89,7 @@ def _nats(model: Transformer, hidden_BTD: jax.Array, logits_BTV: jax.Array | Non
     axes = (head.base if isinstance(head, LowRank) else head).get_metadata()["axes"]
     weight = held(head)
     if not isinstance(weight, jax.Array):
-        weight = dense(gather(head, ctx, hidden_BTD.dtype), hidden_BTD.dtype)
+        weight = ctx.ops.weight(head, hidden_BTD.dtype)
     return chunked_nats(hidden_BTD, weight, target_BT, axes, ctx)
 
 
@@ -112,7 +110,7 @@ def loss(
     the targets counted.
 
     With ``ctx.loss_chunk`` the output has no logits. On a mesh that splits rows the tokens of ``hidden``, the logits
-    and ``aux`` stand in `core.layout.balanced_order`.
+    and ``aux`` stand in `parallel.sequence.balanced_order`.
 
     Raises ValueError for a batch without tokens, with unknown entries or shapes, and, where values are known, for ids
     outside the vocabulary; under jit such an id makes the loss NaN.
@@ -144,13 +142,14 @@ def part_loss(
     depth, ctx = mtp_depth(model, weights), ctx or DEFAULT
     target_BTP = targets(batch, 1 + depth)
     inputs = {"segments": batch.get("segments"), "positions": batch.get("positions")}
-    if ctx.sequence_parts > 1:
+    order, ctx = ctx.ops.row_order(batch["tokens"].shape[1], ctx)
+    if order is not None:
         # What is shifted along a row is shifted before its tokens change places.
-        batch, inputs, target_BTP, ctx = _balanced(batch, depth, target_BTP, ctx)
+        batch, inputs, target_BTP = _ordered(batch, depth, target_BTP, order)
     logits = "all" if ctx.loss_chunk is None else "none"
     out = model(batch["tokens"], **inputs, with_mtp=depth > 0, logits=logits, capture=capture, ctx=ctx)
-    if ctx.balanced:
-        place = np.argsort(balanced_order(batch["tokens"].shape[1], ctx.sequence_parts))
+    if order is not None:
+        place = np.argsort(order)
         out = replace(out, captured={name: a[:, :, place] for name, a in out.captured.items()})
     logits_of = (None,) * (1 + depth) if out.logits is None else (out.logits, *out.mtp_logits)
     heads = zip((out.hidden, *out.mtp_hidden), logits_of, strict=True)
@@ -172,18 +171,16 @@ def part_loss(
     return total, replace(out, losses=losses)
 
 
-def _balanced(batch: dict[str, jax.Array], depth: int, target_BTP: jax.Array, ctx: Context):
-    """The batch, the model's arguments and the targets with every row in the order that its devices share equally."""
+def _ordered(batch: dict[str, jax.Array], depth: int, target_BTP: jax.Array, order: np.ndarray):
+    """The batch, the model's arguments and the targets with every row's tokens in that order."""
     B, T = batch["tokens"].shape
-    order = balanced_order(T, ctx.sequence_parts)
     inputs = {
         "segments": _segments(batch),
         "positions": batch.get("positions", jnp.broadcast_to(jnp.arange(T), (B, T))),
     }
     if depth:
         inputs["next_tokens"] = shifted(batch["tokens"], _segments(batch), depth)
-    batch, inputs, target_BTP = jax.tree.map(lambda a: a[:, order], (batch, inputs, target_BTP))
-    return batch, inputs, target_BTP, replace(ctx, balanced=True)
+    return jax.tree.map(lambda a: a[:, order], (batch, inputs, target_BTP))
 
 
 def check_entries(batch: dict[str, jax.Array], entries: frozenset[str] = ENTRIES) -> None:

@@ -207,7 +207,7 @@ def grouped(rows: int, inputs: int, outputs: int, experts: int) -> dict[str, flo
     import jax.numpy as jnp
     import numpy as np
 
-    from deepseek_jax.model.grouped import blocks_matmul, blocks_outer
+    from deepseek_jax.kernels.grouped import blocks_matmul, blocks_outer
 
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(rows, n)), jnp.float32) for n in (inputs, outputs))

@@ -125,7 +125,7 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
 
     def experts(ffn, x, weight):
         rows = (a.reshape(B * T, -1) for a in (x, routing.index_BTK, weight))
-        return routed_experts(*rows, ffn.gate_up, ffn.down, DEFAULT)
+        return routed_experts(*rows, ffn.gate_up, ffn.down, DEFAULT.experts)
 
     def head(model, x):
         return cross_entropy(model.unembed(x), tokens)[0]

@@ -38,7 +38,6 @@ for _context in (dsj.Context, context.Context):
         (_context, "loss_chunk", "8", "an integer or None, not '8'"),
         (_context, "loss_chunk", np.int64(8), None),
         (_context, "mesh", "expert=2", "a Mesh or a AbstractMesh or None, not 'expert=2'"),
-        (_context, "dispatch", 3, "a Callable or None, not 3"),
         (_context, "dtype", jnp.bfloat16, None),
         (_context, "dtype", "float32", None),
     ]

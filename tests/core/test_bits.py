@@ -9,7 +9,6 @@ from tiny import random_model, tiny_config
 from deepseek_jax.core import bits
 from deepseek_jax.core.bits import Bits, tiled_product
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.lowrank import LowRank
 from deepseek_jax.core.params import Adapter, is_variable, map_variables, named_variables
@@ -52,7 +51,7 @@ def test_an_adapter_stands_beside_bits_as_beside_the_weight():
 
 def test_rows_of_a_table_are_its_own_and_an_id_outside_it_is_nan():
     table = drawn((10, 4), 0)
-    rows = jax.jit(lambda w: lookup(w, jnp.asarray([[3, 9, 10, -1]]), jnp.bfloat16, DEFAULT))(Bits.of(table))
+    rows = jax.jit(lambda w: DEFAULT.ops.lookup(w, jnp.asarray([[3, 9, 10, -1]]), jnp.bfloat16))(Bits.of(table))
     np.testing.assert_array_equal(rows[0, :2], table[jnp.asarray([3, 9])])
     assert np.isnan(np.asarray(rows[0, 2:], np.float32)).all()
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.core.context import Context
 from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.kernels.grouped import block_rows
 from deepseek_jax.model.experts import routed_experts, sort_by_expert
-from deepseek_jax.model.grouped import block_rows
 
 FORMS = ("dense", "blocks", "ragged", "kernel")
 E, D, F = 6, 16, 12
@@ -36,7 +35,7 @@ def run(x, index, weight, gate_up, down, form, cotangent):
     """The output, and gradients of its inner product with ``cotangent`` for x, weight and both matrices."""
 
     def f(x, weight, gate_up, down):
-        return routed_experts(x, index, weight, gate_up, down, Context(experts=form))
+        return routed_experts(x, index, weight, gate_up, down, form)
 
     y, back = jax.vjp(f, x, weight, gate_up, down)
     return y, back(cotangent)
@@ -111,9 +110,8 @@ def test_quantised_experts_equal_dequantised_ones(form):
         return Quantized(values, jnp.asarray(rng.random(grid), jnp.float32), block, shape)
 
     gate_up, down = leaf((E, D, 2, F), (1, 8, 1, 8)), leaf((E, F, D), (1, 8, 8))
-    ctx = Context(experts=form)
-    quantised = routed_experts(x, index, weight, gate_up, down, ctx)
-    plain = routed_experts(x, index, weight, gate_up.dequantize(x.dtype), down.dequantize(x.dtype), ctx)
+    quantised = routed_experts(x, index, weight, gate_up, down, form)
+    plain = routed_experts(x, index, weight, gate_up.dequantize(x.dtype), down.dequantize(x.dtype), form)
     np.testing.assert_allclose(quantised, plain, atol=1e-6)
 
 
@@ -128,7 +126,5 @@ def test_sorting_keeps_order_within_an_expert():
 def test_auto_is_the_block_form_on_a_cpu():
     x, weight, gate_up, down, _ = tensors(40, 2)
     index = jnp.asarray(patterns(40, 2)["random"])
-    auto, blocks = (
-        routed_experts(x, index, weight, gate_up, down, Context(experts=form)) for form in ("auto", "blocks")
-    )
+    auto, blocks = (routed_experts(x, index, weight, gate_up, down, form) for form in ("auto", "blocks"))
     np.testing.assert_array_equal(auto, blocks)

@@ -11,9 +11,9 @@ from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
-from deepseek_jax.model import kernels
+from deepseek_jax.kernels import attention, megablox
+from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
 from deepseek_jax.model.attention import Span, attend
-from deepseek_jax.model.grouped import grouped_matmul, grouped_outer
 
 # Relative Frobenius errors, float32.
 BOUND = 2e-5
@@ -25,9 +25,9 @@ HEADS = {"expanded": (2, 2, 24, 16), "absorbed": (3, 1, 40, 32), "grouped": (4, 
 def small_blocks(monkeypatch):
     """Blocks of 128 tokens, so that a few hundred make several; and tiles of few rows and columns."""
     for name in ("BLOCK", "WIDE_BLOCK", "COMPUTE"):
-        monkeypatch.setattr(kernels, name, 128)
-    monkeypatch.setattr(kernels, "TILE_ROWS", 16)
-    monkeypatch.setattr(kernels, "TILE_BYTES", 32)
+        monkeypatch.setattr(attention, name, 128)
+    monkeypatch.setattr(megablox, "TILE_ROWS", 16)
+    monkeypatch.setattr(megablox, "TILE_BYTES", 32)
 
 
 def error(ours, theirs) -> float:

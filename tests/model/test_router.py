@@ -18,7 +18,8 @@ from deepseek_jax.configs.schema import MoE
 from deepseek_jax.convert.ladder import choose
 from deepseek_jax.convert.references import build_modules
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.model.router import Router, expert_load, sequence_balance
+from deepseek_jax.core.ops import counted
+from deepseek_jax.model.router import Router, sequence_balance
 
 GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
 SOFTMAX = MoE(32, 6, 8, normalize=False, scale=16.0, score="softmax", group_score="max", bias=False)
@@ -112,7 +113,7 @@ def test_padding_is_routed_nowhere():
     assert (result.index_BTK[:, 400:] == -1).all()
     assert (result.weight_BTK[:, 400:] == 0).all()
     assert (result.index_BTK[:, :400] >= 0).all()
-    load = expert_load(result.index_BTK, 32)
+    load = counted(result.index_BTK, 32)
     assert load.dtype == jnp.int32
     assert load.sum() == 4 * 400 * 4
     np.testing.assert_array_equal(load, np.bincount(np.asarray(result.index_BTK[:, :400]).ravel(), minlength=32))

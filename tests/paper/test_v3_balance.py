@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import random_model, tiny_config
 
+from deepseek_jax.core.ops import counted
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.core.partition import partition
-from deepseek_jax.model.router import expert_load, sequence_balance
+from deepseek_jax.model.router import sequence_balance
 from deepseek_jax.train.balance import max_violation, router_bias, update_router_bias
 from deepseek_jax.train.weights import LossWeights
 
@@ -38,7 +39,7 @@ def test_skewed_scores_are_balanced_by_the_bias_alone():
 
     def load(rest):
         """Both layers choose by the same scores."""
-        return jnp.stack([expert_load(jax.lax.top_k(score + bias, 2)[1], 8) for bias in router_bias(rest)])
+        return jnp.stack([counted(jax.lax.top_k(score + bias, 2)[1], 8) for bias in router_bias(rest)])
 
     balanced = jax.jit(
         lambda rest: jax.lax.fori_loop(0, 1000, lambda _, r: update_router_bias(r, load(r), None, 0.001), rest)

@@ -24,7 +24,6 @@ from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.convert import shards
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import Writer
-from deepseek_jax.core.embedding import lookup
 from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named
 from deepseek_jax.core.partition import partition
@@ -332,7 +331,7 @@ def born(case: str) -> dict:
         "values": worst(named(partition(ours)[0]), named(partition(theirs)[0])),
         "shares": shards,
         "as_placed": all(a.sharding.spec == wanted[n] for n, a in named(partition(ours)[0]).items()),
-        "looked_up": jnp.isnan(lookup(ours.embed, ids, jnp.float32, ctx)).all(-1).tolist(),
+        "looked_up": jnp.isnan(ctx.ops.lookup(ours.embed, ids, jnp.float32)).all(-1).tolist(),
         "without_mesh": refused,
     }
 

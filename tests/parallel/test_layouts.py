@@ -10,14 +10,15 @@ from jax.sharding import PartitionSpec
 from tiny import tiny_config
 
 import deepseek_jax as dsj
-from deepseek_jax.core.axes import shardings
-from deepseek_jax.core.layout import MESH_AXES, Layout, LayoutError, balanced_order, spec
-from deepseek_jax.core.linear import _Split
+from deepseek_jax.core.layout import MESH_AXES, Layout, LayoutError, spec
 from deepseek_jax.core.params import named
 from deepseek_jax.core.partition import partition
 from deepseek_jax.model.transformer import abstract
+from deepseek_jax.parallel.linear import _Split
 from deepseek_jax.parallel.mesh import _cubes, make_mesh
 from deepseek_jax.parallel.rules import LAYOUTS, find_layout
+from deepseek_jax.parallel.sequence import balanced_order
+from deepseek_jax.parallel.shardings import shardings
 
 
 def abstract_mesh(**sizes):

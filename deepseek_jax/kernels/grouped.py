@@ -1,8 +1,7 @@
-"""Products of rows sorted by group with a matrix for each group: the experts' arithmetic, in three forms that agree.
+"""Grouped matmul: rows sorted by group, each times its group's weight. Three forms agree: block-wise (fast on CPU),
+`jax.lax.ragged_dot` (lowered natively on TPU and GPU), and a Pallas kernel for TPU.
 
-Block-wise (fast on CPU), `jax.lax.ragged_dot` (lowered natively on TPU and GPU), or a Pallas kernel for TPU.
-
-Suffixes: M rows sorted by group, E groups (experts), D inputs, Z outputs.
+Suffixes: M rows sorted by group, E groups, D and Z widths (Z may be several axes of a weight).
 """
 
 import math
@@ -11,9 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.linear import dense
+from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.model import kernels
+from deepseek_jax.kernels import megablox
+from deepseek_jax.kernels.platform import on_platform, one_pass
 
 MAX_BLOCK_ROWS = 128
 MIN_BLOCK_ROWS = 8
@@ -44,20 +44,15 @@ def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Arra
     return forms[form](x_MD, y_MZ, sizes_E, dtype)
 
 
-def _fuse(w):
-    """[E, D, 2, F] as [E, D, 2F]; [E, D, Z] stays."""
-    return w.reshape(*w.shape[:2], -1)
-
-
 def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    w_EDZ = _fuse(dense(w_EDZ, x_MD.dtype))
+    w_EDZ = _fused(w_EDZ, x_MD.dtype)
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
         lhs_ragged_dimensions=(0,),
         rhs_group_dimensions=(0,),
     )
     # Asked for in x's dtype: accelerators accumulate in float32 all the same, and a float32 result would be an array.
-    with kernels.one_pass(x_MD.dtype):
+    with one_pass(x_MD.dtype):
         return jax.lax.ragged_dot_general(x_MD, w_EDZ, sizes_E, dims, preferred_element_type=x_MD.dtype)
 
 
@@ -65,18 +60,18 @@ def ragged_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
     )
-    with kernels.one_pass(x_MD.dtype):
+    with one_pass(x_MD.dtype):
         return jax.lax.ragged_dot_general(x_MD, y_MZ, sizes_E, dims, preferred_element_type=dtype)
 
 
 def kernel_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    run = lambda interpret: partial(kernels.grouped_matmul, transpose=transpose, interpret=interpret)  # noqa: E731
-    return kernels.on_platform(run)(x_MD, _fuse(dense(w_EDZ, x_MD.dtype)), sizes_E)
+    run = lambda interpret: partial(megablox.grouped_matmul, transpose=transpose, interpret=interpret)  # noqa: E731
+    return on_platform(run)(x_MD, _fused(w_EDZ, x_MD.dtype), sizes_E)
 
 
 def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
-    run = lambda interpret: partial(kernels.grouped_outer, dtype=dtype, interpret=interpret)  # noqa: E731
-    return kernels.on_platform(run)(x_MD, y_MZ, sizes_E)
+    run = lambda interpret: partial(megablox.grouped_outer, dtype=dtype, interpret=interpret)  # noqa: E731
+    return on_platform(run)(x_MD, y_MZ, sizes_E)
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -137,3 +132,9 @@ def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
 
     shape = (sizes_E.size, x_MD.shape[1], y_MZ.shape[1])
     return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32)).astype(dtype)
+
+
+def _fused(w_EDZ, dtype) -> jax.Array:
+    """[E, D, Z] of ``dtype``, with the axes behind D as one."""
+    w_EDZ = dense(w_EDZ, dtype)
+    return w_EDZ.reshape(*w_EDZ.shape[:2], -1)

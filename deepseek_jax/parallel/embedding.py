@@ -1,4 +1,4 @@
-"""Embedding rows by token, on one device or from a table that lies apart on a mesh.
+"""Embedding rows by token from a table that lies apart on a mesh.
 
 Suffixes: B rows, T tokens, V vocabulary, D width, G devices over which the table's width is split.
 """
@@ -6,36 +6,24 @@ Suffixes: B rows, T tokens, V vocabulary, D width, G devices over which the tabl
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.axes import parameter_sharding
-from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
-from deepseek_jax.core.lowrank import dense, held
+from deepseek_jax.core.ops import stored
+from deepseek_jax.parallel.shardings import parameter_sharding
 
 AXES = ("vocab", "embedding")
 
 
 def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
-    """The tokens' rows of the table (a parameter, an array, `Quantized`, `Bits` or `LowRank`) as ``dtype``, [B, T, D].
+    """`Operations.lookup` on a mesh.
 
-    On a mesh the table is gathered over ``fsdp`` only. Over the other axes its width stays split: each device looks
+    The table is gathered over ``fsdp`` only. Over the other axes its width stays split: each device looks
     its part up for all tokens of the devices that share the table, and they exchange these. So neither a whole table
     nor all devices' tokens are in memory; the gradient takes the same way back.
 
-    An id outside the table gives NaN: under jit nothing can be raised, and it should not pass for another token.
-
     Raises LayoutError where the batch does not divide over the mesh.
     """
-    table = held(table_VD)
-    if isinstance(table, Bits):
-        rows = Bits(table.values.at[tokens_BT].get(mode="clip", wrap_negative_indices=False)).dequantize(dtype)
-        inside_BT1 = ((tokens_BT >= 0) & (tokens_BT < table.shape[0]))[..., None]
-        return jnp.where(inside_BT1, rows, jnp.nan)
-    # Looked up in the table's own dtype, which its gradient, a sum over all of a token's places, then has as well.
-    table = table if isinstance(table, jax.Array) else dense(table, dtype)
-    if ctx.mesh is None:
-        rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return rows.astype(dtype)
+    table = stored(table_VD, dtype)
     rest = parameter_sharding(AXES, table.shape, ctx).spec
     (vocabulary, width), size = parts(rest), table.shape[0]
     shape = (*tokens_BT.shape, table.shape[1])

@@ -1,0 +1,1 @@
+"""What may run a mechanism faster, beside its XLA form."""

@@ -1,0 +1,50 @@
+"""Weights from where they rest to where they are used, and their gradients back: within `jax.shard_map`."""
+
+from itertools import takewhile
+
+import jax
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.core.layout import parts
+
+
+def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec, dtype) -> jax.Array:
+    """Within `jax.shard_map`: this device's part at rest becomes its part in use, as ``dtype``. One mesh axis after the
+    other, the minor one first: a gather over many devices at once is made an all-reduce by the TPU compiler."""
+    if w.dtype != dtype:
+        # Or the compiler may convert the weights of all layers ahead of the loop over them, and hold both.
+        w = jax.lax.optimization_barrier(w).astype(dtype)
+    for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
+        shared = _shared(resting, used)
+        for axis in reversed(resting[shared:]):
+            w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)
+        for axis in used[shared:]:
+            w = _own_part(w, axis, dimension)
+    return w
+
+
+def to_rest(dw: jax.Array, use: PartitionSpec, rest: PartitionSpec, over: tuple[str, ...]) -> jax.Array:
+    """Within `jax.shard_map`: a gradient laid out as in use, summed over the mesh axes ``over``, each device keeping
+    its part at rest. Devices that are apart in use have no part in each other's sums."""
+    waiting = [axis for axis in over if not any(axis in used for used in parts(use))]
+    for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
+        shared = _shared(resting, used)
+        for axis in reversed(used[shared:]):
+            dw = jax.lax.all_gather(dw, axis, axis=dimension, tiled=True)
+        for axis in resting[shared:]:
+            if axis in waiting:
+                dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+                waiting.remove(axis)
+            else:
+                dw = _own_part(dw, axis, dimension)
+    return jax.lax.psum(dw, tuple(waiting))
+
+
+def _shared(resting: tuple[str, ...], used: tuple[str, ...]) -> int:
+    """How many mesh axes, from the major one on, an axis is split over both at rest and in use."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(resting, used, strict=False))))
+
+
+def _own_part(w: jax.Array, axis: str, dimension: int) -> jax.Array:
+    size = w.shape[dimension] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(w, jax.lax.axis_index(axis) * size, size, dimension)
