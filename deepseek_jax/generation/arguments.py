@@ -67,3 +67,27 @@ def _check_id(where: str, i, vocab_size: int) -> int:
 def check_count(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}={value!r}: must be an integer of at least 1.")
+
+
+def check_drafts(cfg, use_mtp: bool) -> int:
+    """MTP modules in use, 0 or all; raises ValueError where there are none to use."""
+    if use_mtp and not cfg.mtp_depth:
+        raise ValueError(f"use_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
+    return cfg.mtp_depth if use_mtp else 0
+
+
+def check_length(cfg, longest: int, new: int, cache_length: int | None = None) -> None:
+    """Raises ValueError for more tokens than the model, or the cache where its length is given, has room for."""
+    needed = longest + new
+    if needed > cfg.max_length:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond the {cfg.max_length} of "
+            f"{cfg.name}; shorten the prompt or lower max_new_tokens."
+        )
+    if cache_length is None:
+        return
+    check_count("cache_length", cache_length)
+    if needed > cache_length:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones make {needed}, beyond cache_length={cache_length}."
+        )
