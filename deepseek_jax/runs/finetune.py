@@ -108,7 +108,7 @@ def fine_tune(
         else:
             loaded = load_chats(data, words, recipe.length, chats, view.say)
             if epochs is not None:
-                rows = loaded.rows_an_epoch(recipe.length, recipe.seed)
+                rows = loaded.rows_an_epoch(recipe.length, recipe.order_seed)
                 # An extended run keeps the schedule that it was begun with.
                 begun = of_epochs(recipe, run.begun("epochs", epochs), rows)
                 recipe = replace(begun, tokens=of_epochs(recipe, epochs, rows).tokens)

@@ -96,7 +96,7 @@ def carry_out(run: RunFolder, work: Work, *, options: Options, view: Reporter, c
     ``ctx``: what measurements run in; steps compute in the recipe's dtype.
     """
     recipe, data = work.recipe, work.data
-    rows = {"length": recipe.length, "rows": recipe.pass_rows, "seed": recipe.seed}
+    rows = {"length": recipe.length, "rows": recipe.pass_rows, "seed": recipe.order_seed}
     batches, held_out = data.batches(**rows, shard=row_share(ctx)), data.held_out(recipe.length)
     run.describe(
         model=asdict(work.cfg), recipe=asdict(recipe), data=data.record(), held_out_tokens=len(held_out.stream_n)

@@ -9,20 +9,31 @@ import numpy as np
 
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.partition import Trained
+from deepseek_jax.train.recipe import BIAS_RULES
 
 
 def update_router_bias(
-    rest, load: jax.Array, mtp_load: jax.Array | None, speed: float | jax.Array, moved: Trained | None = None
+    rest,
+    load: jax.Array,
+    mtp_load: jax.Array | None,
+    speed: float | jax.Array,
+    moved: Trained | None = None,
+    rule: str = "sign",
+    centred: bool = False,
 ):
     """``rest`` with every bias moved by ``speed`` towards balance: up where an expert got less than the mean.
 
     ``load``, ``mtp_load``: int [L, E] and [P, E], counts over the *global* batch (`Output.aux.load` and
     `Output.mtp_aux.load`); None for MTP leaves those biases. ``moved``: says of a bias's dotted path whether it moves,
-    or which of its stacked layers do; None: all. A model whose routers have no bias stays as it is. Called once an
-    optimizer step, after it. Pure.
+    or which of its stacked layers do; None: all. ``rule``: "sign", by the speed (algorithm 1), or "proportional", by
+    the speed times (mean - load) / mean (table 3). ``centred``: without the step's mean over the experts, as torchtitan
+    has it, so that the biases' mean stays; what is chosen does not change by that. A model whose routers have no bias
+    stays as it is. Called once an optimizer step, after it. Pure.
 
-    Raises ValueError for loads of other routers than the model's.
+    Raises ValueError for loads of other routers than the model's, or an unknown rule.
     """
+    if rule not in BIAS_RULES:
+        raise ValueError(f"rule must be one of {', '.join(BIAS_RULES)}, not {rule!r}.")
     starts, first = {}, 0
     for number, stack in enumerate(rest.cfg.stacks):
         if stack.layer.is_moe:
@@ -48,13 +59,21 @@ def update_router_bias(
         else:
             counts = load[starts[path[1]] : starts[path[1]] + bias.shape[0]]
         counts = counts.astype(jnp.float32)
-        new = bias + speed * jnp.sign(counts.mean(-1, keepdims=True) - counts)
+        new = bias + speed * _direction(counts, rule, centred)
         if layers is not True:
             chosen = np.isin(np.arange(len(bias)), layers)
             new = jnp.where(chosen[:, None], new, bias)
         return variable.replace(new)
 
     return map_variables(move, rest)
+
+
+def _direction(counts: jax.Array, rule: str, centred: bool) -> jax.Array:
+    """float32 [..., E]: a step of speed 1, from loads [..., E]."""
+    mean = counts.mean(-1, keepdims=True)
+    error = mean - counts
+    step = jnp.sign(error) if rule == "sign" else error / jnp.maximum(mean, 1e-9)
+    return step - step.mean(-1, keepdims=True) if centred else step
 
 
 def max_violation(load_LE: jax.Array) -> jax.Array:

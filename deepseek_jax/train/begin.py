@@ -45,6 +45,8 @@ def prepared(
         clip=recipe.optimizer.clip,
         ema_decay=recipe.ema_decay,
         biases=biases,
+        bias_rule=recipe.bias_rule,
+        bias_centred=recipe.bias_centred,
     )
 
 

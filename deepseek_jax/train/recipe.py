@@ -12,6 +12,7 @@ from deepseek_jax.train.weights import LossWeights
 
 B, T = 10**9, 10**12
 DTYPES = ("float32", "bfloat16")
+BIAS_RULES = ("sign", "proportional")
 AT_ZERO = {
     "eps": "a parameter without a gradient, such as an unseen token's embedding, is divided by 0",
     "clip": "no gradient is left",
@@ -120,7 +121,10 @@ class Recipe:
     """Standard deviation of the freshly drawn embedding; by default `init_std`, as in the papers. Muon's first steps
     are large beside a small embedding, and the first layers' attention then hides the tokens from the later ones."""
     seed: int = 0
-    """Of the initial weights and the order of the text."""
+    """Of the initial weights, and of the order of the text where `data_seed` gives no other."""
+    data_seed: int | None = None
+    """Of the order of the text, its packing and its fill in the middle; by default `seed`. Apart from it, it tells how
+    much of the spread between runs comes from the weights and how much from the order."""
     fim_rate: float = 0.1
     """Share of documents turned to prefix, suffix, middle."""
     sample_masks: bool = False
@@ -136,6 +140,11 @@ class Recipe:
     """Tokens after which it is `mtp_later`; by default never."""
     bias_speed: float = 1e-3
     """Step of the router bias: gamma of V3 section 4.2, u of 2408.15664. 0: the bias stays."""
+    bias_rule: str = "sign"
+    """How far a step goes: sign, by the speed whatever the error (V3), or proportional, by the speed times the error,
+    which is (mean load - load) / mean load (2408.15664, table 3; what its errors are divided by it does not state)."""
+    bias_centred: bool = False
+    """Take each step's mean over the experts off it, so that the bias does not drift; what is chosen stays."""
     bias_until: int | None = 14_300 * B
     """Tokens after which the router bias stays; by default it moves to the end."""
     ema_decay: float = 0.999
@@ -163,8 +172,9 @@ class Recipe:
                 )
         within(self, 0, 1, "fim_rate")
         _below_one(self, "ema_decay")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        for name, choices in (("dtype", DTYPES), ("bias_rule", BIAS_RULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         if not 1 <= self.start_rows <= self.batch_rows:
             raise ValueError(f"first_rows must lie between 1 and {self.batch_rows} rows, not {self.first_rows}.")
         if self.pass_rows < 1 or self.batch_rows % self.pass_rows or self.start_rows % self.pass_rows:
@@ -172,6 +182,11 @@ class Recipe:
                 f"micro_rows={self.micro_rows} does not divide the batch of {self.start_rows} to {self.batch_rows} "
                 "rows into whole micro-batches."
             )
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the text."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def start_rows(self) -> int:

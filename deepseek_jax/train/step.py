@@ -74,6 +74,8 @@ def train_step(
     clip: float = 1.0,
     ema_decay: float = 0.0,
     biases: Trained | None = None,
+    bias_rule: str = "sign",
+    bias_centred: bool = False,
 ) -> tuple[State, dict[str, Any]]:
     """Gradient of the whole batch, optimizer update, router bias from the batch's counts, moving average.
 
@@ -81,7 +83,7 @@ def train_step(
     A > 1 they run one after the other, in a loop whose length is no part of the compiled program. ``optimizer`` gives
     the change of the parameters for a learning rate of 1. ``objective``: the loss (`Objective`). ``clip``: largest
     global norm of the gradient. ``ema_decay``: of `State.ema`. ``biases``: which router biases move
-    (`update_router_bias`); None: all.
+    (`update_router_bias`); None: all. ``bias_rule``, ``bias_centred``: how they move, its ``rule`` and ``centred``.
 
     Where the loss, the gradient's norm, a parameter after its update or the optimizer's state is not finite the
     parameters, the optimizer's state, the router biases and the average stay as they were; the step is counted all the
@@ -149,7 +151,7 @@ def train_step(
     load, mtp_load = sums.get("load"), sums.pop("mtp_load", None)
     rest = state.rest
     if load is not None:
-        rest = update_router_bias(rest, load, mtp_load, knobs.bias_speed, biases)
+        rest = update_router_bias(rest, load, mtp_load, knobs.bias_speed, biases, bias_rule, bias_centred)
     ema = state.ema
     if ema is not None:
         ema = {n: ema_decay * e + (1 - ema_decay) * values[n].astype(jnp.float32) for n, e in ema.items()}

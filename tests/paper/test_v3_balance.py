@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny import random_model, tiny_config
 
 from deepseek_jax.core.ops import counted
@@ -30,7 +31,9 @@ def test_update_is_the_sign_rule():
     np.testing.assert_allclose(after - before, 0.001 * moved, atol=1e-7)
 
 
-def test_skewed_scores_are_balanced_by_the_bias_alone():
+@pytest.mark.parametrize(("rule", "speed"), [("sign", 0.001), ("proportional", 0.01)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_skewed_scores_are_balanced_by_the_bias_alone(rule, speed, centred):
     # Scores whose means differ by expert: without a bias the first experts take nearly all tokens.
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 0.5, (4096, 8)) + np.linspace(1.5, -1.5, 8)
@@ -42,11 +45,15 @@ def test_skewed_scores_are_balanced_by_the_bias_alone():
         return jnp.stack([counted(jax.lax.top_k(score + bias, 2)[1], 8) for bias in router_bias(rest)])
 
     balanced = jax.jit(
-        lambda rest: jax.lax.fori_loop(0, 1000, lambda _, r: update_router_bias(r, load(r), None, 0.001), rest)
+        lambda rest: jax.lax.fori_loop(
+            0, 1000, lambda _, r: update_router_bias(r, load(r), None, speed, None, rule, centred), rest
+        )
     )(rest)
     assert (max_violation(load(rest)) > 1.5).all()
     assert (max_violation(load(balanced)) < 0.02).all()
     assert (np.diff(router_bias(balanced)) > 0).all()
+    # By this skew the sign rule's bias drifts; without the steps' means it cannot.
+    assert (abs(router_bias(balanced).mean(-1)) < 1e-5).all() == (centred or rule == "proportional")
 
 
 def test_max_violation():

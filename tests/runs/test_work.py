@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,20 @@ class Smoothed:
         real_BT = segments_BT[:, 1:] != 0
         sums = {name: jnp.where(real_BT, a, 0).sum() / counts for name, a in (("mix", mixed_BT), ("nats", nats_BT))}
         return sums["mix"], {"nats": sums["nats"], **loads(out)}
+
+
+@pytest.mark.parametrize(("data_seed", "asked"), [(None, 3), (0, 0), (7, 7)])
+def test_the_order_of_the_text_may_have_a_seed_of_its_own(data_seed, asked):
+    class Asked(Exception):
+        """With the seed."""
+
+    class Text:
+        def batches(self, *, seed, **rest):
+            raise Asked(seed)
+
+    work = Work(CFG, replace(RECIPE, seed=3, data_seed=data_seed), Text(), make=None, write=None)
+    with pytest.raises(Asked, match=f"^{asked}$"):
+        carry_out(None, work, options=Options(), view=Reporters([]), ctx=DEFAULT, began=0.0)
 
 
 @pytest.mark.slow

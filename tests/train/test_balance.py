@@ -39,6 +39,30 @@ def test_each_bias_moves_by_the_speed_towards_balance():
     np.testing.assert_array_equal(biases(rest)[0], before)
 
 
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_each_rule_goes_as_far_as_it_says(rule, centred):
+    _, rest = dsj.partition(random_model(CFG))
+    after = biases(dsj.update_router_bias(rest, LOAD, LOAD[1:], 0.01, rule=rule, centred=centred))
+    # Table 3 of 2408.15664: u times the error, of the mean load of 2.
+    errors = [[-1, 1, 0, 0, 0, 0, 0, 0], [-3.5, *[0.5] * 7]]
+    step = 0.01 * np.array(MOVES if rule == "sign" else errors, float)
+    if centred:
+        step = step - step.mean(-1, keepdims=True)
+    for now, before, moves in zip(after, biases(rest), (step, step[1]), strict=True):
+        np.testing.assert_allclose(now - before, moves, atol=1e-7)
+    still = biases(dsj.update_router_bias(rest, LOAD, LOAD[1:], 0.0, rule=rule, centred=centred))
+    np.testing.assert_array_equal(still[0], biases(rest)[0])
+    nothing = biases(dsj.update_router_bias(rest, 0 * LOAD, None, 0.01, rule=rule, centred=centred))
+    np.testing.assert_array_equal(nothing[0], biases(rest)[0])
+
+
+def test_an_unknown_rule_is_refused():
+    _, rest = dsj.partition(random_model(CFG))
+    with pytest.raises(ValueError, match=r"rule must be one of sign, proportional, not 'magnitude'\."):
+        dsj.update_router_bias(rest, LOAD, None, 0.001, rule="magnitude")
+
+
 def test_without_a_load_for_mtp_its_bias_stays():
     _, rest = dsj.partition(random_model(CFG))
     np.testing.assert_array_equal(biases(dsj.update_router_bias(rest, LOAD, None, 0.001))[1], biases(rest)[1])

@@ -17,9 +17,11 @@ from deepseek_jax.core.params import named, renamed
 from deepseek_jax.core.partition import partition
 from deepseek_jax.runs.guards import fault
 from deepseek_jax.train import optim
+from deepseek_jax.train import step as train_step_module
+from deepseek_jax.train.begin import prepared
 from deepseek_jax.train.norms import fault_names, first_fault, gradient_norms, parts
 from deepseek_jax.train.objective import Knobs, NextToken
-from deepseek_jax.train.recipe import Optimizer
+from deepseek_jax.train.recipe import Optimizer, Recipe
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import start, train_step
 
@@ -70,6 +72,21 @@ def moved(state, model) -> dict[str, np.ndarray]:
 def biases(rest) -> np.ndarray:
     routers = [rest.stacks[1].ffn.router, *(m.block.ffn.router for m in rest.mtp)]
     return np.concatenate([np.asarray(r.bias.get_value()).reshape(-1, 8) for r in routers])
+
+
+def test_a_step_moves_biases_by_the_recipes_rule(model, monkeypatch):
+    recipe = Recipe(bias_rule="proportional", bias_centred=True)
+    optimizer, made = prepared(model, recipe, Context())
+    state, rules = start(model, optimizer, average=True), []
+
+    def recorded(rest, load, mtp_load, speed, moved, rule, centred):
+        rules.append((rule, centred))
+        return rest
+
+    monkeypatch.setattr(train_step_module, "update_router_bias", recorded)
+    batch = {name: a for name, a in parted(rows(), 1).items() if name != "loss_mask"}
+    jax.eval_shape(made, state, batch, knobs())
+    assert rules == [("proportional", True)]
 
 
 @pytest.fixture(scope="module")
