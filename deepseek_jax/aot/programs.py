@@ -18,7 +18,6 @@ from deepseek_jax.core.layout import BATCH, spec
 from deepseek_jax.core.params import map_variables, named, renamed
 from deepseek_jax.core.quant import BLOCK, FP8, Quantized
 from deepseek_jax.model.attention import KEY_TILE, MIN_BLOCK, UNROLLED_BLOCKS
-from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.mesh import make_mesh
@@ -113,7 +112,7 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     if program.weights != "bfloat16":
         model = _quantized(model, cfg, program.weights)
     model = _placed(model, ctx)
-    cache = jax.eval_shape(lambda: init_cache(cfg, rows, slots, 0, ctx.dtype))
+    cache = jax.eval_shape(lambda: abstract(cfg).init_cache(rows, slots, ctx=Context(dtype=ctx.dtype)))
     cache = jax.tree.map(partial(_rows_split, rows=rows, ctx=ctx), cache)
     tokens = _rows_split(jax.ShapeDtypeStruct((rows, length), jnp.int32), rows, ctx)
 

@@ -63,16 +63,16 @@ class Operations:
 
     # Attention.
 
-    def rows(self, attend: Callable, queries: Sequence[jax.Array], keys: Sequence[jax.Array], span, ctx) -> jax.Array:
-        """``attend(*queries, *keys, span, ctx)`` [B, T, N, V]: queries [B, T, N, ...] of rows whose keys are all here.
+    def rows(self, attend: Callable, queries: Sequence[jax.Array], keys: Sequence[jax.Array], tokens, ctx) -> jax.Array:
+        """``attend(*queries, *keys, tokens, ctx)`` [B, T, N, V]: queries [B, T, N, ...], whose rows' keys are all here.
 
         ``keys``: what keys and values follow from, as narrow as it is: [B, S, G, ...], or [B, S, C] for all heads.
         """
-        return attend(*queries, *keys, span, ctx)
+        return attend(*queries, *keys, tokens, ctx)
 
-    def attend(self, attend: Callable, q_BT, k_BS, v_BS, span) -> jax.Array:
-        """``attend(q, k, v, span)`` within `rows`, without what causality hides."""
-        return attend(q_BT, k_BS, v_BS, span)
+    def attend(self, attend: Callable, q_BT, k_BS, v_BS, tokens) -> jax.Array:
+        """``attend(q, k, v, tokens)`` within `rows`, without what causality hides."""
+        return attend(q_BT, k_BS, v_BS, tokens)
 
     def heads(self, kernel: Callable, q_BTNK, k_BTGK, v_BTGV, segment_BT) -> jax.Array:
         """``kernel(q, k, v, segment)`` [B, T, N, V], which takes rows and heads apart."""

@@ -1,5 +1,6 @@
 """Layers one by one for decoding: a scan over stacked layers copies each layer's weights in every step."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Adapter, is_variable, matrix_of
-from deepseek_jax.model.mla import MLA
+from deepseek_jax.model.mla import MLA, Absorbed
 from deepseek_jax.model.transformer import Transformer
 
 
@@ -36,7 +37,7 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     )
     for stack in result.stacks:
         if isinstance(stack.attn, MLA):
-            stack.attn.absorbed = _absorbed_maps(stack.attn, dtype)
+            stack.attn.kv_b = nnx.data(replace(_maps(stack.attn, dtype), whole=stack.attn.kv_b))
     return jax.tree.map(_as_bits, result, is_leaf=is_variable)
 
 
@@ -52,10 +53,10 @@ def _as_bits(leaf):
 def _is_prepared(model: Transformer) -> bool:
     attention = [stack.attn for stack in model.stacks]
     return len(attention) == model.cfg.n_layers and not any(
-        isinstance(a, MLA) and a.absorbed is None for a in attention
+        isinstance(a, MLA) and not isinstance(a.kv_b, Absorbed) for a in attention
     )
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _absorbed_maps(attention, dtype):
-    return jax.vmap(lambda layer: layer.absorbed_maps(dtype))(attention)
+def _maps(attention, dtype) -> Absorbed:
+    return jax.vmap(lambda layer: replace(layer.absorbed(dtype), whole=None))(attention)

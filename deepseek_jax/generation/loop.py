@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation.sampling import DRAFT, Sampling, distribution, draw, verify
 from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.tokens import make_tokens
 from deepseek_jax.model.transformer import Transformer
 
 
@@ -148,16 +149,13 @@ def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampl
     position_BW = first_B[:, None] - (depth - 1) + place_W
     at_B = depth - 1 + accepted_B
     real_BW = (position_BW >= 0) & (place_W <= at_B[:, None]) & ~state.done[:, None]
-    span = model.cached_span(jnp.maximum(position_BW, 0), real_BW.astype(jnp.int32), state.cache)
-    recent, cache, tokens, q = (
-        _latest(state.recent, hidden_BTD, accepted_B + 1),
-        state.cache,
-        state.tokens,
-        [],
-    )
+    seen = make_tokens(model.cfg, jnp.maximum(position_BW, 0), real_BW.astype(jnp.int32), position_BW)
+    again = jnp.maximum(position_BW[:, 0], 0)
+    cache = replace(state.cache, mtp=tuple(module.up_to(again) for module in state.cache.mtp))
+    recent, tokens, q = _latest(state.recent, hidden_BTD, accepted_B + 1), state.tokens, []
     for d in range(depth):
         next_BW = jnp.take_along_axis(tokens, position_BW + 1 + d, axis=1, mode="clip")
-        hidden_BWD, span, cache, _ = model.predict_depth(d, hidden_BWD, next_BW, span, cache, ctx)
+        hidden_BWD, seen, cache, _ = model.predict_depth(d, hidden_BWD, next_BW, seen, cache, ctx)
         hidden_B1D = jnp.take_along_axis(hidden_BWD, at_B[:, None, None], axis=1)
         q.append(distribution(model.unembed(hidden_B1D, ctx), sampling)[:, 0])
         position_B = first_B + accepted_B + 2 + d

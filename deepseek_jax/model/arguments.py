@@ -83,8 +83,8 @@ def check_call(cfg: ModelConfig, tokens, positions, segments, next_tokens, cache
     offered = CAPTURABLE if cfg.n_moe_layers else tuple(n for n in CAPTURABLE if n != "router_scores")
     if isinstance(capture, str) or any(name not in offered for name in capture):
         raise ValueError(f"capture={capture!r}: give a sequence of names; {cfg.name} offers {', '.join(offered)}.")
-    if cache is not None:
-        _check_cache(cfg, cache, tokens, segments)
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"cache must be what model.init_cache or an earlier call gave, not {type(cache).__name__}.")
     check_ids("tokens", tokens, segments, cfg.vocab_size)
     if routing is not None and known(routing):
         _check_experts(np.asarray(routing), segments, cfg.moe.n_experts)
@@ -130,15 +130,16 @@ def _check_experts(index_LBTK: np.ndarray, segments, n_experts: int) -> None:
         )
 
 
-def _check_cache(cfg: ModelConfig, cache: Cache, tokens, segments) -> None:
-    if not isinstance(cache, Cache):
-        raise ValueError(f"cache must be what model.init_cache or an earlier call gave, not {type(cache).__name__}.")
-    B, T = tokens.shape
-    width = cfg.attention.cache_width
-    expected = ((cfg.n_layers, B, cache.capacity, width), (cfg.mtp_depth, B, cache.capacity, width))
-    found = (cache.latent.shape, cache.mtp_latent.shape)
-    if found != expected:
-        raise ValueError(f"the cache's arrays have shapes {found}, this model and {B} rows need {expected}.")
+def check_cache(cache, expected, tokens, segments) -> None:
+    """Raises ValueError for a cache that is none, or is not like ``expected``, an empty one of its size for this model,
+    or has no room for the tokens."""
+    shapes = lambda cache: [a.shape for a in jax.tree.leaves(cache)]  # noqa: E731
+    if shapes(cache) != shapes(expected):
+        B = tokens.shape[0]
+        raise ValueError(
+            f"the cache's arrays have shapes {shapes(cache)}, this model and {B} rows need {shapes(expected)}."
+        )
+    T = tokens.shape[1]
     if segments is None and cache.capacity < T:
         raise ValueError(f"{T} tokens a row exceed the cache's length of {cache.capacity}.")
     if known(cache.length, *(() if segments is None else (segments,))):
@@ -147,6 +148,14 @@ def _check_cache(cfg: ModelConfig, cache: Cache, tokens, segments) -> None:
             raise ValueError(
                 f"the cache holds {cache.length.tolist()} tokens of {cache.capacity} a row; {T} more do not fit."
             )
+
+
+def check_cache_size(batch: int, length: int, rewind: int) -> None:
+    if batch < 1 or length < 1 or not 0 <= rewind < length:
+        raise ValueError(
+            f"init_cache(batch={batch}, length={length}, rewind={rewind}): batch and length must be positive "
+            "and rewind must lie in [0, length)."
+        )
 
 
 def check_context(ctx) -> Context:

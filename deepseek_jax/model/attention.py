@@ -1,10 +1,8 @@
-"""Softmax attention, in plain XLA in blocks of queries or by a kernel, and the description of who sees whom.
+"""Softmax attention, in plain XLA in blocks of queries or by a kernel.
 
-Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key head, K key dim, V value dim,
-F rotary frequencies.
+Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key head, K key dim, V value dim.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -16,6 +14,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.product import product
 from deepseek_jax.kernels.attention import LANES, causal_attention
 from deepseek_jax.kernels.platform import on_platform
+from deepseek_jax.model.tokens import Tokens
 
 # At most this many query blocks are unrolled; each attends to the keys up to its own end only.
 UNROLLED_BLOCKS = 16
@@ -27,41 +26,6 @@ MAX_PIECE = 512
 KEPT_PROBABILITIES = 1024 * 1024
 # With a cache, blocks of MIN_BLOCK queries or more read the keys in tiles, up to the last slot they can see.
 KEY_TILE = 128
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Span:
-    """Which keys each query sees: those of its own segment at its own or an earlier position.
-
-    ``position``, ``segment``: int32 [B, T] of the new tokens; segment 0 is padding. ``key_position``,
-    ``key_segment``: int32 [B, S] of all keys. ``cos``, ``sin``: float32 [B, T, F]. ``slot``: int32 [B, T],
-    where new tokens go in the cache (S for padding, which is dropped), None without a cache. ``causal``: the new
-    tokens stand in the order of their positions, so that later ones can be skipped. ``uniform``: besides, they
-    are all the keys and share one segment.
-    """
-
-    position: jax.Array
-    segment: jax.Array
-    key_position: jax.Array
-    key_segment: jax.Array
-    cos: jax.Array
-    sin: jax.Array
-    slot: jax.Array | None
-    causal: bool = field(metadata={"static": True})
-    uniform: bool = field(metadata={"static": True})
-
-    def visible(self, start: int | jax.Array, size: int, keys: int, first_key: int | jax.Array = 0) -> jax.Array:
-        """bool [B or 1, size, keys] for ``size`` queries from ``start`` on and ``keys`` keys from ``first_key`` on."""
-        if self.uniform:
-            return (first_key + jnp.arange(keys)[None, :] <= start + jnp.arange(size)[:, None])[None]
-        rows = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (self.position, self.segment))
-        position, segment = (a[..., None] for a in rows)
-        columns = (
-            jax.lax.dynamic_slice_in_dim(a, first_key, keys, axis=1) for a in (self.key_position, self.key_segment)
-        )
-        key_position, key_segment = (a[:, None] for a in columns)
-        return (key_segment == segment) & (segment != 0) & (key_position <= position)
 
 
 def attend_block(q_BGJTK, k_BGSK, v_BGSV, visible_BTS, scale: float) -> jax.Array:
@@ -76,14 +40,14 @@ def attend_block(q_BGJTK, k_BGSK, v_BGSV, visible_BTS, scale: float) -> jax.Arra
     return (o_BGJTV / jnp.where(total > 0, total, 1.0)).astype(v_BGSV.dtype)
 
 
-def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, span: Span, start: int | jax.Array, scale: float) -> jax.Array:
+def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, tokens: Tokens, start: int | jax.Array, scale: float) -> jax.Array:
     """`attend_block` for queries from ``start`` on over a cache, with a running softmax over tiles of keys.
 
     The number of tiles follows from the slots that the queries fill, so that neither later tokens of the same
     prompt nor the cache's empty slots cost anything. Has no gradient: a loop of unknown length keeps no residuals.
     """
     S, T = k_BGSK.shape[2], q_BGJTK.shape[3]
-    slot_BT = jax.lax.dynamic_slice_in_dim(span.slot, start, T, axis=1) if span.causal else span.slot
+    slot_BT = jax.lax.dynamic_slice_in_dim(tokens.slot, start, T, axis=1) if tokens.causal else tokens.slot
     used = jnp.max(jnp.where(slot_BT < S, slot_BT + 1, 0))
 
     def add_tile(number, carry):
@@ -92,7 +56,7 @@ def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, span: Span, start: int | jax.Array, sc
         first = jnp.minimum(number * KEY_TILE, S - KEY_TILE)
         k, v = (jax.lax.dynamic_slice_in_dim(a, first, KEY_TILE, axis=2) for a in (k_BGSK, v_BGSV))
         fresh = first + jnp.arange(KEY_TILE) >= number * KEY_TILE
-        visible_BTS = span.visible(start, T, KEY_TILE, first) & fresh
+        visible_BTS = tokens.visible(start, T, KEY_TILE, first) & fresh
         s_BGJTS = product("BGJTK,BGSK->BGJTS", q_BGJTK, k)
         s_BGJTS = jnp.where(visible_BTS[:, None, None], s_BGJTS * scale, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(s_BGJTS, axis=-1, keepdims=True))
@@ -108,7 +72,7 @@ def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, span: Span, start: int | jax.Array, sc
 
 
 def attend(
-    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, span: Span, scale: float, ctx: Context = DEFAULT
+    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, scale: float, ctx: Context = DEFAULT
 ) -> jax.Array:
     """Causal attention, [B, T, N, V]; N query heads share G key heads. Memory grows with T + S, not T x S.
 
@@ -116,33 +80,33 @@ def attend(
     order, a multiple of 128; calls with a cache take the XLA form always, the others under "auto". Raises ValueError
     where "kernel" is named for one of those others.
     """
-    if ctx.attention != "xla" and span.slot is None:
-        if not (refusal := _kernel_refusal(q_BTNK, span, ctx)):
-            segment_BT = None if span.uniform else span.segment
+    if ctx.attention != "xla" and tokens.slot is None:
+        if not (refusal := _kernel_refusal(q_BTNK, tokens, ctx)):
+            segment_BT = None if tokens.uniform else tokens.segment
             # Where activations are even sent to the host, memory is short.
             how = {"scale": scale, "fused": ctx.remat != "offload"}
             kernel = lambda interpret: partial(ctx.ops.heads, partial(causal_attention, **how, interpret=interpret))  # noqa: E731
             xla = None
             if ctx.attention == "auto":
-                xla = lambda q, k, v, _: attend_whole(q, k, v, span, scale)  # noqa: E731
+                xla = lambda q, k, v, _: attend_whole(q, k, v, tokens, scale)  # noqa: E731
             return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
         if ctx.attention == "kernel":
             raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
-    return ctx.ops.attend(partial(attend_whole, scale=scale), q_BTNK, k_BSGK, v_BSGV, span)
+    return ctx.ops.attend(partial(attend_whole, scale=scale), q_BTNK, k_BSGK, v_BSGV, tokens)
 
 
-def _kernel_refusal(q_BTNK: jax.Array, span: Span, ctx: Context) -> str:
+def _kernel_refusal(q_BTNK: jax.Array, tokens: Tokens, ctx: Context) -> str:
     """Why a call without a cache cannot run by the kernel; empty if it can."""
     if ctx.ops.splits_rows:
         return "it takes whole rows, and the mesh splits them over its axis 'context'"
-    if not span.causal:
+    if not tokens.causal:
         return "it takes tokens in order, and this call gives positions"
     if q_BTNK.shape[1] % LANES:
         return f"it takes rows of a multiple of {LANES} tokens, not {q_BTNK.shape[1]}"
     return ""
 
 
-def attend_whole(q_BTNK, k_BSGK, v_BSGV, span: Span, scale: float) -> jax.Array:
+def attend_whole(q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float) -> jax.Array:
     T, S, G = q_BTNK.shape[1], *k_BSGK.shape[1:3]
     q = rearrange(q_BTNK, "B T (G J) K -> B G J T K", G=G)
     k, v = (rearrange(a, "B S G X -> B G S X") for a in (k_BSGK, v_BSGV))
@@ -151,18 +115,18 @@ def attend_whole(q_BTNK, k_BSGK, v_BSGV, span: Span, scale: float) -> jax.Array:
     if T * S > KEPT_PROBABILITIES:
         block = jax.checkpoint(block)
 
-    tiled = span.slot is not None and T >= MIN_BLOCK and S > KEY_TILE
+    tiled = tokens.slot is not None and T >= MIN_BLOCK and S > KEY_TILE
 
     def piece(start, count: int, keys: int):
         rows = jax.lax.dynamic_slice_in_dim(q, start, count, axis=3)
         if tiled:
-            return attend_tiles(rows, k, v, span, start, scale)
-        return block(rows, k[:, :, :keys], v[:, :, :keys], span.visible(start, count, keys))
+            return attend_tiles(rows, k, v, tokens, start, scale)
+        return block(rows, k[:, :, :keys], v[:, :, :keys], tokens.visible(start, count, keys))
 
     outputs = []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        keys = stop if span.causal and span.slot is None else S
+        keys = stop if tokens.causal and tokens.slot is None else S
         pieces = (stop - start) // MAX_PIECE if stop - start > MAX_PIECE else 0
         if pieces:
             starts = start + MAX_PIECE * jnp.arange(pieces)

@@ -1,5 +1,7 @@
 """A pre-norm transformer layer: attention, then a dense or MoE network, each on the residual stream."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,12 +12,12 @@ from deepseek_jax.configs.layers import Layer
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.model.attention import Span
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.tokens import Tokens
 
 # "block_norm" is the root mean square of "block", a float32 number a token.
 CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm")
@@ -35,20 +37,21 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        span: Span,
+        tokens: Tokens,
         ctx: Context,
-        memory: jax.Array | None = None,
-        layer: jax.Array | int = 0,
+        held: Any = None,
+        i: jax.Array | int = 0,
         replay_BTK: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
-        """The stream, the cache's memory, router statistics (None for a dense layer), activations."""
+    ) -> tuple[jax.Array, Any, Aux | None, dict[str, jax.Array]]:
+        """The stream, what attention holds (this is layer ``i`` of those held together), router statistics (None for a
+        dense layer), activations."""
         x_BTD = checkpoint_name(x_BTD, "stream")
-        attn, memory = self.attn(self.attn_norm(x_BTD), span, ctx, memory, layer)
+        attn, held = self.attn(self.attn_norm(x_BTD), tokens, ctx, held, i)
         attn = checkpoint_name(ctx.ops.constrain(attn, (BATCH, SEQUENCE, None)), "attn")
         x_BTD = x_BTD + attn
         aux, scores = None, {}
         if isinstance(self.ffn, MoE):
-            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), span.segment, ctx, replay_BTK)
+            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), tokens.segment, ctx, replay_BTK)
             scores = {"router_scores": score_BTE}
         else:
             network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(x_BTD)))
@@ -56,4 +59,4 @@ class Block(nnx.Module):
         ffn = checkpoint_name(ctx.ops.constrain(ffn, (BATCH, SEQUENCE, None)), "ffn")
         x_BTD = x_BTD + ffn
         norm_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
-        return x_BTD, memory, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **scores}
+        return x_BTD, held, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **scores}

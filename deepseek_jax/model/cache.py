@@ -1,41 +1,43 @@
-"""The decoding cache: what attention keeps of a token in each layer, `cache_width` numbers.
+"""The decoding cache: what attention keeps of rows of tokens, and which tokens these are.
 
-Suffixes: L layers, D MTP modules, B rows, S slots, X cache width.
+Suffixes: B rows, T new tokens, S slots.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
+from deepseek_jax.model.tokens import Tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What decoding keeps. A token's slot is its index in its row; a slot is used when its segment is not 0.
+    """What decoding keeps. A token's slot is its index in its row; what stands at slots from ``length`` on is stale:
+    nothing sees it, and later tokens overwrite it.
 
-    ``latent``: [L, B, S, X]: MLA's normalised latent, then the rotated key, shared by all heads (V2 §2.1.2; 576 numbers
-    for V3); or GQA's rotated keys, then values, of all key heads. ``mtp_latent``: [D, B, S, X], the same for the MTP
-    modules. ``position``, ``segment``: int32 [B, S].
-    ``mtp_segment``: int32 [D, B, S], 0 where a module had no next token. ``length``: int32 [B], tokens held.
-    ``capacity``: S. ``max_rewind``: tokens of each row that `rewind` may take back.
+    ``held``: what the attention of each stack keeps (`MLA.held`, `GQA.held`), leaves [layers, B, ...]. ``position``,
+    ``segment``: int32 [B, S]. ``length``: int32 [B], tokens held. ``mtp``: a cache for each MTP module, whose rows are
+    the tokens it has seen: those whose next one was known. ``place``: int32 [B, S], in a module's cache the slots of
+    its tokens in the model's; None in the model's own. ``max_rewind``: tokens of each row that `rewind` may take back.
     """
 
-    latent: jax.Array
-    mtp_latent: jax.Array
+    held: tuple[Any, ...]
     position: jax.Array
     segment: jax.Array
-    mtp_segment: jax.Array
     length: jax.Array
+    mtp: tuple["Cache", ...]
+    place: jax.Array | None
     max_rewind: int = field(metadata={"static": True})
 
     @property
     def capacity(self) -> int:
-        return self.latent.shape[2]
+        return self.position.shape[1]
 
     def rewind(self, n_B: jax.Array) -> "Cache":
         """Takes back the last ``n_B`` tokens of each row (int32 [B], 0 to ``max_rewind``).
@@ -52,36 +54,55 @@ class Cache:
                 )
             if bool((n_B > self.length).any()):
                 raise ValueError(f"rewind by {n_B.tolist()} exceeds the lengths {self.length.tolist()}.")
-        length = jnp.maximum(self.length - n_B, 0)
-        kept = jnp.arange(self.capacity)[None, :] < length[:, None]
-        return replace(
-            self,
-            length=length,
-            segment=jnp.where(kept, self.segment, 0),
-            mtp_segment=jnp.where(kept[None], self.mtp_segment, 0),
+        return self.up_to(jnp.maximum(self.length - n_B, 0))
+
+    def up_to(self, slot_B: jax.Array) -> "Cache":
+        """Without the tokens from ``slot_B`` of the model's rows on."""
+        length = jnp.minimum(self.length, slot_B)
+        if self.place is not None:
+            used = jnp.arange(self.capacity) < self.length[:, None]
+            length = (used & (self.place < slot_B[:, None])).sum(-1, dtype=jnp.int32)
+        return replace(self, length=length, mtp=tuple(module.up_to(slot_B) for module in self.mtp))
+
+    def entered(self, tokens: Tokens) -> tuple[Tokens, "Cache"]:
+        """The tokens, of which padding is left out, at the ends of the rows, seeing what is held; and the cache with
+        them. What attention holds of them, each layer enters itself, at ``slot``."""
+        order = jnp.cumsum(tokens.segment != 0, axis=-1)
+        slot = jnp.where(tokens.segment != 0, self.length[:, None] + order - 1, self.capacity)
+        position, segment = (
+            _write(held, new, slot) for held, new in ((self.position, tokens.position), (self.segment, tokens.segment))
         )
+        length = self.length + order[:, -1]
+        place = None if self.place is None else _write(self.place, tokens.slot, slot)
+        cache = replace(self, position=position, segment=segment, length=length, place=place)
+        seen = jnp.where(jnp.arange(self.capacity) < length[:, None], segment, 0)
+        return replace(tokens, slot=slot, key_position=position, key_segment=seen, uniform=False), cache
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, rewind: int, dtype, ctx: Context = DEFAULT) -> Cache:
+def make_cache(
+    held: Sequence[Any],
+    batch: int,
+    length: int,
+    rewind: int,
+    ctx: Context,
+    mtp: tuple[Cache, ...] = (),
+    of_module: bool = False,
+) -> Cache:
     """An empty cache of ``length`` tokens a row; on a mesh each device holds its rows."""
-    if batch < 1 or length < 1 or not 0 <= rewind < length:
-        raise ValueError(
-            f"init_cache(batch={batch}, length={length}, rewind={rewind}): batch and length must be positive "
-            "and rewind must lie in [0, length)."
-        )
-    width, zeros = cfg.attention.cache_width, ctx.ops.zeros
+    row = (BATCH, None)
+    slots = [ctx.ops.zeros((batch, length), jnp.int32, row) for _ in range(3 if of_module else 2)]
     return Cache(
-        latent=zeros((cfg.n_layers, batch, length, width), dtype, (None, BATCH, None, None)),
-        mtp_latent=zeros((cfg.mtp_depth, batch, length, width), dtype, (None, BATCH, None, None)),
-        position=zeros((batch, length), jnp.int32, (BATCH, None)),
-        segment=zeros((batch, length), jnp.int32, (BATCH, None)),
-        mtp_segment=zeros((cfg.mtp_depth, batch, length), jnp.int32, (None, BATCH, None)),
-        length=zeros((batch,), jnp.int32, (BATCH,)),
+        held=tuple(held),
+        position=slots[0],
+        segment=slots[1],
+        length=ctx.ops.zeros((batch,), jnp.int32, (BATCH,)),
+        mtp=mtp,
+        place=slots[2] if of_module else None,
         max_rewind=rewind,
     )
 
 
-def write_slots(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
+def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
     """Enters a value a token at its slot; slots beyond the capacity are dropped."""
     rows = jnp.arange(held_BS.shape[0])[:, None]
     return held_BS.at[rows, slot_BT].set(new_BT.astype(held_BS.dtype), mode="drop")

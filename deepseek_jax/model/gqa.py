@@ -10,14 +10,15 @@ from flax import nnx
 
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param
-from deepseek_jax.core.rope import apply_rope
-from deepseek_jax.model.attention import Span, attend
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.tokens import Tokens
 
 
 class GQA(nnx.Module):
-    """Pure: (x, span, memory) -> (y, memory). Leaves follow the published matrices; biases are flat, as published."""
+    """Pure: (x, tokens, held) -> (y, held). Leaves follow the published matrices; biases are flat, as published."""
 
     def __init__(self, cfg: schema.GQA, dim: int, dtype):
         self.cfg = cfg
@@ -33,36 +34,35 @@ class GQA(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        span: Span,
+        tokens: Tokens,
         ctx: Context,
-        memory: jax.Array | None = None,
-        layer: jax.Array | int = 0,
+        held: jax.Array | None = None,
+        i: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """``memory``: the cached keys, then values, of all layers, [L, B, S, 2 G H]; this layer's rows are written."""
-        pairs = self.cfg.rope.interleaved
-        q_BTNH = _rotated(_mapped(x_BTD, self.q, self.q_bias, ctx), span, pairs)
-        k_BSGH = _rotated(_mapped(x_BTD, self.k, self.k_bias, ctx), span, pairs)
+        """``held``: what `held` made, of which the rows of layer ``i`` are written."""
+        cfg = self.cfg
+        q_BTNH = tokens.rotated(_mapped(x_BTD, self.q, self.q_bias, ctx), cfg.rope_dim, cfg.rope)
+        k_BSGH = tokens.rotated(_mapped(x_BTD, self.k, self.k_bias, ctx), cfg.rope_dim, cfg.rope)
         v_BSGH = _mapped(x_BTD, self.v, self.v_bias, ctx)
-        if memory is not None:
+        if held is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
             both = jnp.stack([k_BSGH, v_BSGH], axis=2)
-            memory = memory.at[layer, rows, span.slot].set(
-                both.reshape(*both.shape[:2], -1).astype(memory.dtype), mode="drop"
-            )
-            held = memory[layer].astype(x_BTD.dtype).reshape(*memory.shape[1:3], *both.shape[2:])
-            k_BSGH, v_BSGH = held[:, :, 0], held[:, :, 1]
+            new = both.reshape(*both.shape[:2], -1).astype(held.dtype)
+            held = held.at[i, rows, tokens.slot].set(new, mode="drop")
+            both = held[i].astype(x_BTD.dtype).reshape(*held.shape[1:3], *both.shape[2:])
+            k_BSGH, v_BSGH = both[:, :, 0], both[:, :, 1]
 
-        o_BTNH = ctx.ops.rows(self._attend, (q_BTNH,), (k_BSGH, v_BSGH), span, ctx)
-        return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), memory
+        o_BTNH = ctx.ops.rows(self._attend, (q_BTNH,), (k_BSGH, v_BSGH), tokens, ctx)
+        return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), held
 
-    def _attend(self, q_BTNH, k_BSGH, v_BSGH, span: Span, ctx: Context) -> jax.Array:
-        return attend(q_BTNH, k_BSGH, v_BSGH, span, self.cfg.head_dim**-0.5, ctx)
+    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> jax.Array:
+        """[layers, B, S, 2 G H] for a cache: each token's rotated keys, then its values, of all key heads."""
+        return ctx.ops.zeros((layers, batch, length, self.cfg.cache_width), dtype, (None, BATCH, None, None))
+
+    def _attend(self, q_BTNH, k_BSGH, v_BSGH, tokens: Tokens, ctx: Context) -> jax.Array:
+        return attend(q_BTNH, k_BSGH, v_BSGH, tokens, self.cfg.head_dim**-0.5, ctx)
 
 
 def _mapped(x_BTD: jax.Array, w, b: nnx.Param | None, ctx: Context) -> jax.Array:
     y_BTGH = linear("BTD,DGH->BTGH", x_BTD, w, ctx)
     return y_BTGH if b is None else y_BTGH + b.get_value().astype(y_BTGH.dtype).reshape(y_BTGH.shape[2:])
-
-
-def _rotated(x_BTGH: jax.Array, span: Span, interleaved: bool) -> jax.Array:
-    return apply_rope(x_BTGH, span.cos[:, :, None], span.sin[:, :, None], interleaved)

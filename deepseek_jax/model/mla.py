@@ -8,21 +8,39 @@ Suffixes: B batch, T queries, S keys, D width, Q query rank, C latent rank, N he
 dim.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import param
-from deepseek_jax.core.rope import apply_rope, softmax_scale
-from deepseek_jax.model.attention import Span, attend
+from deepseek_jax.core.rope import softmax_scale
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.tokens import Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Absorbed:
+    """``kv_b`` as the absorbed form multiplies by it, beside the whole: a step of decoding need not cut and turn it.
+
+    ``key``: [N, H, C], from a head's query to the latent. ``value``: [N, C, V], from the latent to a head's values.
+    """
+
+    whole: Any
+    key: Any
+    value: Any
 
 
 class MLA(nnx.Module):
-    """Pure: (x, span, memory) -> (y, memory). Leaves follow the published matrices, fused where they are."""
+    """Pure: (x, tokens, held) -> (y, held). Leaves follow the published matrices, fused where they are."""
 
     def __init__(self, cfg: schema.MLA, dim: int, dtype):
         self.cfg = cfg
@@ -37,65 +55,69 @@ class MLA(nnx.Module):
         self.kv_norm = RMSNorm(dtype, C, "kv_rank", LATENT_EPS)
         self.kv_b = param(dtype, (C, N, H + V), ("kv_rank", "heads", "head_dim"), inputs=1)
         self.o = param(dtype, (N, V, D), ("heads", "head_dim", "embed"), inputs=2)
-        # kv_b once more for decoding, cut and ordered as the absorbed form multiplies: [N, H, C] and [N, C, V].
-        self.absorbed = nnx.data(None)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        span: Span,
+        tokens: Tokens,
         ctx: Context,
-        memory: jax.Array | None = None,
-        layer: jax.Array | int = 0,
+        held: jax.Array | None = None,
+        i: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """``memory``: the cached latents of all layers, [L, B, S, C + R]; this layer's rows are written."""
+        """``held``: what `held` made, of which the rows of layer ``i`` are written."""
         cfg = self.cfg
-        q_BTNH, q_BTNR = self._queries(x_BTD, span, ctx)
+        q_BTNH, q_BTNR = self._queries(x_BTD, tokens, ctx)
         latent = linear("BTD,DC->BTC", x_BTD, self.kv_a, ctx)
         c_BTC, k_BTR = jnp.split(latent, [cfg.kv_rank], axis=-1)
         c_BTC = self.kv_norm(c_BTC)
-        k_BTR = apply_rope(k_BTR, span.cos, span.sin, cfg.rope.interleaved)
+        k_BTR = tokens.rotated(k_BTR, cfg.rope_dim, cfg.rope)
         latent_BSX = jnp.concatenate([c_BTC, k_BTR], axis=-1)
-        if memory is not None:
+        if held is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            memory = memory.at[layer, rows, span.slot].set(latent_BSX.astype(memory.dtype), mode="drop")
-            latent_BSX = memory[layer].astype(x_BTD.dtype)
+            held = held.at[i, rows, tokens.slot].set(latent_BSX.astype(held.dtype), mode="drop")
+            latent_BSX = held[i].astype(x_BTD.dtype)
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], latent_BSX.shape[1], ctx) else self._expanded
-        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR), (latent_BSX,), span, ctx)
-        return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), memory
+        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR), (latent_BSX,), tokens, ctx)
+        return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held
 
-    def _queries(self, x_BTD, span: Span, ctx: Context):
+    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> jax.Array:
+        """[layers, B, S, C + R] for a cache: each token's normalised latent, then its rotated key, shared by all heads
+        (V2 §2.1.2; 576 numbers for V3)."""
+        return ctx.ops.zeros((layers, batch, length, self.cfg.cache_width), dtype, (None, BATCH, None, None))
+
+    def _queries(self, x_BTD, tokens: Tokens, ctx: Context):
         if self.cfg.q_rank is None:
             q = linear("BTD,DNX->BTNX", x_BTD, self.q, ctx)
         else:
             q = self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
             q = linear("BTQ,QNX->BTNX", q, self.q_b, ctx)
         q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
-        return q_BTNH, apply_rope(q_BTNR, span.cos[:, :, None], span.sin[:, :, None], self.cfg.rope.interleaved)
+        return q_BTNH, tokens.rotated(q_BTNR, self.cfg.rope_dim, self.cfg.rope)
 
-    def _expanded(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
+    def _expanded(self, q_BTNH, q_BTNR, latent_BSX, tokens: Tokens, ctx: Context):
         cfg = self.cfg
         c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
-        kv = linear("BSC,CNX->BSNX", c_BSC, self.kv_b, ctx)
+        kv_b = self.kv_b.whole if isinstance(self.kv_b, Absorbed) else self.kv_b
+        kv = linear("BSC,CNX->BSNX", c_BSC, kv_b, ctx)
         k_BSNH, v_BSNV = jnp.split(kv, [cfg.nope_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
         q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
-        return attend(q, k, v_BSNV, span, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
+        return attend(q, k, v_BSNV, tokens, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
 
-    def _absorbed(self, q_BTNH, q_BTNR, latent_BSX, span: Span, ctx: Context):
+    def _absorbed(self, q_BTNH, q_BTNR, latent_BSX, tokens: Tokens, ctx: Context):
         cfg = self.cfg
-        w_k_NHC, w_v_NCV = self.absorbed or self.absorbed_maps(latent_BSX.dtype, ctx)
-        q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, w_k_NHC, ctx)
+        kv_b = self.kv_b if isinstance(self.kv_b, Absorbed) else self.absorbed(latent_BSX.dtype, ctx)
+        q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, kv_b.key, ctx)
         q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
-        o_BTNC = attend(q, key, value, span, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
-        return linear("BTNC,NCV->BTNV", o_BTNC, w_v_NCV, ctx)
+        o_BTNC = attend(q, key, value, tokens, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
+        return linear("BTNC,NCV->BTNV", o_BTNC, kv_b.value, ctx)
 
-    def absorbed_maps(self, dtype, ctx: Context = DEFAULT) -> tuple[jax.Array, jax.Array]:
-        """[N, H, C], from a head's query to the latent, and [N, C, V], from the latent to its values."""
+    def absorbed(self, dtype, ctx: Context = DEFAULT) -> Absorbed:
+        """``kv_b`` in both forms, its maps in ``dtype``."""
         w_k_CNH, w_v_CNV = jnp.split(ctx.ops.weight(self.kv_b, dtype), [self.cfg.nope_dim], axis=-1)
-        return w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2)
+        return Absorbed(self.kv_b, w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2))
 
     def _absorbs(self, T: int, S: int, ctx: Context) -> bool:
         """The form with fewer multiplications, unless ``ctx.mla`` names one."""

@@ -3,6 +3,8 @@
 Suffixes: B batch, T tokens, D width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,9 +14,9 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import param
-from deepseek_jax.model.attention import Span
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.tokens import Tokens
 
 
 class MTP(nnx.Module):
@@ -35,20 +37,19 @@ class MTP(nnx.Module):
         self,
         hidden_BTD: jax.Array,
         next_embedding_BTD: jax.Array,
-        span: Span,
+        tokens: Tokens,
         ctx: Context,
-        memory: jax.Array | None = None,
-        layer: int = 0,
-    ) -> tuple[jax.Array, jax.Array | None, Aux | None]:
-        """``span.segment`` is 0 where the next token is unknown; such positions return zero.
+        held: Any = None,
+    ) -> tuple[jax.Array, Any, Aux | None]:
+        """``tokens.segment`` is 0 where the next token is unknown; such positions return zero.
 
         Rotary positions are those of the hidden state; the reference takes those of the next token. Attention
         depends on differences only.
         """
         x = jnp.concatenate([self.embed_norm(next_embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
         x = linear("BTX,XD->BTD", x, self.proj, ctx)
-        x, memory, aux, _ = self.block(x, span, ctx, memory, layer)
-        return jnp.where(span.segment[..., None] != 0, self.norm(x), 0), memory, aux
+        x, held, aux, _ = self.block(x, tokens, ctx, held)
+        return jnp.where(tokens.segment[..., None] != 0, self.norm(x), 0), held, aux
 
 
 def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Array:

@@ -5,6 +5,7 @@ Suffixes: B batch, T tokens, D width.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,59 +13,68 @@ import jax.numpy as jnp
 from deepseek_jax.configs.layers import Stack
 from deepseek_jax.core.context import REMAT, Context
 from deepseek_jax.core.params import unstack
-from deepseek_jax.model.attention import Span
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.tokens import Tokens
 
 
 def run_stacks(
     stacks: Sequence[Block],
     segments: tuple[tuple[Stack, ...], ...],
     x_BTD: jax.Array,
-    span: Span,
+    tokens: Tokens,
     ctx: Context,
-    memory: jax.Array | None = None,
+    held: Sequence[Any] | None = None,
     routing: jax.Array | None = None,
     capture: tuple[str, ...] = (),
-) -> tuple[jax.Array, jax.Array | None, Aux | None, dict[str, jax.Array]]:
-    """The stream after all layers, the cache's memory, router statistics and activations, a row a layer that has them.
+) -> tuple[jax.Array, tuple[Any, ...] | None, Aux | None, dict[str, jax.Array]]:
+    """The stream after all layers, what each stack's attention holds, router statistics and activations, a row a layer
+    that has them.
 
-    ``stacks``: blocks whose leaves have a leading layer axis; ``segments``: which layers they are. ``routing``: int32
-    [L_moe, B, T, K], experts to use instead of choosing. ``capture``: names of activations (`block.CAPTURABLE`).
+    ``stacks``: blocks whose leaves have a leading layer axis; ``segments``: which layers they are. ``held``: a cache's.
+    ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing. ``capture``: names of activations
+    (`block.CAPTURABLE`).
     """
-    first_moe, statistics, seen = 0, [], {name: [] for name in capture}
+    first_moe, statistics, kept, seen = 0, [], [], {name: [] for name in capture}
     # One stack a segment: no config here repeats a longer pattern.
-    for stack, (kind,) in zip(stacks, segments, strict=True):
-        first, size, moe = kind.numbers.start, len(kind.numbers), kind.layer.is_moe
+    for number, (stack, (kind,)) in enumerate(zip(stacks, segments, strict=True)):
+        size, moe = len(kind.numbers), kind.layer.is_moe
         replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
-        carry = (x_BTD, memory)
+        carry = (x_BTD, None if held is None else held[number])
         if size == 1:
             # A scan of one layer would copy its weights. Generation has every layer here: of those that are of one
             # kind one is traced.
-            layer = _layer if memory is None else _traced_once
-            inputs = (unstack(stack, 0), first, None if replay is None else replay[0])
-            carry, outputs = layer(carry, inputs, span, ctx, capture)
+            layer = _layer if held is None else _traced_once
+            inputs = (unstack(stack, 0), 0, None if replay is None else replay[0])
+            carry, outputs = layer(carry, inputs, tokens, ctx, capture)
             outputs = jax.tree.map(lambda a: a[None], outputs)
         else:
-            layer = partial(_layer, span=span, ctx=ctx, capture=capture)
-            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(first, first + size), replay))
-        (x_BTD, memory), (aux, activations) = carry, outputs
+            layer = partial(_layer, tokens=tokens, ctx=ctx, capture=capture)
+            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(size), replay))
+        (x_BTD, mine), (aux, activations) = carry, outputs
+        kept.append(mine)
         if aux is not None:
             statistics.append(aux)
         for name, value in activations.items():
             seen[name].append(value)
         first_moe += size if moe else 0
     aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
-    return x_BTD, memory, aux, {name: jnp.concatenate(values) for name, values in seen.items()}
+    return (
+        x_BTD,
+        None if held is None else tuple(kept),
+        aux,
+        {name: jnp.concatenate(values) for name, values in seen.items()},
+    )
 
 
-def _layer(carry, inputs, span: Span, ctx: Context, capture: tuple[str, ...]):
-    """A scan's step: carry (stream, memory), inputs (block, number, replay), outputs (statistics, activations)."""
+def _layer(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]):
+    """A scan's step: carry (stream, held), inputs (block, its number in the stack, replay), outputs (statistics,
+    activations)."""
 
     def run(carry, inputs):
-        (x_BTD, memory), (block, number, replay) = carry, inputs
-        x_BTD, memory, aux, activations = block(x_BTD, span, ctx, memory, number, replay)
-        return (x_BTD, memory), (aux, {name: activations[name] for name in capture if name in activations})
+        (x_BTD, held), (block, i, replay) = carry, inputs
+        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, replay)
+        return (x_BTD, held), (aux, {name: activations[name] for name in capture if name in activations})
 
     return remat(run, ctx)(carry, inputs)
 

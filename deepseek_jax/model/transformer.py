@@ -18,15 +18,20 @@ from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import drawn, map_variables, matrix_of, param, parameter_dtype
-from deepseek_jax.core.rope import rope_tables
-from deepseek_jax.model import cache as cache_module
-from deepseek_jax.model.arguments import check_call, check_context, check_init, check_new_config
-from deepseek_jax.model.attention import Span
+from deepseek_jax.model.arguments import (
+    check_cache,
+    check_cache_size,
+    check_call,
+    check_context,
+    check_init,
+    check_new_config,
+)
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.cache import Cache, write_slots
+from deepseek_jax.model.cache import Cache, make_cache
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.model.stacks import remat, run_stacks
+from deepseek_jax.model.tokens import Tokens, make_tokens
 
 
 class Transformer(nnx.Module):
@@ -62,7 +67,19 @@ class Transformer(nnx.Module):
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
         """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
-        return cache_module.init_cache(self.cfg, batch, length, rewind, self.compute_dtype(ctx), ctx or DEFAULT)
+        check_cache_size(batch, length, rewind)
+        ctx, dtype = ctx or DEFAULT, self.compute_dtype(ctx)
+        make = partial(make_cache, batch=batch, length=length, rewind=rewind, ctx=ctx)
+        modules = [module.block.attn.held(1, batch, length, dtype, ctx) for module in self.mtp]
+        held = [
+            stack.attn.held(len(kind.numbers), batch, length, dtype, ctx)
+            for stack, (kind,) in zip(self.stacks, self.segments, strict=True)
+        ]
+        return make(held, mtp=tuple(make([own], of_module=True) for own in modules))
+
+    def _empty(self, batch: int, cache: Cache) -> Cache:
+        """The shapes of an empty cache of the same size."""
+        return jax.eval_shape(partial(self.init_cache, batch, cache.capacity, cache.max_rewind))
 
     def compute_dtype(self, ctx: Context | None = None):
         """The dtype of activations: the context's, else that of the parameters."""
@@ -103,25 +120,26 @@ class Transformer(nnx.Module):
             # What stands at padding is never looked up.
             tokens_BT = jnp.where(segments != 0, tokens_BT, 0)
         if cache is not None:
+            check_cache(cache, self._empty(tokens_BT.shape[0], cache), tokens_BT, segments)
             ctx = ctx.whole_rows()
-        span, cache = self._span(tokens_BT, positions, segments, cache, ctx)
+        tokens, cache = self._tokens(tokens_BT, positions, segments, cache, ctx)
         x_BTD = ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx))
-        memory = None if cache is None else cache.latent
-        x_BTD, memory, aux, captured = run_stacks(
-            self.stacks, self.segments, x_BTD, span, ctx, memory, routing, tuple(capture)
+        held = None if cache is None else cache.held
+        x_BTD, held, aux, captured = run_stacks(
+            self.stacks, self.segments, x_BTD, tokens, ctx, held, routing, tuple(capture)
         )
         hidden = self.norm(x_BTD)
         if cache is not None:
-            cache = replace(cache, latent=memory)
+            cache = replace(cache, held=held)
 
         mtp_hidden, mtp_aux = (), None
         if with_mtp:
             if next_tokens is None:
-                next_tokens = shifted(tokens_BT, span.segment, self.cfg.mtp_depth)
-            mtp_hidden, cache, mtp_aux = self.predict(hidden, next_tokens, span, cache, ctx)
+                next_tokens = shifted(tokens_BT, tokens.segment, self.cfg.mtp_depth)
+            mtp_hidden, cache, mtp_aux = self.predict(hidden, next_tokens, tokens, cache, ctx)
         return Output(
             hidden=hidden,
-            logits=self._select(hidden, span.segment, logits, ctx),
+            logits=self._select(hidden, tokens.segment, logits, ctx),
             mtp_hidden=mtp_hidden,
             mtp_logits=() if logits == "none" else tuple(self.unembed(h, ctx) for h in mtp_hidden),
             cache=cache,
@@ -141,7 +159,7 @@ class Transformer(nnx.Module):
         self,
         hidden_BTD: jax.Array,
         next_tokens_BTP: jax.Array,
-        span: Span,
+        tokens: Tokens,
         cache: Cache | None,
         ctx: Context,
     ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None]:
@@ -149,7 +167,7 @@ class Transformer(nnx.Module):
         outputs, statistics = [], []
         for depth in range(self.cfg.mtp_depth):
             token_BT = next_tokens_BTP[..., depth]
-            hidden_BTD, span, cache, aux = self.predict_depth(depth, hidden_BTD, token_BT, span, cache, ctx)
+            hidden_BTD, tokens, cache, aux = self.predict_depth(depth, hidden_BTD, token_BT, tokens, cache, ctx)
             outputs.append(hidden_BTD)
             statistics.append(aux)
         has_aux = bool(statistics) and statistics[0] is not None
@@ -160,85 +178,48 @@ class Transformer(nnx.Module):
         depth: int,
         hidden_BTD: jax.Array,
         token_BT: jax.Array,
-        span: Span,
+        tokens: Tokens,
         cache: Cache | None,
         ctx: Context,
-    ) -> tuple[jax.Array, Span, Cache | None, Aux | None]:
+    ) -> tuple[jax.Array, Tokens, Cache | None, Aux | None]:
         """MTP module ``depth`` alone, for drafts, where each module's token is the one before's prediction.
 
         ``hidden_BTD``: what the module before returned, the final hidden states for module 0. ``token_BT``:
-        the tokens at +1 + depth, -1 where unknown; there the returned span's segment is 0.
+        the tokens at +1 + depth, -1 where unknown; there the returned tokens' segment is 0.
         """
-        known = jnp.where(token_BT >= 0, span.segment, 0)
-        own = replace(span, segment=known, key_segment=known, uniform=False)
-        memory = None
+        known = jnp.where(token_BT >= 0, tokens.segment, 0)
+        tokens = replace(tokens, segment=known, uniform=False)
+        own, mine, held = replace(tokens, key_segment=known), None, None
         if cache is not None:
-            segment = write_slots(cache.mtp_segment[depth], known, span.slot)
-            cache = replace(cache, mtp_segment=cache.mtp_segment.at[depth].set(segment))
-            memory, own = cache.mtp_latent, replace(own, key_segment=segment)
+            own, mine = cache.mtp[depth].entered(tokens)
+            (held,) = mine.held
         embedding = ctx.ops.lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype)
 
         module, hidden_BTD, embedding = ctx.ops.fence((self.mtp[depth], hidden_BTD, embedding))
 
-        def run(module, hidden_BTD, embedding, own, memory):
-            return module(hidden_BTD, embedding, own, ctx, memory, depth)
+        def run(module, hidden_BTD, embedding, own, held):
+            return module(hidden_BTD, embedding, own, ctx, held)
 
-        hidden_BTD, memory, aux = remat(run, ctx)(module, hidden_BTD, embedding, own, memory)
+        hidden_BTD, held, aux = remat(run, ctx)(module, hidden_BTD, embedding, own, held)
         if cache is not None:
-            cache = replace(cache, mtp_latent=memory)
-        return hidden_BTD, own, cache, aux
+            mine = replace(mine, held=(held,))
+            cache = replace(cache, mtp=(*cache.mtp[:depth], mine, *cache.mtp[depth + 1 :]))
+        return hidden_BTD, tokens, cache, aux
 
-    def cached_span(self, position_BT: jax.Array, segment_BT: jax.Array, cache: Cache) -> Span:
-        """Who sees whom for tokens that the cache holds already, each at the slot of its position."""
-        attention = self.cfg.attention
-        cos, sin = rope_tables(position_BT, attention.rope_dim, attention.rope)
-        return Span(
-            position=position_BT,
-            segment=segment_BT,
-            key_position=cache.position,
-            key_segment=cache.segment,
-            cos=cos,
-            sin=sin,
-            slot=jnp.where(segment_BT != 0, position_BT, cache.capacity),
-            causal=False,
-            uniform=False,
-        )
-
-    def _span(self, tokens_BT, positions, segments, cache: Cache | None, ctx: Context) -> tuple[Span, Cache | None]:
+    def _tokens(self, tokens_BT, positions, segments, cache: Cache | None, ctx: Context) -> tuple[Tokens, Cache | None]:
         """Who sees whom, and the cache with the new tokens' positions and segments entered."""
         B, T = tokens_BT.shape
         segment = jnp.ones((B, T), jnp.int32) if segments is None else segments.astype(jnp.int32)
-        if cache is None:
-            position = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
-            key_position, key_segment, slot = position, segment, None
-        else:
-            order = jnp.cumsum(segment != 0, axis=-1)
-            slot = jnp.where(segment != 0, cache.length[:, None] + order - 1, cache.capacity)
-            position = cache.length[:, None] + jnp.maximum(order - 1, 0) if positions is None else positions
-            cache = replace(
-                cache,
-                position=write_slots(cache.position, position, slot),
-                segment=write_slots(cache.segment, segment, slot),
-                length=cache.length + order[:, -1],
-            )
-            key_position, key_segment = cache.position, cache.segment
-        attention = self.cfg.attention
-        shared = positions is None and cache is None and not ctx.ops.splits_rows
-        cos, sin = rope_tables(position[:1] if shared else position, attention.rope_dim, attention.rope)
-        return (
-            Span(
-                position=position,
-                segment=segment,
-                key_position=key_position,
-                key_segment=key_segment,
-                cos=cos,
-                sin=sin,
-                slot=slot,
-                causal=positions is None,
-                uniform=shared and segments is None,
-            ),
-            cache,
+        position = positions
+        if positions is None and cache is None:
+            position = jnp.broadcast_to(jnp.arange(T), (B, T))
+        elif positions is None:
+            position = cache.length[:, None] + jnp.maximum(jnp.cumsum(segment != 0, axis=-1) - 1, 0)
+        alike = positions is None and cache is None and not ctx.ops.splits_rows
+        tokens = make_tokens(
+            self.cfg, position, segment, causal=positions is None, alike=alike, uniform=alike and segments is None
         )
+        return (tokens, None) if cache is None else cache.entered(tokens)
 
     def _select(self, hidden, segment, logits: str, ctx: Context):
         if logits == "none":

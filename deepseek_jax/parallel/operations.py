@@ -93,15 +93,15 @@ class MeshOperations(Operations):
         run = jax.shard_map(local, mesh=self.ctx.mesh, in_specs=(state, rest, token), out_specs=out, check_vma=False)
         return run(hidden_BTD, head, target_BT)
 
-    def rows(self, attend: Callable, queries: Sequence[jax.Array], keys: Sequence[jax.Array], span, ctx) -> jax.Array:
+    def rows(self, attend: Callable, queries: Sequence[jax.Array], keys: Sequence[jax.Array], tokens, ctx) -> jax.Array:
         if sequence.sequence_parts(self.ctx) == 1:
-            return super().rows(attend, queries, keys, span, ctx)
-        return sequence.attend_rows(attend, queries, keys, span, ctx)
+            return super().rows(attend, queries, keys, tokens, ctx)
+        return sequence.attend_rows(attend, queries, keys, tokens, ctx)
 
-    def attend(self, attend: Callable, q_BT, k_BS, v_BS, span) -> jax.Array:
+    def attend(self, attend: Callable, q_BT, k_BS, v_BS, tokens) -> jax.Array:
         if not (self.ctx.balanced and self.ctx.folded > 1):
-            return super().attend(attend, q_BT, k_BS, v_BS, span)
-        return sequence.attend_halves(attend, q_BT, k_BS, v_BS, span, self.ctx.folded)
+            return super().attend(attend, q_BT, k_BS, v_BS, tokens)
+        return sequence.attend_halves(attend, q_BT, k_BS, v_BS, tokens, self.ctx.folded)
 
     def heads(self, kernel: Callable, q_BTNK, k_BTGK, v_BTGV, segment_BT) -> jax.Array:
         heads = (BATCH, None, "heads", None)

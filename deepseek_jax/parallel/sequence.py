@@ -44,16 +44,16 @@ def constrain(x: jax.Array, axes, ctx: Context) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_sharding(axes, x.shape, ctx))
 
 
-def attend_rows(attend: Callable, queries, keys, span, ctx: Context) -> jax.Array:
+def attend_rows(attend: Callable, queries, keys, tokens, ctx: Context) -> jax.Array:
     """`Operations.rows`: of tokens on other devices only ``keys`` are gathered, such as MLA's latents: all heads' keys
     and values follow from them."""
     heads = ("heads", None)
     queries = [fold_rows(q, ctx, *heads) for q in queries]
     keys = [copy_rows(k, ctx, *(heads if k.ndim == 4 else (None,))) for k in keys]
-    return unfold_rows(attend(*queries, *keys, fold_span(span, ctx), folded(ctx)), ctx)
+    return unfold_rows(attend(*queries, *keys, fold_tokens(tokens, ctx), folded(ctx)), ctx)
 
 
-def attend_halves(attend: Callable, q_BT, k_BS, v_BS, span, parts: int) -> jax.Array:
+def attend_halves(attend: Callable, q_BT, k_BS, v_BS, tokens, parts: int) -> jax.Array:
     """Attention of `fold_rows`'s queries in `balanced_order` to `copy_rows`'s keys, each of ``parts`` runs of them.
 
     Queries of a row's first half need the first half's keys only, on every device alike.
@@ -66,11 +66,11 @@ def attend_halves(attend: Callable, q_BT, k_BS, v_BS, span, parts: int) -> jax.A
     half, outputs = q_BT.shape[1] // 2, []
     for queries, seen in ((slice(0, half), early), (slice(half, None), lambda a: a)):
         part = replace(
-            span,
-            position=span.position[:, queries],
-            segment=span.segment[:, queries],
-            key_position=seen(span.key_position),
-            key_segment=seen(span.key_segment),
+            tokens,
+            position=tokens.position[:, queries],
+            segment=tokens.segment[:, queries],
+            key_position=seen(tokens.key_position),
+            key_segment=seen(tokens.key_segment),
         )
         outputs.append(attend(q_BT[:, queries], seen(k_BS), seen(v_BS), part))
     return jnp.concatenate(outputs, axis=1)
@@ -102,14 +102,14 @@ def copy_rows(a_BS: jax.Array, ctx: Context, *axes: str | None) -> jax.Array:
     return constrain(rearrange(copies, "P B ... -> (P B) ..."), ((SEQUENCE, BATCH), None, *axes), ctx)
 
 
-def fold_span(span, ctx: Context):
-    """The span of `fold_rows`'s queries among `copy_rows`'s keys."""
+def fold_tokens(tokens, ctx: Context):
+    """The tokens of `fold_rows`'s queries among `copy_rows`'s keys."""
     return replace(
-        span,
-        position=fold_rows(span.position, ctx),
-        segment=fold_rows(span.segment, ctx),
-        key_position=copy_rows(span.key_position, ctx),
-        key_segment=copy_rows(span.key_segment, ctx),
+        tokens,
+        position=fold_rows(tokens.position, ctx),
+        segment=fold_rows(tokens.segment, ctx),
+        key_position=copy_rows(tokens.key_position, ctx),
+        key_segment=copy_rows(tokens.key_segment, ctx),
         causal=False,
         uniform=False,
     )

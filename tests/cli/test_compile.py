@@ -103,8 +103,8 @@ def test_a_decoding_step_for_a_slice(weights, tmp_path, capsys):
     arguments = ["--topology", "v5e:2x2", "--mesh", "expert=4", "--program", "decode", "--context", "256"]
     assert main(["compile", "tiny-v3", *arguments, "--weights", weights, "--quick", "--json", str(file)]) == 0
     record = json.loads(file.read_text())
-    assert set(record["memory"]["arguments"]) > {"model.stacks", "model.embed", "cache.latent"}
-    assert record["memory"]["donated"] >= record["memory"]["arguments"]["cache.latent"]
+    assert set(record["memory"]["arguments"]) > {"model.stacks", "model.embed", "cache.held"}
+    assert record["memory"]["donated"] >= record["memory"]["arguments"]["cache.held"]
 
 
 @pytest.mark.slow

@@ -123,8 +123,6 @@ def test_rewinding_equals_never_having_decoded():
     wrong = step(p, (p.tokens[:, PROMPT : PROMPT + 4] + 1) % TINY.vocab_size, first.cache)
     back = wrong.cache.rewind(jnp.asarray([4, 3]))
     np.testing.assert_array_equal(back.length, [PROMPT, PROMPT + 1])
-    np.testing.assert_array_equal(back.segment != 0, np.arange(100)[None] < back.length[:, None])
-    assert not (np.asarray(back.mtp_segment)[0] > np.asarray(back.segment)).any()
     # Row 1 keeps its first wrong token; row 0 is where it was, and so is everything after it.
     clean = step(p, p.tokens[:, PROMPT : PROMPT + 4], first.cache)
     again = step(p, p.tokens[:, PROMPT : PROMPT + 4], back)
@@ -134,12 +132,38 @@ def test_rewinding_equals_never_having_decoded():
         np.testing.assert_array_equal(getattr(again.cache, held)[0], getattr(clean.cache, held)[0])
 
 
+def test_a_module_forgets_what_the_model_takes_back():
+    """Its rows lack tokens whose next one was unknown, so that the counts are its own."""
+    p, ask = pair(TINY), {"with_mtp": True}
+    first = prefill(p, p.model.init_cache(2, 100, rewind=4)).cache
+    np.testing.assert_array_equal(first.mtp[0].length, [PROMPT - 1] * 2)
+    # Four wrong tokens, of which the module sees three: it does not know what follows the last one.
+    wrong = (p.tokens[:, PROMPT : PROMPT + 4] + 1) % TINY.vocab_size
+    one = step(p, wrong[:, 3:], first, next_tokens=wrong[:, :1, None], **ask)
+    cache = step(p, wrong[:, :3], one.cache, **ask).cache
+    np.testing.assert_array_equal(cache.mtp[0].length, [PROMPT + 2] * 2)
+    back = cache.rewind(jnp.asarray([4, 3]))
+    np.testing.assert_array_equal(back.mtp[0].length, [PROMPT - 1, PROMPT])
+    again, clean = (step(p, p.tokens[:, PROMPT : PROMPT + 4], c, **ask) for c in (back, first))
+    np.testing.assert_array_equal(again.mtp_logits[0][0], clean.mtp_logits[0][0])
+    assert relative(again.mtp_logits[0][1, :3], clean.mtp_logits[0][1, :3]) > 1e-3
+
+    # A model that goes on without its module, then with it: the module sees neither that token nor stale ones.
+    def later(cache):
+        unseen = step(p, p.tokens[:, PROMPT : PROMPT + 1], cache).cache
+        out = step(p, p.tokens[:, PROMPT + 1 : PROMPT + 5], unseen, **ask)
+        assert out.cache.mtp[0].length[0] == PROMPT - 1 + 3
+        return out.mtp_logits[0][0]
+
+    np.testing.assert_array_equal(later(back), later(first))
+
+
 def test_mtp_keeps_its_own_cache():
     p = pair(TINY)
     whole = full(p)
     out = prefill(p, p.model.init_cache(2, 100))
     # At the prompt's last position the next token was unknown, so the module has not seen it.
-    np.testing.assert_array_equal(out.cache.mtp_segment[0].sum(-1), [PROMPT - 1] * 2)
+    np.testing.assert_array_equal(out.cache.mtp[0].length, [PROMPT - 1] * 2)
     pieces = []
     known = jnp.concatenate([p.tokens[:, PROMPT + 1 :], jnp.full((2, 1), -1, jnp.int32)], 1)
     cache = forward(
@@ -188,4 +212,4 @@ def test_more_tokens_than_the_cache_holds_are_refused():
 def test_a_v3_cache_holds_576_numbers_a_token_and_layer():
     attention = zoo("deepseek-v3").attention
     assert attention.kv_rank + attention.rope_dim == 576
-    assert pair(TINY).model.init_cache(1, 8).latent.shape == (3, 1, 8, 32 + 8)
+    assert [a.shape for a in pair(TINY).model.init_cache(1, 8).held] == [(1, 1, 8, 32 + 8), (2, 1, 8, 32 + 8)]

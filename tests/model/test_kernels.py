@@ -13,7 +13,8 @@ import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
 from deepseek_jax.kernels import attention, megablox
 from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
-from deepseek_jax.model.attention import Span, attend
+from deepseek_jax.model.attention import attend
+from deepseek_jax.model.tokens import Tokens, make_tokens
 
 # Relative Frobenius errors, float32.
 BOUND = 2e-5
@@ -35,11 +36,9 @@ def error(ours, theirs) -> float:
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
-def span_of(segment, **changes) -> Span:
-    B, T = segment.shape
-    position, rope = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.zeros((B, T, 4))
-    span = Span(position, segment, position, segment, rope, rope, None, causal=True, uniform=False)
-    return replace(span, **changes)
+def tokens_of(segment, **changes) -> Tokens:
+    position = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+    return replace(make_tokens(tiny_config(), position, segment, causal=True), **changes)
 
 
 def packed() -> jax.Array:
@@ -51,9 +50,9 @@ def packed() -> jax.Array:
     return jnp.asarray(segment)
 
 
-def both_ways(q, k, v, span, cotangent, form, remat="none"):
+def both_ways(q, k, v, tokens, cotangent, form, remat="none"):
     """The output, and the gradients of its inner product with ``cotangent``."""
-    o, back = jax.vjp(lambda q, k, v: attend(q, k, v, span, 0.3, Context(attention=form, remat=remat)), q, k, v)
+    o, back = jax.vjp(lambda q, k, v: attend(q, k, v, tokens, 0.3, Context(attention=form, remat=remat)), q, k, v)
     return o, *back(cotangent)
 
 
@@ -80,8 +79,8 @@ def test_attention_of_packed_rows_with_padding(heads, remat, small_blocks):
     segment = packed()
     q, k, v, cotangent = tensors(heads, segment)
     run = jax.jit(both_ways, static_argnames=("form", "remat"))
-    ours = run(q, k, v, span_of(segment), cotangent, form="kernel", remat=remat)
-    theirs = run(q, k, v, span_of(segment), cotangent, form="xla")
+    ours = run(q, k, v, tokens_of(segment), cotangent, form="kernel", remat=remat)
+    theirs = run(q, k, v, tokens_of(segment), cotangent, form="xla")
     for name, a, b in zip(("o", "dq", "dk", "dv"), ours, theirs, strict=True):
         assert error(a, b) < BOUND, name
         # Padding takes no part: neither its queries nor its keys, though other padding precedes them.
@@ -91,8 +90,8 @@ def test_attention_of_packed_rows_with_padding(heads, remat, small_blocks):
 def test_attention_of_whole_rows(small_blocks):
     segment = jnp.ones((1, 256), jnp.int32)
     q, k, v, cotangent = tensors("expanded", segment)
-    span = span_of(segment, uniform=True)
-    ours, theirs = (jax.jit(partial(both_ways, form=f))(q, k, v, span, cotangent) for f in ("kernel", "xla"))
+    tokens = tokens_of(segment, uniform=True)
+    ours, theirs = (jax.jit(partial(both_ways, form=f))(q, k, v, tokens, cotangent) for f in ("kernel", "xla"))
     assert max(error(a, b) for a, b in zip(ours, theirs, strict=True)) < BOUND
 
 
@@ -101,9 +100,9 @@ def test_attention_in_bfloat16_is_as_near_to_float32_as_the_other_form(small_blo
     exact = jax.jit(partial(both_ways, form="xla"))
     half = tensors("expanded", segment, jnp.bfloat16)
     full = [a.astype(jnp.float32) for a in half]
-    reference = exact(*full[:3], span_of(segment), full[3])
+    reference = exact(*full[:3], tokens_of(segment), full[3])
     ours, theirs = (
-        jax.jit(partial(both_ways, form=form))(*half[:3], span_of(segment), half[3]) for form in ("kernel", "xla")
+        jax.jit(partial(both_ways, form=form))(*half[:3], tokens_of(segment), half[3]) for form in ("kernel", "xla")
     )
     for name, a, b, c in zip(("o", "dq", "dk", "dv"), ours, theirs, reference, strict=True):
         assert a.dtype == jnp.bfloat16
@@ -112,13 +111,13 @@ def test_attention_in_bfloat16_is_as_near_to_float32_as_the_other_form(small_blo
 
 def test_automatic_choice_depends_on_the_platform_alone():
     segment = jnp.ones((1, 256), jnp.int32)
-    arrays = (*tensors("expanded", segment)[:3], span_of(segment))
+    arrays = (*tensors("expanded", segment)[:3], tokens_of(segment))
     run = jax.jit(lambda *a: attend(*a, 0.3, Context(attention="auto")))
     lowered = {p: run.trace(*arrays).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
     assert {p: "tpu_custom_call" in text for p, text in lowered.items()} == {"cpu": False, "cuda": False, "tpu": True}
     # With a cache, with given positions or with rows of another length there is one form only.
-    q, k, v, span = (jax.tree.map(lambda a: a[:, :200], a) for a in arrays)
-    others = [(q, k, v, span), (*arrays[:3], replace(arrays[3], causal=False))]
+    q, k, v, tokens = (jax.tree.map(lambda a: a[:, :200], a) for a in arrays)
+    others = [(q, k, v, tokens), (*arrays[:3], replace(arrays[3], causal=False))]
     others += [(*arrays[:3], replace(arrays[3], slot=arrays[3].position))]
     for call in others:
         assert "tpu_custom_call" not in run.trace(*call).lower(lowering_platforms=("tpu",)).as_text()
@@ -129,9 +128,9 @@ def test_kernel_refuses_what_it_cannot_do():
     q, k, v, _ = tensors("expanded", segment)
     ctx = Context(attention="kernel")
     with pytest.raises(ValueError, match="in order, and this call gives positions; choose"):
-        attend(q, k, v, span_of(segment, causal=False), 0.3, ctx)
+        attend(q, k, v, tokens_of(segment, causal=False), 0.3, ctx)
     with pytest.raises(ValueError, match="a multiple of 128 tokens, not 250"):
-        attend(*(a[:, :250] for a in (q, k, v)), span_of(segment[:, :250]), 0.3, ctx)
+        attend(*(a[:, :250] for a in (q, k, v)), tokens_of(segment[:, :250]), 0.3, ctx)
     with pytest.raises(ValueError, match="choose one of auto, xla, kernel"):
         Context(attention="flash")
 

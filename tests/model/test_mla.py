@@ -13,23 +13,21 @@ from test_parity import CONFIGS
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import unstack
-from deepseek_jax.core.rope import rope_tables
 from deepseek_jax.model import attention
-from deepseek_jax.model.attention import Span, attend
+from deepseek_jax.model.attention import attend
 from deepseek_jax.model.mla import MLA
+from deepseek_jax.model.tokens import Tokens, make_tokens
 
 B, T = 2, 96
 
 
-def causal_span(rope, rope_dim: int, positions) -> Span:
-    cos, sin = rope_tables(positions, rope_dim, rope)
-    segment = jnp.ones((B, T), jnp.int32)
-    return Span(positions, segment, positions, segment, cos, sin, None, causal=True, uniform=False)
+def causal(cfg, positions) -> Tokens:
+    return make_tokens(cfg, positions, jnp.ones((B, T), jnp.int32), causal=True)
 
 
 @partial(jax.jit, static_argnums=3)
-def call(mla, x, span, ctx):
-    return mla(x, span, ctx)[0]
+def call(mla, x, tokens, ctx):
+    return mla(x, tokens, ctx)[0]
 
 
 def transformers_attention(p, x, position):
@@ -42,9 +40,8 @@ def transformers_attention(p, x, position):
 
 
 def our_attention(p, x, position, form):
-    attention = p.model.cfg.attention
-    span = causal_span(attention.rope, attention.rope_dim, jnp.asarray(position))
-    return call(unstack(p.model.stacks[0], 0).attn, x, span, Context(mla=form))
+    tokens = causal(p.model.cfg, jnp.asarray(position))
+    return call(unstack(p.model.stacks[0], 0).attn, x, tokens, Context(mla=form))
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
@@ -82,8 +79,8 @@ def test_the_form_is_chosen_by_the_numbers_of_queries_and_keys(monkeypatch):
     cfg = CONFIGS["tiny-v3"][0]
     mla, asked = unstack(pair(cfg).model.stacks[0], 0).attn, []
     monkeypatch.setattr(MLA, "_absorbs", lambda self, T, S, ctx: asked.append((T, S)))
-    span = causal_span(cfg.attention.rope, cfg.attention.rope_dim, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    jax.eval_shape(lambda x: mla(x, span, Context())[0], jnp.zeros((B, T, cfg.dim)))
+    tokens = causal(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    jax.eval_shape(lambda x: mla(x, tokens, Context())[0], jnp.zeros((B, T, cfg.dim)))
     assert asked == [(T, T)]
 
 
@@ -104,28 +101,20 @@ def test_blocks_of_queries_equal_one_piece(monkeypatch):
     position = np.broadcast_to(np.arange(200), (2, 200))
     segment = np.ones((2, 200), np.int32)
     segment[0, 70:150], segment[1, 180:] = 2, 0
-    zeros = jnp.zeros((2, 200, 4))
-    span = Span(
-        *(jnp.asarray(a) for a in (position, segment, position, segment)),
-        zeros,
-        zeros,
-        None,
-        causal=True,
-        uniform=False,
-    )
+    tokens = make_tokens(CONFIGS["tiny-v3"][0], jnp.asarray(position), jnp.asarray(segment), causal=True)
     visible = (segment[:, :, None] == segment[:, None]) & (segment[:, :, None] != 0)
     visible &= position[:, None] <= position[:, :, None]
     expected = dense_attention(q, k, v, visible, 0.3)
     arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    np.testing.assert_allclose(jax.jit(attend, static_argnums=4)(*arrays, span, 0.3), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(attend, static_argnums=4)(*arrays, tokens, 0.3), expected, atol=2e-6)
     # Attention that computes its probabilities again in the backward pass returns the same gradient.
-    loss = lambda q, k, v: (attend(q, k, v, span, 0.3) ** 2).sum()  # noqa: E731
+    loss = lambda q, k, v: (attend(q, k, v, tokens, 0.3) ** 2).sum()  # noqa: E731
     kept = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
     monkeypatch.setattr(attention, "KEPT_PROBABILITIES", 0)
     again = jax.jit(jax.grad(lambda *a: loss(*a), argnums=(0, 1, 2)))(*arrays)
     # Nor does it matter whether a long block runs whole or in pieces, here 64 = 24 + 24 + 16 queries.
     monkeypatch.setattr(attention, "MAX_PIECE", 24)
-    np.testing.assert_allclose(jax.jit(lambda *a: attend(*a, span, 0.3))(*arrays), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(lambda *a: attend(*a, tokens, 0.3))(*arrays), expected, atol=2e-6)
     pieces = jax.jit(jax.grad(lambda *a: loss(*a) * 1.0, argnums=(0, 1, 2)))(*arrays)
     for a, b, c in zip(kept, again, pieces, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -150,29 +139,29 @@ def test_tiles_of_cached_keys_equal_dense_attention(ordered):
             shuffled = rng.permutation(new[row, 0])
             position[row, : new[row, 0]] = held[row] + shuffled
             key_position[row, held[row, 0] : held[row, 0] + new[row, 0]] = held[row] + shuffled
-    integers = (jnp.asarray(a, jnp.int32) for a in (position, segment, key_position, key_segment))
-    rope = jnp.zeros((B, T, 4))
-    span = Span(*integers, rope, rope, jnp.asarray(slot, jnp.int32), causal=ordered, uniform=False)
+    new = (jnp.asarray(a, jnp.int32) for a in (position, segment, slot))
+    keys = {"key_position": jnp.asarray(key_position), "key_segment": jnp.asarray(key_segment)}
+    tokens = replace(make_tokens(CONFIGS["tiny-v3"][0], *new, causal=ordered), **keys)
     visible = (segment[:, :, None] == key_segment[:, None]) & (segment[:, :, None] != 0)
     visible &= key_position[:, None] <= position[:, :, None]
     expected = dense_attention(q, np.repeat(k, 2, 2), np.repeat(v, 2, 2), visible, 0.3)
     arrays = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
-    np.testing.assert_allclose(jax.jit(attend, static_argnums=4)(*arrays, span, 0.3), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(attend, static_argnums=4)(*arrays, tokens, 0.3), expected, atol=2e-6)
 
 
 def test_queries_that_see_nothing_return_zero():
     one = jnp.ones((1, 4, 1, 2))
     segment = jnp.zeros((1, 4), jnp.int32)
     position = jnp.arange(4)[None]
-    span = Span(position, segment, position, segment, one, one, None, causal=True, uniform=False)
-    assert (attend(one, one, one, span, 1.0) == 0).all()
+    tokens = make_tokens(CONFIGS["tiny-v3"][0], position, segment, causal=True)
+    assert (attend(one, one, one, tokens, 1.0) == 0).all()
 
 
 def test_shared_keys_serve_every_head():
     rng = np.random.default_rng(9)
     q, k, v = rng.normal(0, 1, (B, T, 4, 8)), rng.normal(0, 1, (B, T, 1, 8)), rng.normal(0, 1, (B, T, 1, 5))
-    span = causal_span(CONFIGS["no yarn"][0].attention.rope, 8, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    ours = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), replace(span, uniform=True), 0.5)
+    tokens = replace(causal(CONFIGS["no yarn"][0], jnp.broadcast_to(jnp.arange(T), (B, T))), uniform=True)
+    ours = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), tokens, 0.5)
     visible = np.tril(np.ones((B, T, T), bool))
     expected = dense_attention(q, np.repeat(k, 4, 2), np.repeat(v, 4, 2), visible, 0.5)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
