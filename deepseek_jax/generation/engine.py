@@ -106,8 +106,8 @@ def stream(
     capacity = (cache_length or _cache_length(cfg, longest + max_new_tokens)) + depth
     sampling = make_sampling(len(prompts), temperature, top_k, top_p, min_p, seed)
     stop_V = stops(cfg, stop_ids)
-    cache = model.init_cache(filled(len(prompts), ctx), capacity, rewind=depth, ctx=ctx)
     model = prepared(model, ctx)
+    cache = model.init_cache(filled(len(prompts), ctx), capacity, rewind=depth, ctx=ctx)
     return begun(model, cache, prompts, max_new_tokens, sampling, stop_V, depth, ctx, chunk, steps)
 
 

@@ -197,6 +197,11 @@ def test_unstacked_layers_change_nothing():
     assert [s.attn_norm.weight.get_value().shape[0] for s in model.stacks] == [1, 3]
     tokens = padded(random_prompts(cfg), 24)
     np.testing.assert_allclose(full_forward(apart, tokens)[0], full_forward(model, tokens)[0], atol=2e-5)
+    # Its cache is made for its own stacks.
+    prompt = tokens[:1, :20].tolist()
+    (new,), _ = dsj.generate(model, prompt, 3, stop_ids=(), chunk=CHUNK)
+    whole = full_forward(model, padded([prompt[0] + new], 24))[0]
+    assert new == whole[0, 19:22].argmax(-1).tolist()
 
 
 def test_weights_that_are_not_finite_are_one_error(model, prompts, plain):
