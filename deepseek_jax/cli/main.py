@@ -20,12 +20,13 @@ COMMANDS = {
     "convert": ("Convert", "published checkpoint layout to Orbax, or back"),
     "verify": ("Verify", "compare a checkpoint layer by layer with PyTorch transformers"),
     "generate": ("Generate", "continue a prompt with a checkpoint"),
+    "chat": ("Chat", "a conversation with a checkpoint in the terminal"),
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "plot": ("Plot", "a run's metrics as images"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("chat", "serve", "rl", "distill", "experiment", "sweep", "report")
+NOT_BUILT = ("serve", "rl", "distill", "experiment", "sweep", "report")
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

@@ -10,6 +10,7 @@ from datetime import datetime
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from deepseek_jax.notes import cut, shown
@@ -36,10 +37,12 @@ class ChatTemplate:
 
     def __init__(self, sources: str | Mapping[str, str], variables: Mapping[str, str], sorts_tools: bool = False):
         named = {DEFAULT: sources} if isinstance(sources, str) else dict(sources)
-        self._templates = {}
+        self._templates, self._read = {}, set()
         for name, source in named.items():
             try:
-                self._templates[name] = _environment().from_string(source)
+                parsed = _environment().parse(source)
+                self._templates[name] = _environment().from_string(parsed)
+                self._read |= jinja2.meta.find_undeclared_variables(parsed)
             except (jinja2.TemplateError, RecursionError) as error:
                 which = "" if len(named) == 1 else f" {shown(name)}"
                 raise TokenizerError(
@@ -76,6 +79,10 @@ class ChatTemplate:
             raise TokenizerError(
                 f"The checkpoint's chat template fails on this chat: {type(error).__name__}: {cut(error)}"
             ) from error
+
+    def reads(self, name: str) -> bool:
+        """Whether a template has a variable of that name, which `render` may be given."""
+        return name in self._read
 
     def _choose(self, name: str | None, tools: bool) -> jinja2.Template:
         if name is None:

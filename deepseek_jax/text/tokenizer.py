@@ -88,6 +88,10 @@ class Tokenizer:
         """Whether the checkpoint has a chat template, so that `render` and `chat` work."""
         return self._template is not None
 
+    def template_reads(self, name: str) -> bool:
+        """Whether the chat template has a variable of that name, such as the switch ``thinking``."""
+        return self._template is not None and self._template.reads(name)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids: the largest one and 1. A model may have rows for more."""
