@@ -153,6 +153,6 @@ def _moe(cfg: ModelConfig, layers: int) -> dict[str, int]:
     expert = 3 * cfg.dim * cfg.moe.expert_dim
     return {
         "routed_experts": layers * cfg.moe.n_experts * expert,
-        "shared_experts": layers * cfg.moe.n_shared * expert,
+        "shared_experts": layers * 3 * cfg.dim * cfg.moe.shared_width,
         "router": layers * cfg.moe.n_experts * cfg.dim,
     }

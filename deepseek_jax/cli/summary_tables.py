@@ -73,7 +73,8 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
     }
     if cfg.moe is not None:
         made_of["routed_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {c.expert:,}"
-        made_of["shared_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_shared} x {c.expert:,}"
+        shared = 3 * cfg.dim * cfg.moe.shared_width // max(1, cfg.moe.n_shared)
+        made_of["shared_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_shared} x {shared:,}"
         made_of["router"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {cfg.dim:,}"
     for name, count in c.components.items():
         if count or name == "head":

@@ -10,6 +10,12 @@ from deepseek_jax.notes import shown
 
 # V4's two kinds of attention alternate; no release repeats a longer pattern.
 LONGEST_PATTERN = 2
+# Of the words in a `MoE`.
+CHOICES = {
+    "score": ("sigmoid", "softmax", "sqrtsoftplus"),
+    "group_score": ("top2", "max"),
+    "bias_form": ("sum", "product"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,12 @@ class MoE:
     """DeepSeekMoE (2401.06066); by default with V3's sigmoid scores and selection-only bias (V3 §2.1.2).
 
     ``n_groups`` and ``top_groups``: node-limited routing; 1 and 1 switch it off. ``normalize``: the chosen
-    scores are divided by their sum before ``scale``. ``score``: "sigmoid", or "softmax" over all experts (V1, V2).
+    scores are divided by their sum before ``scale``. ``score``: "sigmoid", "softmax" over all experts (V1, V2), or
+    "sqrtsoftplus", sqrt(log(1 + exp(logit))) (V4).
     ``group_score``: a group counts as its two best experts ("top2"), or as its best ("max": V2 §2.2.2). ``bias``:
-    whether a bias, which balances the load, is added to the scores for the choice.
+    whether a bias, which balances the load, acts on the choice; by ``bias_form`` it is by score + bias ("sum"), or by
+    score x (1 + bias) ("product": the multiplicative bias of 2408.15664, table 4, begins at 1, ours at 0).
+    ``shared_dim``: inner width of one shared expert; None: ``expert_dim``.
     """
 
     n_experts: int
@@ -40,16 +49,29 @@ class MoE:
     score: str = "sigmoid"
     group_score: str = "top2"
     bias: bool = True
+    bias_form: str = "sum"
+    shared_dim: int | None = None
 
     def __post_init__(self):
         check_types(self, finite=True)
-        for name, choices in (("score", ("sigmoid", "softmax")), ("group_score", ("top2", "max"))):
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             require(value in choices, f"MoE {name} must be one of {', '.join(choices)}, not {shown(value)}.")
         for name in ("n_experts", "top_k", "expert_dim", "n_groups", "top_groups"):
             require(getattr(self, name) > 0, f"MoE {name} must be positive, not {getattr(self, name)}.")
         require_number(self, "scale", low=-LARGEST)
         require(self.n_shared >= 0, f"MoE n_shared must not be negative, as {self.n_shared} is.")
+        require(
+            self.bias or self.bias_form == "sum",
+            f"MoE bias_form={shown(self.bias_form)} says how a bias acts, but bias is False: leave one of them out.",
+        )
+        require(
+            self.shared_dim is None or self.shared_dim > 0, f"MoE shared_dim must be positive, not {self.shared_dim}."
+        )
+        require(
+            self.shared_dim is None or self.n_shared > 0,
+            f"MoE shared_dim={self.shared_dim} is the width of a shared expert, but n_shared is 0.",
+        )
         require(
             self.n_experts % self.n_groups == 0,
             f"n_experts={self.n_experts} does not divide into n_groups={self.n_groups} groups.",
@@ -69,6 +91,11 @@ class MoE:
             f"top_k={self.top_k} exceeds the {self.top_groups * per_group} experts that top_groups={self.top_groups} "
             f"of n_groups={self.n_groups} offer, of n_experts={self.n_experts}.",
         )
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of the shared experts together, which are one network."""
+        return self.n_shared * (self.expert_dim if self.shared_dim is None else self.shared_dim)
 
 
 @dataclass(frozen=True)

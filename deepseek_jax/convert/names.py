@@ -126,7 +126,7 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
 def widest(cfg: ModelConfig) -> int:
     """The largest extent of a matrix that releases quantise."""
     a, moe = cfg.attention, cfg.moe
-    experts = 0 if moe is None else moe.expert_dim * max(1, moe.n_shared)
+    experts = 0 if moe is None else max(moe.expert_dim, moe.shared_width)
     if isinstance(a, GQA):
         attention = a.n_heads * a.head_dim
     else:

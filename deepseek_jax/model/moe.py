@@ -25,7 +25,7 @@ class MoE(nnx.Module):
         self.gate_up = param(dtype, (E, dim, 2, F), ("expert", "embed", None, "expert_ffn"), inputs=1, apart=(0, 2))
         self.down = param(dtype, (E, F, dim), ("expert", "expert_ffn", "embed"), inputs=1, apart=(0,))
         # Published checkpoints fuse the shared experts into one network of their summed width.
-        self.shared = FFN(dim, cfg.n_shared * F, dtype) if cfg.n_shared else None
+        self.shared = FFN(dim, cfg.shared_width, dtype) if cfg.n_shared else None
 
     def __call__(
         self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None

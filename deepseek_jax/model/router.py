@@ -1,4 +1,4 @@
-"""The router: sigmoid or softmax scores, a selection-only bias, node-limited routing (V2 §2.2; V3 §2.1.2); in float32.
+"""The router: scores, a selection-only bias, node-limited routing (V2 §2.2; V3 §2.1.2); in float32.
 
 Suffixes: B batch, T tokens, D width, E experts, G groups, M experts a group, K chosen experts.
 """
@@ -16,7 +16,14 @@ from deepseek_jax.core.params import param, router_bias
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
 SUM_EPS = 1e-20
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+
+
+def sqrt_softplus(logit: jax.Array) -> jax.Array:
+    """V4's scores. Where softplus is 0 in float32 the root's slope is infinite, and the gradient would be NaN."""
+    return jnp.sqrt(jnp.maximum(jax.nn.softplus(logit), jnp.finfo(jnp.float32).tiny))
+
+
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "sqrtsoftplus": sqrt_softplus}
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +37,7 @@ class Routing:
 
 
 class Router(nnx.Module):
-    """Chooses experts by score + bias, if there is one, and weighs them by the score alone."""
+    """Chooses experts by score and bias, if there is one, and weighs them by the score alone."""
 
     def __init__(self, cfg: schema.MoE, dim: int, dtype):
         self.cfg = cfg
@@ -56,7 +63,7 @@ class Router(nnx.Module):
     def choose(self, score_BTE: jax.Array, ctx: Context = DEFAULT) -> jax.Array:
         """int32 [B, T, K]: the K best biased scores within the best groups."""
         cfg = self.cfg
-        biased_BTE = jax.lax.stop_gradient(score_BTE if self.bias is None else score_BTE + self.bias.get_value())
+        biased_BTE = jax.lax.stop_gradient(self._biased(score_BTE))
         if cfg.n_groups > 1:
             biased_BTGM = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_groups, -1)
             best_of = {"top2": lambda a: ctx.ops.top_k(a, 2)[0].sum(-1), "max": lambda a: a.max(-1)}
@@ -66,6 +73,12 @@ class Router(nnx.Module):
             # -inf, not 0: a bias may make every score of a kept group negative.
             biased_BTE = jnp.where(kept_BTG[..., None], biased_BTGM, -jnp.inf).reshape(biased_BTE.shape)
         return ctx.ops.top_k(biased_BTE, cfg.top_k)[1]
+
+    def _biased(self, score_BTE: jax.Array) -> jax.Array:
+        if self.bias is None:
+            return score_BTE
+        bias_E = self.bias.get_value()
+        return score_BTE + bias_E if self.cfg.bias_form == "sum" else score_BTE * (1 + bias_E)
 
 
 def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, chosen: int, ctx: Context = DEFAULT) -> jax.Array:

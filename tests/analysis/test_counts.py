@@ -153,6 +153,7 @@ def test_the_full_size_model_holds_what_is_counted(name):
         {"n_dense_layers": 3, "moe": None},
         {"n_dense_layers": 3, "moe": None, "mtp_depth": 2, "tie_embeddings": True},
         {"moe": replace(tiny_config().moe, n_shared=0)},
+        {"moe": replace(tiny_config().moe, n_shared=2, shared_dim=20)},
         {"attention": replace(tiny_config().attention, q_rank=None)},
     ],
     ids=str,

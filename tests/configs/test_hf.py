@@ -324,6 +324,13 @@ def test_what_the_file_cannot_carry_is_not_written():
         config_to_json(late)
     with pytest.raises(ConfigError, match=r"cannot carry.*: moe\.score is 'softmax' and would be read as 'sigmoid'"):
         config_to_json(zoo("tiny-v3", moe=replace(moe, score="softmax")))
+    for change, said in (
+        ({"score": "sqrtsoftplus"}, r"moe\.score is 'sqrtsoftplus' and would be read as 'sigmoid'"),
+        ({"bias_form": "product"}, r"moe\.bias_form is 'product' and would be read as 'sum'"),
+        ({"shared_dim": 24}, r"moe\.shared_dim is 24 and would be read as None"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot carry this model, which is not saved: {said}"):
+            config_to_json(zoo("tiny-v3", moe=replace(moe, **change)))
     with pytest.raises(ConfigError, match="model of model_type llama has GQA, not MLA; give the config another"):
         config_to_json(zoo("tiny-v3", model_type="llama"))
     with pytest.raises(ConfigError, match=r"attention\.bias is True and would be read as False"):

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from reference import assert_same_routing, hf_config, relative
 from tiny import tiny_config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
 
 from deepseek_jax.configs.schema import MoE
 from deepseek_jax.convert.ladder import choose
 from deepseek_jax.convert.references import build_modules
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.ops import counted
-from deepseek_jax.model.router import Router, sequence_balance
+from deepseek_jax.model.router import Router, sequence_balance, sqrt_softplus
 
 GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
 SOFTMAX = MoE(32, 6, 8, normalize=False, scale=16.0, score="softmax", group_score="max", bias=False)
@@ -83,6 +85,66 @@ def test_bias_moves_the_choice_and_never_the_weights():
     np.testing.assert_array_equal(before.score_BTE, after.score_BTE)
     chosen = np.take_along_axis(np.asarray(after.score_BTE), np.asarray(after.index_BTK), -1)
     np.testing.assert_allclose(after.weight_BTK, 2.5 * chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def test_v4s_scores_choice_and_weights_equal_transformers():
+    cfg = replace(PLAIN, normalize=True, score="sqrtsoftplus")
+    ours, _, x = make(replace(cfg, score="sigmoid"), 0.0)
+    router = Router(cfg, 48, jnp.float32)
+    router.weight.set_value(ours.weight.get_value())
+    router.bias.set_value(ours.bias.get_value())
+    theirs = DeepseekV4TopKRouter(
+        SimpleNamespace(
+            num_experts_per_tok=cfg.top_k,
+            num_local_experts=cfg.n_experts,
+            hidden_size=48,
+            scoring_func="sqrtsoftplus",
+            routed_scaling_factor=cfg.scale,
+        )
+    )
+    theirs.weight.data = torch.tensor(np.asarray(ours.weight.get_value()).T)
+    theirs.e_score_correction_bias = torch.tensor(np.asarray(ours.bias.get_value()))
+    result = call(router, x, jnp.ones(x.shape[:2], jnp.int32))
+    with torch.no_grad():
+        logits, weights, index = theirs(torch.tensor(x))
+    index, weights = (a.reshape(4, 512, -1).numpy() for a in (index, weights))
+    scores = theirs.score_fn(logits).reshape(4, 512, -1)
+    flipped = assert_same_routing(result.index_BTK, index, scores + theirs.e_score_correction_bias, cfg)
+    same = (np.sort(result.index_BTK, -1) == np.sort(index, -1)).all(-1)
+    assert flipped == (~same).sum()
+    ordered = [
+        np.take_along_axis(np.asarray(w), np.argsort(np.asarray(i), -1), -1)
+        for w, i in ((result.weight_BTK, result.index_BTK), (weights, index))
+    ]
+    assert relative(ordered[0][same], ordered[1][same]) <= 1e-6
+    assert relative(result.score_BTE, scores) <= 1e-6
+
+
+def test_v4s_scores_have_a_gradient_everywhere():
+    slope = jax.vmap(jax.grad(sqrt_softplus))(jnp.array([-1e4, -200.0, -3.0, 0.0, 200.0]))
+    assert jnp.isfinite(slope).all()
+    # d sqrt(y) / dx = sigmoid(x) / (2 sqrt(y)).
+    x = np.array([-3.0, 0.0, 200.0])
+    np.testing.assert_allclose(slope[2:], 1 / (1 + np.exp(-x)) / (2 * np.sqrt(np.logaddexp(0, x))), rtol=1e-6)
+
+
+def test_a_bias_that_multiplies_moves_the_choice_and_never_the_weights():
+    """2408.15664, table 4: the experts of the largest s_i b_i, b_i from 1; a fresh bias chooses as none does."""
+    cfg = replace(PLAIN, bias_form="product")
+    ours, _, x = make(PLAIN, 0.0)
+    router, ones = Router(cfg, 48, jnp.float32), jnp.ones(x.shape[:2], jnp.int32)
+    router.weight.set_value(ours.weight.get_value())
+    fresh = call(router, x, ones)
+    score = np.asarray(fresh.score_BTE)
+    np.testing.assert_array_equal(fresh.index_BTK, np.argsort(-score, -1, kind="stable")[..., : cfg.top_k])
+    factor = np.random.default_rng(1).uniform(0.5, 1.5, cfg.n_experts).astype(np.float32)
+    router.bias.set_value(jnp.asarray(factor - 1))
+    result = call(router, x, ones)
+    ranked = np.argsort(-score * (1 + (factor - 1)), -1, kind="stable")[..., : cfg.top_k]
+    assert (np.asarray(result.index_BTK) == ranked).mean() > 0.999
+    assert (np.asarray(result.index_BTK) != np.asarray(fresh.index_BTK)).any(-1).mean() > 0.5
+    chosen = np.take_along_axis(score, np.asarray(result.index_BTK), -1)
+    np.testing.assert_allclose(result.weight_BTK, cfg.scale * chosen, rtol=1e-6)
 
 
 def one_token(scores, cfg: MoE, bias=0.0):

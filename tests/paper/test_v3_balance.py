@@ -1,5 +1,7 @@
 """The bias update and the sequence-wise loss: the sign rule, its fixed point, the loss's identities."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tiny import random_model, tiny_config
 from deepseek_jax.core.ops import counted
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.core.partition import partition
-from deepseek_jax.model.router import sequence_balance
+from deepseek_jax.model.router import Router, sequence_balance
 from deepseek_jax.train.balance import max_violation, router_bias, update_router_bias
 from deepseek_jax.train.weights import LossWeights
 
@@ -33,7 +35,8 @@ def test_update_is_the_sign_rule():
 
 @pytest.mark.parametrize(("rule", "speed"), [("sign", 0.001), ("proportional", 0.01)])
 @pytest.mark.parametrize("centred", [False, True])
-def test_skewed_scores_are_balanced_by_the_bias_alone(rule, speed, centred):
+@pytest.mark.parametrize("form", ["sum", "product"])
+def test_skewed_scores_are_balanced_by_the_bias_alone(rule, speed, centred, form):
     # Scores whose means differ by expert: without a bias the first experts take nearly all tokens.
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 0.5, (4096, 8)) + np.linspace(1.5, -1.5, 8)
@@ -42,7 +45,12 @@ def test_skewed_scores_are_balanced_by_the_bias_alone(rule, speed, centred):
 
     def load(rest):
         """Both layers choose by the same scores."""
-        return jnp.stack([counted(jax.lax.top_k(score + bias, 2)[1], 8) for bias in router_bias(rest)])
+        router = Router(replace(TINY.moe, n_groups=1, top_groups=1, bias_form=form), 1, jnp.float32)
+        loads = []
+        for bias in router_bias(rest):
+            router.bias.set_value(bias)
+            loads.append(counted(router.choose(score[None]), 8))
+        return jnp.stack(loads)
 
     balanced = jax.jit(
         lambda rest: jax.lax.fori_loop(
