@@ -83,6 +83,16 @@ class HeldOut:
         return np.asarray(nats_WT1)[self.segments_WT[:, 1:] != 0]
 
     @property
+    def domain_WT(self) -> np.ndarray:
+        """int32 [W, T]: the domain of each window's tokens; 0 where the stream is of one, and at padding."""
+        if self.domain_n is None:
+            return np.zeros(self.windows_WT.shape, np.int32)
+        count, length = self.windows_WT.shape
+        at_WT = np.arange(count)[:, None] * (length - 1) + np.arange(length)
+        domain_WT = self.domain_n[np.minimum(at_WT, len(self.stream_n) - 1)]
+        return np.where(self.segments_WT != 0, domain_WT, 0).astype(np.int32)
+
+    @property
     def scored_n1(self) -> np.ndarray:
         """Whether each token but the first is scored, bool [n - 1]: all but, with masks, documents' first tokens."""
         segments_WT = self.segments_WT

@@ -1,7 +1,6 @@
 """What a run measures on held-out text, and what it exports and measures again as stored."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def measurer(held_out: HeldOut, ctx: Context, seen: Callable[[], Batches] | None
     """
 
     def measure(state: State, progress: Progress) -> dict:
-        figures = asdict(evaluate(state.model, held_out, ctx))
+        figures = evaluate(state.model, held_out, ctx).record()
         if state.ema is not None:
             figures["ema_bits_per_byte"] = evaluate(state.averaged, held_out, ctx).bits_per_byte
         if seen is not None and progress.tokens <= TRIGRAM_TOKENS and is_first():

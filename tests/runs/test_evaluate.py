@@ -1,11 +1,14 @@
 """Held-out figures of a model against the same figures computed by hand from its logits and choices."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import random_model, tiny_config
 
+from deepseek_jax.analysis.specialisation import load_divergence
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.runs.evaluate import evaluate
 
@@ -40,11 +43,13 @@ def test_figures_are_those_of_the_logits(model, plain, masks):
     )
     found = evaluate(model, held_out)
 
-    nats, sizes, agreed, loads = np.zeros(2), np.zeros(2), [], 0
+    nats, sizes, drafts, loads = np.zeros(2), np.zeros(2), [], np.zeros((2, 2, CFG.moe.n_experts), int)
     for w, (tokens_T, segments_T) in enumerate(zip(held_out.windows_WT, held_out.segments_WT, strict=True)):
         log_p, draft, index = plain(jnp.asarray(tokens_T[None]), jnp.asarray(segments_T[None]))
-        log_p_TV, draft_TV = np.asarray(log_p[0], np.float64), np.asarray(draft[0])
-        loads = loads + np.stack([np.bincount(i[i >= 0], minlength=CFG.moe.n_experts) for i in np.asarray(index)])
+        log_p_TV, draft_TV = np.asarray(log_p[0], np.float64), np.asarray(draft[0], np.float64)
+        for t in np.flatnonzero(segments_T):
+            for layer, chosen in enumerate(np.asarray(index)[:, 0, t]):
+                loads[domain_n[w * 15 + t], layer, chosen] += 1
         for t in range(1, 16):
             if segments_T[t] == 0:
                 continue
@@ -54,8 +59,21 @@ def test_figures_are_those_of_the_logits(model, plain, masks):
             if not masks or at not in starts_D:
                 nats[domain_n[at]] -= log_p_TV[t - 1, tokens_T[t]]
             if t >= 2 and segments_T[t - 2] == segments_T[t]:
-                agreed.append(draft_TV[t - 2].argmax() == log_p_TV[t - 1].argmax())
+                q_V = np.exp(draft_TV[t - 2]) / np.exp(draft_TV[t - 2]).sum()
+                accepted = np.minimum(np.exp(log_p_TV[t - 1]), q_V).sum()
+                drafts.append((domain_n[at], draft_TV[t - 2].argmax() == log_p_TV[t - 1].argmax(), accepted))
     assert found.bits_per_byte == pytest.approx(nats.sum() / np.log(2) / sizes.sum(), rel=1e-5)
     assert found.domains == pytest.approx(dict(zip("ab", nats / np.log(2) / sizes, strict=True)), rel=1e-5)
-    assert found.draft_agreement == pytest.approx(np.mean(agreed))
-    assert found.max_violation_global == pytest.approx((loads.max(-1) / loads.mean(-1) - 1).tolist(), rel=1e-5)
+    of, agreed, accepted = map(np.array, zip(*drafts, strict=True))
+    assert found.draft_agreement == pytest.approx(agreed.mean())
+    assert found.draft_acceptance == pytest.approx(accepted.mean(), rel=1e-5)
+    assert 0.01 < found.draft_acceptance < 1
+    for by_domain, values in ((found.domain_agreement, agreed), (found.domain_acceptance, accepted)):
+        assert by_domain == pytest.approx({name: values[of == i].mean() for i, name in enumerate("ab")}, rel=1e-5)
+    np.testing.assert_array_equal(found.load_DLE, loads)
+    loads_LE = loads.sum(0)
+    assert found.max_violation_global == pytest.approx((loads_LE.max(-1) / loads_LE.mean(-1) - 1).tolist(), rel=1e-5)
+    record = found.record()
+    assert record["load_divergence"] == pytest.approx(load_divergence(loads).tolist())
+    assert "load_DLE" not in record
+    assert json.loads(json.dumps(record)) == record
