@@ -24,9 +24,10 @@ COMMANDS = {
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "plot": ("Plot", "a run's metrics as images"),
+    "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("serve", "rl", "distill", "experiment", "sweep", "report")
+NOT_BUILT = ("serve", "rl", "distill", "experiment", "sweep")
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

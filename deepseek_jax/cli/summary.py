@@ -26,7 +26,8 @@ class Summary:
 
     def run(self) -> int:
         from deepseek_jax.analysis.counts import counts
-        from deepseek_jax.analysis.published import COSTS, release_of
+        from deepseek_jax.analysis.published.costs import COSTS
+        from deepseek_jax.analysis.published.table import release_of
         from deepseek_jax.analysis.shapes import disagreements
         from deepseek_jax.cli.summary_tables import print_summary
 

@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.analysis.counts import Counts, counts
-from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, Claim, Cost, release_of
+from deepseek_jax.analysis.published.costs import COSTS, Cost
+from deepseek_jax.analysis.published.figure import CONTEXT, Figure, outcome
+from deepseek_jax.analysis.published.table import of_release, release_of
 from deepseek_jax.cli.tables import Output, show
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig
 
@@ -17,13 +19,12 @@ def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -
     """Prints every table of a model to ``console`` (default: standard output)."""
     console = console or Output(highlight=False)
     tables = [_parameters(cfg, c), _mtp(cfg, c) if cfg.mtp_depth else None, _cache(cfg, c), _flops(c)]
-    # Published FLOPs hold at one length, whatever length the other tables are for.
-    published = counts(cfg, CONTEXT)
     release = release_of(cfg)
-    if release in CLAIMS:
-        tables.append(_claims(CLAIMS[release], published))
+    if figures := of_release(release):
+        tables.append(_published(figures))
     if release in COSTS:
-        tables.append(_cost(published, COSTS[release]))
+        # Published FLOPs hold at one length, whatever length the other tables are for.
+        tables.append(_cost(counts(cfg, CONTEXT), COSTS[release]))
     console.print(Text(_title(cfg), style="bold"))
     for table in filter(None, tables):
         console.print()
@@ -146,11 +147,11 @@ def _giga(value: int) -> str:
     return f"{value / 1e9:,.2f}" if value >= 1e9 else f"{value / 1e9:.6f}"
 
 
-def _claims(claims: tuple[Claim, ...], c: Counts) -> Table:
+def _published(figures: tuple[Figure, ...]) -> Table:
     table = _table("Beside what is published", ("figure", "left"), ("ours", "right"), ("published", "right"))
     table.add_column("source")
-    for claim in claims:
-        table.add_row(claim.name, claim.ours(c), claim.published, claim.source)
+    for figure in figures:
+        table.add_row(figure.name, outcome(figure).text, figure.published_text, figure.source)
     return table
 
 

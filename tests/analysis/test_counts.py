@@ -9,7 +9,9 @@ import pytest
 from tiny import tiny_config
 
 from deepseek_jax.analysis.counts import counts
-from deepseek_jax.analysis.published import CLAIMS, CONTEXT, COSTS, release_of
+from deepseek_jax.analysis.published.costs import COSTS
+from deepseek_jax.analysis.published.figure import CONTEXT
+from deepseek_jax.analysis.published.table import release_of
 from deepseek_jax.analysis.shapes import disagreements, shape_counts
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.names import layout
@@ -204,25 +206,6 @@ def test_training_cost():
     assert round(cost.days, 1) == 54.2
     assert round(cost.flops_per_second(c.flops_per_token) / 1e12, 1) == 386.5
     assert round(cost.utilization(c.flops_per_token), 3) == 0.391
-
-
-def test_claims_beside_our_figures():
-    ours = {(name, claim.name): claim.ours(counts(zoo(name), CONTEXT)) for name in CLAIMS for claim in CLAIMS[name]}
-    assert ours["deepseek-v3", "parameters"] == "671.03B"
-    assert ours["deepseek-v3", "activated"] == "36.63B to 37.55B"
-    assert ours["deepseek-v3", "MTP layer"] == "11.51B"
-    assert ours["deepseek-v3", "whole checkpoint"] == "684.49B"
-    assert ours["deepseek-v3", "cache a token"] == "70.272 KB"
-    assert ours["deepseek-v3", "training a token"] == "250.46 GFLOPs"
-    assert ours["moonlight-16b", "without embeddings"] == "15.29B"
-    assert ours["deepseek-v2", "parameters"] == "235.74B"
-    assert ours["deepseek-v2", "activated"] == "20.85B to 21.38B"
-    assert ours["deepseek-v2", "cache a token, numbers"] == "34,560"
-    assert ours["deepseek-v2", "training a token"] == "155.31 GFLOPs"
-    assert ours["deepseek-v2-lite", "activated"] == "2.45B to 2.66B"
-    assert ours["deepseek-moe-16b", "parameters"] == "16.38B"
-    assert ours["deepseek-moe-16b", "activated"] == "2.62B to 2.83B"
-    assert ours["moonlight-16b", "the same, activated"] == "2.24B"
 
 
 def test_an_ablation_is_not_the_release():

@@ -1,0 +1,42 @@
+"""Published figures that are not stated here: those of parts that are not built, and measurements of theirs."""
+
+from deepseek_jax.analysis.published.figure import Absent
+
+_DSA, _V4, _MHC, _R1, _V2 = "V3.2-Exp report", "2606.19348", "2512.24880", "2501.12948", "2405.04434"
+_COUNTED = "transformers' class, counted"
+_INDEXER = "V3.2's indexer"
+_LAYERS = "V4's compressed attention, hash routing and hyper-connections"
+_SERVERS = "their servers"
+_RL = "reinforcement learning"
+
+ABSENT = (
+    Absent("v3.2-parameters", "V3.2, parameters", _COUNTED, "671.88B", "not built", _INDEXER),
+    Absent("v3.2-activated", "V3.2, activated, without embedding", _COUNTED, "37.48B", "not built", _INDEXER),
+    Absent("v3.2-indexer", "V3.2, indexer of a layer", _COUNTED, "13.96M", "not built", _INDEXER),
+    Absent("v3.2-warmup", "V3.2, tokens of the indexer's warm-up", _DSA, "2.1B", "not built", _INDEXER),
+    Absent("v3.2-sparse", "V3.2, tokens of sparse training", _DSA, "943.7B", "not built", _INDEXER),
+    Absent("v4-flash-parameters", "V4-Flash, parameters", _V4, "284B", "not built", _LAYERS),
+    Absent("v4-flash-activated", "V4-Flash, activated", _V4, "13B", "not built", _LAYERS),
+    Absent("v4-pro-parameters", "V4-Pro, parameters", _V4, "1.6T", "not built", _LAYERS),
+    Absent("v4-pro-activated", "V4-Pro, activated", _V4, "49B", "not built", _LAYERS),
+    Absent("v4-flash-cache", "V4-Flash, cache at 1M tokens to V3.2's", _V4, "7%", "not built", _LAYERS),
+    Absent("v4-pro-cache", "V4-Pro, cache at 1M tokens to V3.2's", _V4, "10%", "not built", _LAYERS),
+    Absent("v4-cache-gqa8", "V4, cache at 1M tokens to GQA with 8 groups", _V4, "2%", "not built", _LAYERS),
+    Absent("v4-flash-flops", "V4-Flash, FLOPs of a token at 1M to V3.2's", _V4, "10%", "not built", _LAYERS),
+    Absent("v4-pro-flops", "V4-Pro, FLOPs of a token at 1M to V3.2's", _V4, "27%", "not built", _LAYERS),
+    Absent("v4-flash-batch", "V4-Flash, largest batch in tokens", _V4, "75.5M", "not built", "V4's recipe"),
+    Absent("v4-pro-batch", "V4-Pro, largest batch in tokens", _V4, "94.4M", "not built", "V4's recipe"),
+    Absent("mhc-traffic", "mHC, reads and writes of a layer's streams", f"{_MHC} table 2", "formulas", "not built",
+           "hyper-connections"),
+    Absent("mhc-overhead", "mHC, time added with 4 streams at 27B", _MHC, "6.7%", "measured", "their cluster"),
+    Absent("janus-sizes", "Janus-Pro, parameters", "2501.17811", "1B, 7B", "not built", "Janus's vision parts"),
+    Absent("janus-tokens", "Janus-Pro, tokens of an image", "2501.17811", "576", "not built", "Janus's vision parts"),
+    Absent("r1-zero-batch", "R1-Zero, samples of a step", _R1, "512", "not built", _RL),
+    Absent("r1-zero-steps", "R1-Zero, steps", _R1, "10,400", "not built", _RL),
+    Absent("r1-zero-rollout", "R1-Zero, samples of a rollout", _R1, "8,192", "not built", _RL),
+    Absent("eplb-example", "replicas of the load balancer's example", "EPLB's README", "16 replicas", "not built",
+           "serving with replicated experts"),
+    Absent("v2-generation", "V2, generation to DeepSeek 67B's", f"{_V2} abstract", "5.76x", "measured", _SERVERS),
+    Absent("v2-generation-rate", "V2, tokens written a second", f"{_V2} §3.2.3", "over 50K", "measured", _SERVERS),
+    Absent("v2-prefill-rate", "V2, tokens read a second", f"{_V2} §3.2.3", "over 100K", "measured", _SERVERS),
+)  # fmt: skip

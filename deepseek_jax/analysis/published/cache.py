@@ -1,0 +1,78 @@
+"""Published sizes of the key-value cache."""
+
+from fractions import Fraction
+
+from deepseek_jax.analysis.counts import BF16_BYTES
+from deepseek_jax.analysis.forms import cache_values
+from deepseek_jax.analysis.published.figure import Figure, counted
+from deepseek_jax.configs.schema import GQA
+from deepseek_jax.configs.zoo import zoo
+
+_V2, _INSIGHTS = "2405.04434", "2505.09343 table 1"
+_ONE_GROUP = 2 * 128  # a key and a value of a head in V2 and V3
+
+# The dense models that V3 is put beside: attention and number of layers of their published configs.
+QWEN_72B = (GQA(n_heads=64, n_kv_heads=8, head_dim=128, bias=True), 80)
+LLAMA_405B = (GQA(n_heads=128, n_kv_heads=8, head_dim=128), 126)
+
+
+def _bytes(attention: GQA, layers: int) -> int:
+    return layers * cache_values(attention) * BF16_BYTES
+
+
+def _v3_bytes() -> int:
+    return counted("deepseek-v3").kv_bytes_per_token
+
+
+def _values(release: str) -> int:
+    """Numbers a token leaves in all layers."""
+    return counted(release).kv_bytes_per_token // BF16_BYTES
+
+
+def _small_mha() -> int:
+    return counted("deepseek-v2-lite").kv_bytes_per_token_mha // BF16_BYTES
+
+
+def _large_mha() -> int:
+    return zoo("deepseek-v2").n_layers * 56 * _ONE_GROUP
+
+
+def _fp8_bytes() -> int:
+    """A layer's latent in FP8, a float32 scale for every 128 of it, and the rotated key in bfloat16."""
+    a = zoo("deepseek-v3").attention
+    return a.kv_rank + a.kv_rank // 128 * 4 + a.rope_dim * BF16_BYTES
+
+
+FIGURES = (
+    Figure("mla-groups", "cache of MLA in groups of GQA", f"{_V2} table 1", "2.25", "",
+           lambda: Fraction(counted("deepseek-v2").kv_values_per_token_layer, _ONE_GROUP)),
+    Figure("v2-small-mha", "small model with MHA, numbers a token", f"{_V2} table 9", "110.6", "K", _small_mha,
+           "V2-Lite's layers and heads"),
+    Figure("v2-small-mla", "small model with MLA, numbers a token", f"{_V2} table 9", "15.6", "K",
+           lambda: _values("deepseek-v2-lite"), releases=("deepseek-v2-lite",)),
+    Figure("v2-small-share", "small model, MLA to MHA", f"{_V2} appendix D.2", "14", "%",
+           lambda: Fraction(_values("deepseek-v2-lite"), _small_mha())),
+    Figure("v2-large-mha", "large model with MHA, numbers a token", f"{_V2} table 9", "860.2", "K", _large_mha,
+           "with 56 heads in 60 layers, which is inferred"),
+    Figure("v2-large-mla", "V2, cache a token, numbers", f"{_V2} table 9", "34.6", "K",
+           lambda: _values("deepseek-v2"), releases=("deepseek-v2",)),
+    Figure("v2-large-share", "large model, MLA to MHA", f"{_V2} appendix D.2", "4", "%",
+           lambda: Fraction(_values("deepseek-v2"), _large_mha())),
+    Figure("v2-cache-saved", "V2, cache saved against DeepSeek 67B", f"{_V2} abstract", "93.3", "%",
+           lambda: 1 - Fraction(6 * _values("deepseek-v2"), 16 * _values("deepseek-llm-67b")),
+           "in bits: V2's numbers stored in 6, the 67B's in 16; in numbers alone it is 82.2%"),
+    Figure("v3-cache", "V3, cache a token", _INSIGHTS, "70.272", "KB", _v3_bytes, releases=("deepseek-v3",)),
+    Figure("qwen-72b-cache", "Qwen2.5 72B, cache a token", _INSIGHTS, "327.680", "KB", lambda: _bytes(*QWEN_72B)),
+    Figure("qwen-72b-cache-ratio", "Qwen2.5 72B, cache to V3's", _INSIGHTS, "4.66", "x",
+           lambda: Fraction(_bytes(*QWEN_72B), _v3_bytes())),
+    Figure("llama-405b-cache", "LLaMA-3.1 405B, cache a token", _INSIGHTS, "516.096", "KB",
+           lambda: _bytes(*LLAMA_405B)),
+    Figure("llama-405b-cache-ratio", "LLaMA-3.1 405B, cache to V3's", _INSIGHTS, "7.28", "x",
+           lambda: Fraction(_bytes(*LLAMA_405B), _v3_bytes()),
+           "the table's own sizes give 7.34; why 7.28 is printed is not known"),
+    Figure("v3-cache-128k", "V3 with MTP, cache of 131,072 tokens", "FlashMLA's post", "8.72", "GiB",
+           lambda: (_v3_bytes() + counted("deepseek-v3").kv_bytes_per_token_mtp) * 131072,
+           "62 layers, the MTP module's among them"),
+    Figure("fp8-cache", "FP8 cache of a token and layer", "FlashMLA, V3.2-Exp", "656", "bytes", _fp8_bytes,
+           "from V3's attention, which V3.2 keeps; a cache in FP8 is not built"),
+)  # fmt: skip

@@ -1,0 +1,62 @@
+"""Published figures that follow from a formula and the paper's settings alone."""
+
+import math
+from fractions import Fraction
+
+from deepseek_jax.analysis.published.figure import Figure
+from deepseek_jax.configs.zoo import zoo
+
+_NSA = "2502.11089 table 4"
+_NSA_ROWS = ((8, "2048", "4"), (16, "2560", "6.4"), (32, "3584", "9.1"), (64, "5632", "11.6"))
+
+
+def _amplitude(release: str) -> float:
+    """YaRN's temperature factor of a release, 0.1 * mscale * ln(s) + 1."""
+    from deepseek_jax.core.rope import yarn_mscale
+
+    yarn = zoo(release).attention.rope.yarn
+    return yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+
+
+def _softmax_scale(release: str) -> float:
+    from deepseek_jax.core.rope import softmax_scale
+
+    a = zoo(release).attention
+    return softmax_scale(a.nope_dim + a.rope_dim, a.rope)
+
+
+def nsa_reads(context: int) -> int:
+    """Tokens that one decoding step of NSA reads: compressed ones (a block every 16), 16 chosen blocks of 64, a window
+    of 512."""
+    return context // 16 + 16 * 64 + 512
+
+
+FIGURES = (
+    Figure("experts-2-of-16", "ways to choose 2 experts of 16", "2401.06066 §3.1", "120", "", lambda: math.comb(16, 2)),
+    Figure("experts-8-of-64", "ways to choose 8 experts of 64", "2401.06066 §3.1", "4,426,165,368", "",
+           lambda: math.comb(64, 8)),
+    Figure("v3-yarn", "V3, YaRN's factor 0.1 ln 40 + 1", "2412.19437 §4.3, from", "1.368888", "",
+           lambda: _amplitude("deepseek-v3")),
+    Figure("v3-yarn-squared", "V3, its square, on the softmax", "released code, from", "1.873854", "",
+           lambda: _amplitude("deepseek-v3") ** 2),
+    Figure("v3-softmax-scale", "V3, softmax scale", "released code, from", "0.135234", "",
+           lambda: _softmax_scale("deepseek-v3")),
+    Figure("v2-yarn", "V2, YaRN's factor 0.0707 ln 40 + 1", "2405.04434 §3.1.4, from", "1.260804", "",
+           lambda: _amplitude("deepseek-v2")),
+    Figure("v3-extension-32k", "V3, tokens of the extension to 32K", "2412.19437 §4.3, from", "62.91", "B",
+           lambda: 1000 * 1920 * 32768),
+    Figure("v3-extension-128k", "V3, tokens of the extension to 128K", "2412.19437 §4.3, from", "62.91", "B",
+           lambda: 1000 * 480 * 131072),
+    Figure("v2-extension", "V2, tokens of the extension", "2405.04434 §3.1.4, from", "18.87", "B",
+           lambda: 1000 * 576 * 32768),
+    *(
+        figure
+        for thousands, tokens, ratio in _NSA_ROWS
+        for figure in (
+            Figure(f"nsa-{thousands}k", f"NSA at {thousands}K, tokens read", _NSA, tokens, "",
+                   lambda context=thousands * 1024: nsa_reads(context), "the paper's formula; NSA is not built"),
+            Figure(f"nsa-{thousands}k-ratio", f"NSA at {thousands}K, fewer by", _NSA, ratio, "x",
+                   lambda context=thousands * 1024: Fraction(context, nsa_reads(context))),
+        )
+    ),
+)  # fmt: skip

@@ -1,0 +1,99 @@
+"""What articles repeat of V3 and R1, held to the exact figures: a test for each row of the note."""
+
+import pytest
+
+from deepseek_jax.analysis.published.absent import ABSENT
+from deepseek_jax.analysis.published.costs import COSTS, R1_STAGES, r1_hours
+from deepseek_jax.analysis.published.figure import counted, outcome
+from deepseek_jax.analysis.published.parameters import fp8_scales
+from deepseek_jax.analysis.published.table import FIGURES
+from deepseek_jax.configs.schema import GQA, MLA
+from deepseek_jax.configs.zoo import zoo
+
+V3, COST = zoo("deepseek-v3"), COSTS["deepseek-v3"]
+
+
+def holds(*names: str) -> bool:
+    return all(outcome(FIGURES[name]).verdict != "differs" for name in names)
+
+
+def test_v3_has_latent_attention_and_the_67b_grouped_queries():
+    assert isinstance(V3.attention, MLA)
+    c = counted("deepseek-v3")
+    assert (c.kv_values_per_token_layer, c.kv_bytes_per_token) == (576, 70_272)
+    assert c.kv_bytes_per_token_gqa8 / c.kv_bytes_per_token == pytest.approx(3.6, abs=0.05)
+    assert holds("v3-cache", "mla-groups")
+    grouped = zoo("deepseek-llm-67b").attention
+    assert isinstance(grouped, GQA)
+    assert (grouped.n_heads, grouped.n_kv_heads) == (64, 8)
+
+
+def test_nine_experts_take_a_token_and_three_layers_have_none():
+    assert (V3.moe.top_k, V3.moe.n_experts, V3.moe.n_shared) == (8, 256, 1)
+    assert V3.moe.top_k + V3.moe.n_shared == 9
+    assert [layer.is_moe for layer in V3.layers] == [False] * 3 + [True] * 58
+
+
+def test_37b_is_the_count_without_the_input_embedding():
+    c = counted("deepseek-v3")
+    assert (round(c.activated_no_embedding / 1e9, 2), round(c.activated / 1e9, 2)) == (36.63, 37.55)
+    assert round(c.activated / 1e9) == 38
+    assert round(c.activated_no_embedding / c.total, 3) == 0.055
+    assert holds("v3-activated", "v3-parameters")
+
+
+def test_685b_are_the_files_with_mtp_and_scales():
+    c = counted("deepseek-v3")
+    assert round(c.total / 1e9, 2) == 671.03
+    assert round(c.mtp_stored / 1e9, 2) == 13.46
+    # Without the scales it would be 684.
+    assert round(c.stored / 1e9) == 684
+    assert round((c.stored + fp8_scales(V3)) / 1e9, 2) == 684.53
+    assert holds("v3-files")
+
+
+def test_the_final_run_cost_5_576_million_at_an_assumed_price():
+    assert (COST.price, COST.gpu_hours, COST.dollars) == (2, 2_788_000, 5_576_000)
+    assert COST.stages[0].gpu_hours * COST.price == 5_328_000
+    assert holds("v3-dollars", "v3-pretraining-dollars", "v3-extension-dollars", "v3-post-dollars")
+
+
+def test_54_days_are_pre_training_alone():
+    assert round(COST.days, 1) == 54.2
+    assert round(COST.gpu_hours / COST.n_gpus / 24, 1) == 56.7
+
+
+def test_2048_gpus_agree_with_the_hours():
+    assert (COST.gpu, COST.n_gpus) == ("H800", 2048)
+    assert holds("v3-days-a-trillion", "v3-pretraining-hours")
+
+
+def test_r1_came_on_top_of_v3():
+    assert [stage.gpu_hours for stage in R1_STAGES] == [101_000, 5_000, 41_000]
+    assert r1_hours() * COST.price == 294_000
+    assert r1_hours() * COST.price + COST.dollars == 5_870_000
+    assert holds("r1-hours", "r1-dollars", "r1-zero-hours")
+    # It is V3's architecture, of the same size.
+    assert counted("deepseek-r1").total == counted("deepseek-v3").total
+
+
+def test_128k_comes_from_two_short_phases():
+    assert V3.attention.rope.yarn.original_length == 4096
+    assert holds("v3-extension-32k", "v3-extension-128k")
+    phases = FIGURES["v3-extension-32k"].ours(), FIGURES["v3-extension-128k"].ours()
+    assert phases[0] == phases[1] == 62_914_560_000
+    assert round(sum(phases) / COST.tokens, 3) == 0.009
+    assert round(COST.stages[1].gpu_hours / COST.gpu_hours, 3) == 0.043
+
+
+def test_preferences_took_part_in_a_quarter_of_one_stage():
+    last, steps = 400, 1700
+    assert last / steps == pytest.approx(0.25, abs=0.02)
+    # What this package could show of it needs reinforcement learning, and says so.
+    assert {absent.kind for absent in ABSENT if absent.source == "2501.12948"} == {"not built"}
+
+
+def test_the_note_counts_the_figures_as_the_table_does():
+    verdicts = [outcome(figure).verdict for figure in FIGURES.values()]
+    assert len(verdicts) == 102
+    assert [verdicts.count(verdict) for verdict in ("equal", "rounds to it", "differs")] == [24, 66, 12]
