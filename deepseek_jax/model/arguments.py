@@ -13,6 +13,7 @@ from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.block import CAPTURABLE
 from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.router import KnockOut
 
 # Fields of a config that no layer has built in: a model may be given other ones.
 LOOSE = ("name", "max_length", "bos_id", "eos_ids", "model_type", "init_std")
@@ -73,7 +74,9 @@ def check_call(cfg: ModelConfig, tokens, positions, segments, next_tokens, cache
         raise ValueError(f"with_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
     if next_tokens is not None:
         next_tokens = _next_tokens(cfg, tokens, next_tokens, with_mtp)
-    if routing is not None:
+    if isinstance(routing, KnockOut):
+        check_knock_out(cfg, routing)
+    elif routing is not None:
         routing = integers("routing", routing, "[MoE layers, batch, length, experts a token]")
         expected = (cfg.n_moe_layers, *tokens.shape, cfg.moe.top_k if cfg.moe else 0)
         if routing.shape != expected:
@@ -86,7 +89,7 @@ def check_call(cfg: ModelConfig, tokens, positions, segments, next_tokens, cache
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(f"cache must be what model.init_cache or an earlier call gave, not {type(cache).__name__}.")
     check_ids("tokens", tokens, segments, cfg.vocab_size)
-    if routing is not None and known(routing):
+    if routing is not None and not isinstance(routing, KnockOut) and known(routing):
         _check_experts(np.asarray(routing), segments, cfg.moe.n_experts)
     return tokens, positions, segments, next_tokens, routing
 
@@ -127,6 +130,27 @@ def _check_experts(index_LBTK: np.ndarray, segments, n_experts: int) -> None:
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
             f"routing{list(at)} is expert {index_LBTK[at]}, but there are {n_experts}, from 0; -1 stands for none."
+        )
+
+
+def check_knock_out(cfg: ModelConfig, without: KnockOut) -> None:
+    """Raises ValueError for a `KnockOut` that does not fit the model, or leaves too few experts."""
+    if cfg.moe is None:
+        raise ValueError(f"routing=KnockOut, but {cfg.name} has no experts.")
+    expected = (cfg.n_moe_layers, cfg.moe.n_experts)
+    found = (getattr(without.expert_LE, "shape", None), getattr(without.expert_LE, "dtype", None))
+    if found != (expected, np.dtype(bool)):
+        raise ValueError(
+            f"KnockOut expert_LE must be an array of bool, shape {expected}, [MoE layers, experts], not "
+            f"{type(without.expert_LE).__name__} of {found[1]}, shape {found[0]}."
+        )
+    if not isinstance(without.top, int) or without.top < 0:
+        raise ValueError(f"KnockOut top must be a number of experts, 0 or more, not {without.top!r}.")
+    out = int(np.asarray(without.expert_LE).sum(-1).max()) if known(without.expert_LE) else 0
+    if cfg.moe.n_experts - out - without.top < cfg.moe.top_k:
+        raise ValueError(
+            f"KnockOut leaves a layer {max(0, cfg.moe.n_experts - out - without.top)} of {cfg.moe.n_experts} experts, "
+            f"fewer than the top_k={cfg.moe.top_k} that a token takes: knock out fewer."
         )
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.tokens import Tokens
 
 # "block_norm" is the root mean square of "block", a float32 number a token.
@@ -41,7 +42,7 @@ class Block(nnx.Module):
         ctx: Context,
         held: Any = None,
         i: jax.Array | int = 0,
-        replay_BTK: jax.Array | None = None,
+        given: jax.Array | KnockOut | None = None,
     ) -> tuple[jax.Array, Any, Aux | None, dict[str, jax.Array]]:
         """The stream, what attention holds (this is layer ``i`` of those held together), router statistics (None for a
         dense layer), activations."""
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         x_BTD = x_BTD + attn
         aux, scores = None, {}
         if isinstance(self.ffn, MoE):
-            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), tokens.segment, ctx, replay_BTK)
+            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), tokens.segment, ctx, given)
             scores = {"router_scores": score_BTE}
         else:
             network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(x_BTD)))

@@ -12,7 +12,7 @@ from deepseek_jax.core.params import param
 from deepseek_jax.model.experts import Experts
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.outputs import Aux
-from deepseek_jax.model.router import Router, score_share, sequence_balance
+from deepseek_jax.model.router import KnockOut, Router, score_share, sequence_balance
 
 
 class MoE(nnx.Module):
@@ -28,9 +28,9 @@ class MoE(nnx.Module):
         self.shared = FFN(dim, cfg.shared_width, dtype) if cfg.n_shared else None
 
     def __call__(
-        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
+        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, given: jax.Array | KnockOut | None = None
     ) -> tuple[jax.Array, Aux, jax.Array]:
-        routing = self.router(x_BTD, segment_BT, ctx, replay_BTK)
+        routing = self.router(x_BTD, segment_BT, ctx, given)
         chosen = routing.index_BTK, routing.weight_BTK
         y_BTD, dropped = ctx.ops.experts(Experts(ctx.experts), x_BTD, *chosen, self.gate_up, self.down)
         if self.shared is not None:

@@ -3,7 +3,7 @@
 Suffixes: B batch, T tokens, D width, E experts, G groups, M experts a group, K chosen experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,21 @@ class Routing:
     score_BTE: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KnockOut:
+    """Experts to choose without: a call takes it as ``routing`` in place of experts to use (2401.06066, fig. 4).
+
+    ``expert_LE``: bool [L_moe, E], the experts of each layer that no token goes to; a router has its row. ``top``: each
+    token passes over so many of the others, those of its largest scores, and chooses among the rest. Weights are as
+    ever, those of what is chosen. In the score of a group such an expert counts as the token's worst; a token to which
+    its groups leave fewer than top_k experts has fewer.
+    """
+
+    expert_LE: jax.Array
+    top: int = field(default=0, metadata={"static": True})
+
+
 class Router(nnx.Module):
     """Chooses experts by score and bias, if there is one, and weighs them by the score alone."""
 
@@ -45,14 +60,16 @@ class Router(nnx.Module):
         self.bias = router_bias(cfg.n_experts) if cfg.bias else None
 
     def __call__(
-        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, replay_BTK: jax.Array | None = None
+        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, given: jax.Array | KnockOut | None = None
     ) -> Routing:
-        """``replay_BTK``: experts to use instead of choosing, -1 for none; weights still come from the scores."""
+        """``given``: experts to use instead of choosing, [B, T, K], -1 for none; weights still come from the scores. Or
+        this layer's experts to choose without."""
         # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
         x32_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = linear("BTD,DE->BTE", x32_BTD, self.weight, ctx, precision=jax.lax.Precision.HIGHEST)
         score_BTE = SCORES[self.cfg.score](logits_BTE)
-        index_BTK = self.choose(score_BTE, ctx) if replay_BTK is None else replay_BTK
+        chooses = given is None or isinstance(given, KnockOut)
+        index_BTK = self.choose(score_BTE, ctx, given) if chooses else given
         chosen_BTK = (index_BTK >= 0) & (segment_BT[..., None] != 0)
         weight_BTK = jnp.take_along_axis(score_BTE, jnp.maximum(index_BTK, 0), axis=-1)
         weight_BTK = jnp.where(chosen_BTK, weight_BTK, 0.0)
@@ -60,25 +77,42 @@ class Router(nnx.Module):
             weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdims=True) + SUM_EPS)
         return Routing(jnp.where(chosen_BTK, index_BTK, -1), weight_BTK * self.cfg.scale, score_BTE)
 
-    def choose(self, score_BTE: jax.Array, ctx: Context = DEFAULT) -> jax.Array:
-        """int32 [B, T, K]: the K best biased scores within the best groups."""
+    def choose(self, score_BTE: jax.Array, ctx: Context = DEFAULT, without: KnockOut | None = None) -> jax.Array:
+        """int32 [B, T, K]: the K best biased scores within the best groups; -1 where none is left."""
         cfg = self.cfg
         biased_BTE = jax.lax.stop_gradient(self._biased(score_BTE))
+        out_BTE = None if without is None else _left_out(jax.lax.stop_gradient(score_BTE), without, ctx)
         if cfg.n_groups > 1:
             biased_BTGM = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_groups, -1)
+            worth_BTGM = biased_BTGM
+            if out_BTE is not None:
+                worth_BTE = jnp.where(out_BTE, biased_BTE.min(-1, keepdims=True), biased_BTE)
+                worth_BTGM = worth_BTE.reshape(biased_BTGM.shape)
             best_of = {"top2": lambda a: ctx.ops.top_k(a, 2)[0].sum(-1), "max": lambda a: a.max(-1)}
-            group_BTG = best_of[cfg.group_score](biased_BTGM)
+            group_BTG = best_of[cfg.group_score](worth_BTGM)
             best = ctx.ops.top_k(group_BTG, cfg.top_groups)[1]
             kept_BTG = (best[..., None] == jnp.arange(cfg.n_groups)).any(-2)
             # -inf, not 0: a bias may make every score of a kept group negative.
             biased_BTE = jnp.where(kept_BTG[..., None], biased_BTGM, -jnp.inf).reshape(biased_BTE.shape)
-        return ctx.ops.top_k(biased_BTE, cfg.top_k)[1]
+        if out_BTE is None:
+            return ctx.ops.top_k(biased_BTE, cfg.top_k)[1]
+        best_BTK, index_BTK = ctx.ops.top_k(jnp.where(out_BTE, -jnp.inf, biased_BTE), cfg.top_k)
+        return jnp.where(best_BTK > -jnp.inf, index_BTK, -1)
 
     def _biased(self, score_BTE: jax.Array) -> jax.Array:
         if self.bias is None:
             return score_BTE
         bias_E = self.bias.get_value()
         return score_BTE + bias_E if self.cfg.bias_form == "sum" else score_BTE * (1 + bias_E)
+
+
+def _left_out(score_BTE: jax.Array, without: KnockOut, ctx: Context) -> jax.Array:
+    """bool [B, T, E] of one layer's ``without``."""
+    out_BTE = jnp.broadcast_to(without.expert_LE, score_BTE.shape)
+    if not without.top:
+        return out_BTE
+    passed = ctx.ops.top_k(jnp.where(out_BTE, -jnp.inf, score_BTE), without.top)[1]
+    return out_BTE | (passed[..., None] == jnp.arange(score_BTE.shape[-1])).any(-2)
 
 
 def sequence_balance(score_BTE: jax.Array, segment_BT: jax.Array, chosen: int, ctx: Context = DEFAULT) -> jax.Array:

@@ -15,6 +15,7 @@ from deepseek_jax.core.context import REMAT, Context
 from deepseek_jax.core.params import unstack
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.tokens import Tokens
 
 
@@ -25,32 +26,33 @@ def run_stacks(
     tokens: Tokens,
     ctx: Context,
     held: Sequence[Any] | None = None,
-    routing: jax.Array | None = None,
+    routing: jax.Array | KnockOut | None = None,
     capture: tuple[str, ...] = (),
 ) -> tuple[jax.Array, tuple[Any, ...] | None, Aux | None, dict[str, jax.Array]]:
     """The stream after all layers, what each stack's attention holds, router statistics and activations, a row a layer
     that has them.
 
     ``stacks``: blocks whose leaves have a leading layer axis; ``segments``: which layers they are. ``held``: a cache's.
-    ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing. ``capture``: names of activations
-    (`block.CAPTURABLE`).
+    ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing, or those to choose without. ``capture``:
+    names of activations (`block.CAPTURABLE`).
     """
     first_moe, statistics, kept, seen = 0, [], [], {name: [] for name in capture}
     # One stack a segment: no config here repeats a longer pattern.
     for number, (stack, (kind,)) in enumerate(zip(stacks, segments, strict=True)):
         size, moe = len(kind.numbers), kind.layer.is_moe
-        replay = routing[first_moe : first_moe + size] if moe and routing is not None else None
+        rows = slice(first_moe, first_moe + size)
+        given = jax.tree.map(lambda a, rows=rows: a[rows], routing) if moe else None
         carry = (x_BTD, None if held is None else held[number])
         if size == 1:
             # A scan of one layer would copy its weights. Generation has every layer here: of those that are of one
             # kind one is traced.
             layer = _layer if held is None else _traced_once
-            inputs = (unstack(stack, 0), 0, None if replay is None else replay[0])
+            inputs = (unstack(stack, 0), 0, jax.tree.map(lambda a: a[0], given))
             carry, outputs = layer(carry, inputs, tokens, ctx, capture)
             outputs = jax.tree.map(lambda a: a[None], outputs)
         else:
             layer = partial(_layer, tokens=tokens, ctx=ctx, capture=capture)
-            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(size), replay))
+            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(size), given))
         (x_BTD, mine), (aux, activations) = carry, outputs
         kept.append(mine)
         if aux is not None:
@@ -68,12 +70,12 @@ def run_stacks(
 
 
 def _layer(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]):
-    """A scan's step: carry (stream, held), inputs (block, its number in the stack, replay), outputs (statistics,
+    """A scan's step: carry (stream, held), inputs (block, its number in the stack, given), outputs (statistics,
     activations)."""
 
     def run(carry, inputs):
-        (x_BTD, held), (block, i, replay) = carry, inputs
-        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, replay)
+        (x_BTD, held), (block, i, given) = carry, inputs
+        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, given)
         return (x_BTD, held), (aux, {name: activations[name] for name in capture if name in activations})
 
     return remat(run, ctx)(carry, inputs)

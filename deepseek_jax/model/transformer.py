@@ -30,6 +30,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache, make_cache
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.stacks import remat, run_stacks
 from deepseek_jax.model.tokens import Tokens, make_tokens
 
@@ -92,7 +93,7 @@ class Transformer(nnx.Module):
         segments: jax.Array | None = None,
         next_tokens: jax.Array | None = None,
         cache: Cache | None = None,
-        routing: jax.Array | None = None,
+        routing: jax.Array | KnockOut | None = None,
         with_mtp: bool = False,
         logits: str = "all",
         capture: Sequence[str] = (),
@@ -105,8 +106,9 @@ class Transformer(nnx.Module):
         ``next_tokens``: int32 [B, T, mtp_depth], the tokens at +1.., -1 for none; default the tokens shifted.
         With a cache and ``with_mtp`` the last token of a call has no next token unless ``next_tokens`` gives it, and
         its slot in the MTP cache then stays empty. ``routing``: int32 [L_moe, B, T, K], experts to use instead of
-        choosing, -1 for none. ``logits``: "all", "last" (of each row's last real token; MTP logits stay whole) or
-        "none" (MTP logits neither). ``capture``: names of activations to return.
+        choosing, -1 for none, or a `router.KnockOut`, experts to choose without; MTP modules choose freely. ``logits``:
+        "all", "last" (of each row's last real token; MTP logits stay whole) or "none" (MTP logits neither).
+        ``capture``: names of activations to return.
 
         Raises ValueError for arguments that do not fit the model, ids outside the vocabulary (padding apart), experts
         that there are not, and for more tokens than the cache has room for. Under jit values cannot be checked: an id

@@ -14,6 +14,8 @@ from deepseek_jax.analysis.ngram import KneserNey
 from deepseek_jax.analysis.specialisation import load_divergence
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.model.arguments import check_knock_out
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import everywhere, place_batch, row_share
 from deepseek_jax.train.balance import max_violation
@@ -52,14 +54,14 @@ class Evaluation:
 
 
 @partial(jax.jit, static_argnames=("domains", "ctx"))
-def _score(model: Transformer, tokens_BT, segments_BT, domain_BT, domains: int, ctx: Context):
-    return everywhere(_measured(model, tokens_BT, segments_BT, domain_BT, domains, ctx), ctx)
+def _score(model: Transformer, tokens_BT, segments_BT, domain_BT, routing, domains: int, ctx: Context):
+    return everywhere(_measured(model, tokens_BT, segments_BT, domain_BT, routing, domains, ctx), ctx)
 
 
-def _measured(model: Transformer, tokens_BT, segments_BT, domain_BT, domains: int, ctx: Context):
+def _measured(model: Transformer, tokens_BT, segments_BT, domain_BT, routing, domains: int, ctx: Context):
     """Nats [B, T - 1], the load [D, L, E], and of the drafts [B, T - 2] whether they agree, and how often sampling
     accepts them."""
-    out = model(tokens_BT, segments=segments_BT, with_mtp=bool(model.cfg.mtp_depth), ctx=ctx)
+    out = model(tokens_BT, segments=segments_BT, routing=routing, with_mtp=bool(model.cfg.mtp_depth), ctx=ctx)
     target = tokens_BT[:, 1:, None]
     log_p_BTV = jax.nn.log_softmax(out.logits[:, :-1], axis=-1)
     nats_BT = -jnp.take_along_axis(log_p_BTV, target, axis=-1)[..., 0]
@@ -82,8 +84,12 @@ def _measured(model: Transformer, tokens_BT, segments_BT, domain_BT, domains: in
     return nats_BT, load_DLE, same_BT, accepted_BT
 
 
-def evaluate(model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT) -> Evaluation:
+def evaluate(
+    model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT, routing: KnockOut | None = None
+) -> Evaluation:
     """Scores every token of the held-out stream but its first, once, in windows without carry-over.
+
+    ``routing``: experts that the model has to do without.
 
     On a mesh each device computes its part of a batch of windows, and every process gets the figures.
     """
@@ -94,12 +100,15 @@ def evaluate(model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT) -> E
     missing = -len(windows) % size
     windows, segments, domains = (np.pad(a, ((0, missing), (0, 0))) for a in (windows, segments, domains))
     own = (np.asarray(groups)[:, None] * (size // count) + np.arange(size // count)).reshape(-1)
+    if routing is not None:
+        check_knock_out(model.cfg, routing)
     nats, load_DLE, drafts = [], None, []
     for start in range(0, len(windows), size):
         rows = start + own
         batch = {"tokens": windows[rows], "segments": segments[rows], "domains": domains[rows]}
         batch = place_batch(batch, ctx)
-        n, load, *draft = _score(model, batch["tokens"], batch["segments"], batch["domains"], n_domains, ctx)
+        given = (batch["tokens"], batch["segments"], batch["domains"], routing)
+        n, load, *draft = _score(model, *given, domains=n_domains, ctx=ctx)
         nats.append(np.asarray(n, np.float64))
         drafts.append([np.asarray(a, np.float64) for a in draft if a is not None])
         if load is not None:

@@ -13,6 +13,7 @@ from tiny import random_model
 from deepseek_jax.configs.schema import Rope
 from deepseek_jax.model.arguments import check_call
 from deepseek_jax.model.mtp import shifted
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import init
 
 TINY = CONFIGS["tiny-v3"][0]
@@ -193,6 +194,12 @@ BAD = {
     "positions must have the tokens' shape": {"positions": jnp.zeros((2, 3), jnp.int32)},
     "segments must have the tokens' shape": {"segments": jnp.zeros((1, 96), jnp.int32)},
     "next_tokens must have shape": {"next_tokens": jnp.zeros((2, 96, 2), jnp.int32), "with_mtp": True},
+    r"shape \(2, 8\), \[MoE layers, experts\], not ndarray of bool, shape \(8,\)": {
+        "routing": KnockOut(np.ones(8, bool))
+    },
+    r"not ndarray of int64, shape \(2, 8\)": {"routing": KnockOut(np.zeros((2, 8), np.int64))},
+    "KnockOut top must be a number of experts, 0 or more, not -1": {"routing": KnockOut(np.zeros((2, 8), bool), -1)},
+    "leaves a layer 1 of 8 experts, fewer than the top_k=2": {"routing": KnockOut(np.arange(16).reshape(2, 8) > 9, 1)},
     "routing must have shape": {"routing": jnp.zeros((3, 2, 96, 2), jnp.int32)},
     'choose "all"': {"logits": "first"},
     "offers block": {"capture": ("keys",)},

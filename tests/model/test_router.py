@@ -21,7 +21,7 @@ from deepseek_jax.convert.ladder import choose
 from deepseek_jax.convert.references import build_modules
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.ops import counted
-from deepseek_jax.model.router import Router, sequence_balance, sqrt_softplus
+from deepseek_jax.model.router import KnockOut, Router, sequence_balance, sqrt_softplus
 
 GROUPED = MoE(n_experts=32, top_k=4, expert_dim=8, n_groups=8, top_groups=4, scale=2.5)
 SOFTMAX = MoE(32, 6, 8, normalize=False, scale=16.0, score="softmax", group_score="max", bias=False)
@@ -256,3 +256,40 @@ def test_sequence_balance_is_the_papers():
 def test_sequence_balance_of_uniform_scores_is_one():
     uniform = jnp.full((1, 10, 8), 0.5)
     np.testing.assert_allclose(sequence_balance(uniform, jnp.ones((1, 10), jnp.int32), 2), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("cfg", "top"), [(PLAIN, 0), (PLAIN, 3), (GROUPED, 0), (GROUPED, 3), (SOFTMAX, 2)])
+def test_experts_that_are_knocked_out_are_chosen_around(cfg, top):
+    ours, _, x = make(cfg, 0.3 if cfg.bias else 0.0)
+    out = np.zeros(32, bool)
+    out[[0, 5, 6, 7, 31]] = True
+    result = call(ours, x, jnp.ones(x.shape[:2], jnp.int32), DEFAULT, KnockOut(jnp.asarray(out), top))
+    score = np.asarray(result.score_BTE).reshape(-1, 32)
+    skipped = np.argsort(np.where(out, np.inf, -score), -1, kind="stable")[:, :top]
+    left = np.broadcast_to(~out, score.shape).copy()
+    np.put_along_axis(left, skipped, False, -1)
+    biased = score + np.asarray(ours.bias.get_value()) if cfg.bias else score
+    worst, biased = biased.min(-1, keepdims=True), np.where(left, biased, -np.inf)
+    if cfg.n_groups > 1:
+        groups = biased.reshape(len(score), cfg.n_groups, -1)
+        worth = np.sort(np.maximum(groups, worst[..., None]), -1)[..., -2:].sum(-1)
+        best = np.argsort(-worth, -1, kind="stable")[:, : cfg.top_groups]
+        kept = np.zeros(worth.shape, bool)
+        np.put_along_axis(kept, best, True, -1)
+        biased = np.where(kept[..., None], groups, -np.inf).reshape(biased.shape)
+    index = np.asarray(result.index_BTK).reshape(len(score), -1)
+    expected = np.argsort(-biased, -1, kind="stable")[:, : cfg.top_k]
+    assert (np.sort(index, -1) == np.sort(expected, -1)).all(-1).mean() > 0.999
+    assert np.take_along_axis(left, index, -1).all()
+    weight = np.take_along_axis(score, index, -1)
+    weight = weight / weight.sum(-1, keepdims=True) if cfg.normalize else weight
+    np.testing.assert_allclose(result.weight_BTK.reshape(weight.shape), cfg.scale * weight, rtol=1e-5)
+
+
+def test_a_token_whose_groups_are_knocked_out_has_fewer_experts():
+    cfg = MoE(n_experts=4, top_k=2, expert_dim=8, n_groups=2, top_groups=1)
+    router = Router(cfg, 1, jnp.float32)
+    score = jnp.array([0.9, 0.8, 0.2, 0.1])[None, None]
+    for out, index in (([0, 0, 0, 0], [0, 1]), ([1, 0, 0, 0], [1, -1]), ([1, 1, 0, 0], [2, 3])):
+        chosen = router.choose(score, without=KnockOut(jnp.array(out, bool)))
+        np.testing.assert_array_equal(chosen[0, 0], index)

@@ -10,6 +10,7 @@ from tiny import random_model, tiny_config
 
 from deepseek_jax.analysis.specialisation import load_divergence
 from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.model.router import KnockOut
 from deepseek_jax.runs.evaluate import evaluate
 
 CFG = tiny_config()
@@ -77,3 +78,19 @@ def test_figures_are_those_of_the_logits(model, plain, masks):
     assert record["load_divergence"] == pytest.approx(load_divergence(loads).tolist())
     assert "load_DLE" not in record
     assert json.loads(json.dumps(record)) == record
+
+
+def test_experts_are_knocked_out_in_their_layers(model):
+    stream_n = np.random.default_rng(1).integers(0, CFG.vocab_size, 60).astype(np.int32)
+    held_out = HeldOut.cut(stream_n, np.ones(CFG.vocab_size, np.int32), length=16)
+    none = np.zeros((2, 8), bool)
+    whole = evaluate(model, held_out)
+    assert evaluate(model, held_out, routing=KnockOut(none)).bits_per_byte == pytest.approx(whole.bits_per_byte)
+    out = none.copy()
+    out[0, 1] = out[1, [4, 7]] = True
+    found = evaluate(model, held_out, routing=KnockOut(out))
+    assert (whole.load_DLE[0] > 0).all()
+    np.testing.assert_array_equal(found.load_DLE[0] == 0, out)
+    assert abs(found.bits_per_byte - whole.bits_per_byte) > 1e-3
+    with pytest.raises(ValueError, match="leaves a layer 1 of 8 experts"):
+        evaluate(model, held_out, routing=KnockOut(none, top=7))
