@@ -285,6 +285,16 @@ def support() -> str:
     return f"{rows(header, _run('bench_support').table(record))}\n\nMeasured at commit {at}, {record['date']}."
 
 
+def studies() -> str:
+    """The ledger of the workbench: a row a claim, its verdict computed from the committed runs."""
+    from deepseek_jax.lab.records import Runs
+    from deepseek_jax.lab.study import load, stems
+    from deepseek_jax.lab.verdicts import ledger as verdicts
+
+    lines = verdicts([load(HERE, stem) for stem in stems(HERE)], Runs(HERE / "runs"))
+    return rows("| stem | claim | what it says, with its source | verdict | rests on |", lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "support": support,
     "speed": speed,
@@ -294,6 +304,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all-pods": all_pods,
     "shipped-line": shipped_line,
     "shipped-table": shipped_table,
+    "studies": studies,
     "ledger": ledger,
 }
 

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "generation": {"core", "model", "parallel"},
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
+    "lab": {"analysis", "configs", "core", "data", "runs", "text", "train"},
     "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},
 }
 # Files longer than `LONGEST` lines, and what they are allowed. Nothing is added here: they are to be parted.

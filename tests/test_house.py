@@ -2,13 +2,17 @@
 
 import ast
 import inspect
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import COMMANDS, NOT_BUILT
+from deepseek_jax.lab.records import spec
+from deepseek_jax.lab.study import load, stems
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted(path for folder in ("deepseek_jax", "tests", "experiments") for path in (ROOT / folder).rglob("*.py"))
@@ -24,6 +28,7 @@ TEXTS = sorted(
 NOTES = {path.stem for path in (ROOT / "paper_notes").glob("*.md")} - {"README"}
 PAPER_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "paper").glob("test_*.py")}
 EXPERIMENTS = {path.parent.name for path in (ROOT / "experiments").glob("*/run.py")}
+STUDIES = {stem: load(ROOT / "experiments", stem) for stem in stems(ROOT / "experiments")}
 FEW = 4  # files of a folder that need no README
 MEASUREMENTS = ("bench_", "compile_")
 SUFFIXES = (".py", ".md", ".toml", ".json", ".cff", ".png", ".safetensors", ".npz", ".log")
@@ -160,3 +165,50 @@ def test_the_checks_see_what_they_have_to():
         "fly",
         "run",
     }
+
+
+def test_every_claim_of_a_study_stands_in_its_note_and_every_claim_there_has_a_test_or_an_experiment():
+    """A note's front matter says where each of its claims is checked."""
+    wrong = []
+    for stem, study in STUDIES.items():
+        text = (ROOT / "paper_notes" / f"{stem}.md").read_text(encoding="utf-8")
+        head = re.search(r"^claims: (.*)$", text, flags=re.MULTILINE)[1]
+        where = {found[2]: found[1].split() for found in re.finditer(r"([C\d ]+) \(([^)]+)\)", head)}
+        if where.pop(f"experiments/{stem}", None) != [claim.id for claim in study.claims]:
+            wrong.append(f"{stem}: its claims in the experiment are others than in the note's front matter")
+        if where.pop("tests", None) is not None and stem not in PAPER_TESTS:
+            wrong.append(f"{stem}: claims are said to be tested, and there is no test")
+        listed = set(re.findall(r"\bC\d+\b", head))
+        wrong += [f"{stem}: {place}" for place in where]
+        wrong += [f"{stem}: {claim}" for claim in sorted(set(re.findall(r"\*\*(C\d+)\*\*", text)) ^ listed)]
+    assert wrong == []
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_rule_is_older_than_its_results():
+    """A run carries the hash of the rules that it was made under, and the commit that had them.
+
+    They must be today's. Where the history is at hand, that commit is a part of it, and its file is the study's.
+    """
+    wrong = []
+    for path in sorted((ROOT / "experiments" / "runs").glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        by = run["asked"]
+        study = STUDIES.get(by["study"])
+        if study is None or study.rule_hash != by["rule"]:
+            wrong.append(f"{path.name}: the rules of {by['study']} are not those that it was made under")
+        elif path.name != f"{spec(study.setup(by['variant'], by['scale']), run['seed'])}-{run['corpus']['hash']}.json":
+            wrong.append(f"{path.name}: it is not the run of {by['variant']}, seed {run['seed']}")
+        elif not by["rule_commit"] or run["commit"].endswith("+changes"):
+            wrong.append(f"{path.name}: made with a rule or code that was not committed")
+        elif git("cat-file", "-e", by["rule_commit"]).returncode == 0:
+            file = f"{by['rule_commit']}:experiments/{by['study']}/run.py"
+            if (
+                git("cat-file", "-e", file).returncode
+                or git("merge-base", "--is-ancestor", by["rule_commit"], "HEAD").returncode
+            ):
+                wrong.append(f"{path.name}: {by['rule_commit']} is no commit of the rule before this one")
+    assert wrong == []

@@ -45,6 +45,16 @@ def commit(folder: Path) -> str | None:
         return None
 
 
+def committed(path: Path) -> str | None:
+    """The commit that last changed a file; None where the file differs from it, is in none, or there is no git."""
+    try:
+        if _git(path.parent, "status", "--porcelain", "--", path.name):
+            return None
+        return _git(path.parent, "log", "-1", "--format=%h", "--", path.name) or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 

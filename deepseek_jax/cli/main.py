@@ -24,10 +24,11 @@ COMMANDS = {
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "plot": ("Plot", "a run's metrics as images"),
+    "experiment": ("Experiment", "put a paper's claim to the test: its runs, verdicts and figure; the ledger"),
     "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("serve", "rl", "distill", "experiment", "sweep")
+NOT_BUILT = ("serve", "rl", "distill", "sweep")
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

@@ -76,13 +76,14 @@ def open_run(
 
 def make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max_length: int) -> Tokenizer:
     """The run's tokenizer, in its folder: there already, or copied, or trained on the text."""
-    from_first(lambda: _make_tokenizer(run, tokenizer, text, max_length), "making the tokenizer")
+    from_first(lambda: tokenizer_folder(run.tokenizer, tokenizer, text, max_length), "making the tokenizer")
     return load_tokenizer(run.tokenizer)
 
 
-def _make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max_length: int) -> None:
-    if not run.tokenizer.exists():
-        part = run.tokenizer.with_name(".tokenizer.part")
+def tokenizer_folder(folder: Path, tokenizer: Path | int, text: DataConfig, max_length: int) -> None:
+    """``folder`` with a tokenizer in it, whole or not at all: there already, or copied, or trained on the text."""
+    if not folder.exists():
+        part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         if isinstance(tokenizer, int):
@@ -90,7 +91,7 @@ def _make_tokenizer(run: RunFolder, tokenizer: Path | int, text: DataConfig, max
             save_tokenizer(trained, part, version=__version__, max_length=max_length)
         else:
             copy_tokenizer(tokenizer, part)
-        part.replace(run.tokenizer)
+        part.replace(folder)
 
 
 def origin() -> dict:

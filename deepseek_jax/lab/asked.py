@@ -1,0 +1,67 @@
+"""Which runs a command has to make: those asked for that are not there. Loads no JAX."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from deepseek_jax.analysis.provenance import committed
+from deepseek_jax.lab.records import Runs
+from deepseek_jax.lab.study import Setup, Study
+from deepseek_jax.lab.workers import Task
+
+
+def asked(study: Study, variants: Sequence[str], seeds: int | None, scale: str) -> list[tuple[str, int, Setup]]:
+    """(variant, seed, setup) of the runs that are asked for, a seed's variants one after another, so that what is there
+    early can be compared. ``variants``: none are all. ``seeds``: so many of the study's first; None: all.
+
+    Raises ValueError for a variant, a scale or a number of seeds that the study has not.
+    """
+    if seeds is not None and not 0 <= seeds <= len(study.seeds):
+        raise ValueError(
+            f"{study.stem} was registered with {len(study.seeds)} seeds, and --seeds {seeds} is not within 0 and that: "
+            "more seeds are another study, declared before its results."
+        )
+    chosen = list(dict.fromkeys(variants)) or list(study.variants)
+    setups = {name: study.setup(name, scale) for name in chosen}
+    return [(name, seed, setups[name]) for seed in study.seeds[:seeds] for name in chosen]
+
+
+def tasks(wanted: Iterable[tuple[str, int, Setup]], runs: Runs, corpus: str, about: dict, stem: str) -> list[Task]:
+    """The runs of ``wanted`` that are not there on this corpus. ``about``: what their files say of who asked."""
+    found, seen = [], set()
+    for variant, seed, setup in wanted:
+        path = runs.path(setup, seed, corpus)
+        if path.exists() or path in seen:
+            continue
+        seen.add(path)
+        found.append(
+            Task(setup, seed, path, f"{stem}, {variant}, seed {seed}", {"asked": about | {"variant": variant}})
+        )
+    return found
+
+
+def check_corpus(study: Study, runs: Runs, corpus: dict, scale: str) -> None:
+    """Raises ValueError where a study's runs that are there were made on another corpus than this machine's."""
+    for run in runs.of(study, scale).values():
+        there = run["corpus"]
+        if there["hash"] != corpus["hash"]:
+            raise ValueError(
+                f"the runs of {study.stem} in {runs.folder} were made on the corpus {there['hash']} of Python "
+                f"{there['python']}, and the text here, of Python {corpus['python']}, is {corpus['hash']}: use that "
+                "Python, or keep runs of your own with --runs FOLDER."
+            )
+
+
+def rule(study: Study, folder: Path, trial: bool) -> dict:
+    """What a run's file says of the rule that it was made under. ``trial``: the runs are not for the ledger.
+
+    Raises ValueError where the study's file is not committed as it stands and they are: a rule must be older than its
+    results.
+    """
+    path = folder / study.stem / "run.py"
+    commit = committed(path)
+    if commit is None and not trial:
+        raise ValueError(
+            f"{path} is not committed as it stands: commit it before its first run, so that the rule is older than the "
+            "result, or try it out with --runs FOLDER."
+        )
+    return {"study": study.stem, "rule": study.rule_hash, "rule_commit": commit}

@@ -1,0 +1,68 @@
+"""A study in one picture: every seed of every variant, and the paper's numbers where it has some."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_jax.lab.records import LABELS, MEASURES
+from deepseek_jax.lab.study import Study
+from deepseek_jax.lab.verdicts import Judged, measures_of
+from deepseek_jax.version import __version__
+
+OURS, PAPERS = "C0", "C3"
+# A panel whose values lie further apart than this is drawn on a logarithmic axis.
+SPAN = 10.0
+
+
+def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judged], path: Path) -> Path:
+    """Draws a panel a measure: a dot a seed, a bar at their mean, a diamond where the paper has a value.
+
+    ``found``: as `records.Runs.of` gives it. ``path``: a PNG file, written whole or not at all.
+    """
+    from matplotlib.figure import Figure
+
+    measures = measures_of(study)
+    names = list(study.variants)
+    wide = 1.6 + 0.75 * len(names)
+    figure = Figure(figsize=(max(wide * len(measures), 5.0), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=True):
+        everything = []
+        for at, variant in enumerate(names):
+            runs = [found[variant, seed] for seed in study.seeds if (variant, seed) in found]
+            values = [value for run in runs if np.isfinite(value := MEASURES[measure](run))]
+            if values:
+                around = at + np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [at]
+                axis.plot(around, values, "o", color=OURS, alpha=0.6, markersize=5)
+                axis.plot([at - 0.25, at + 0.25], [np.mean(values)] * 2, color=OURS, linewidth=2)
+            everything += values
+        here = [one for one in judged if one.claim.rule.measure == measure]
+        for variant, value in {k: v for one in here for k, v in one.claim.paper.items()}.items():
+            axis.plot(
+                names.index(variant), value, "D", color=PAPERS, markersize=8, fillstyle="none", markeredgewidth=1.8
+            )
+            everything.append(value)
+        above = [value for value in everything if value > 0]
+        if above and len(above) == len(everything) and max(above) > SPAN * min(above):
+            axis.set_yscale("log")
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axis.set_xlim(-0.6, len(names) - 0.4)
+        axis.set_ylabel(LABELS[measure])
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_title("\n".join(f"{one.claim.id}: {one.verdict.word}" for one in here), fontsize=9, loc="left")
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=OURS, marker="o", label="ours, a dot a seed"),
+        Line2D([], [], color=PAPERS, marker="D", fillstyle="none", linestyle="", label="the paper, at its own size"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"{study.stem}: {study.question}", fontsize=10, wrap=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": f"deepseek_jax {__version__}"})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,118 @@
+"""One run, lean: a fixed budget of tokens, its last evaluations and its figures; no checkpoint, export or baseline.
+
+Suffixes: L MoE layers, E experts.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.provenance import provenance
+from deepseek_jax.core.context import Context
+from deepseek_jax.lab.corpus import Corpus
+from deepseek_jax.lab.records import CODE, spec
+from deepseek_jax.lab.study import Setup
+from deepseek_jax.runs.evaluate import evaluate
+from deepseek_jax.runs.feed import Feed
+from deepseek_jax.runs.guards import Skips
+from deepseek_jax.train.begin import begin, fresh
+from deepseek_jax.train.objective import Knobs
+from deepseek_jax.train.schedule import count_steps
+
+POINTS = 20
+# Shares of a run: held-out text is measured at its end, and after so many of its steps; batches are looked at before.
+EVALUATED = (0.92, 0.94, 0.96, 0.98, 1.0)
+BATCHES = (0.7, 0.9)
+MEASURED = ("bits_per_byte", "max_violation_global", "load_divergence", "draft_agreement", "draft_acceptance")
+BY_DOMAIN = ("domains", "domain_agreement", "domain_acceptance")
+WATCHED = ("main", "skipped", "max_violation")
+
+
+def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int], None]) -> dict:
+    """Trains a setup and returns what the run's file holds. ``tell``: is given steps taken and steps of the run.
+
+    "curve": at `POINTS` points (tokens, mean training loss since the one before). "evaluations": after `EVALUATED` of
+    the steps, on the same held-out tokens: bits per byte, of each layer MaxVio of the whole text's load and its
+    divergence between domains, and where there is MTP how its drafts did. Of the last one "by_domain"; "load", int
+    [L, E]; "dead_experts" [L], those without a token. "max_violation_batch" [L]: the mean over the batches of
+    `BATCHES`, in which the router bias should still move. "diverged": None, or at which step too many steps in a row
+    had come to nothing; such a run has no figures.
+    """
+    began = time.monotonic()
+    setup = setup.seeded(seed)
+    recipe, cfg, text = setup.recipe, setup.model, corpus.data
+    ctx = Context(dtype=jnp.dtype(recipe.dtype))
+    batches = text.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
+    held_out = text.held_out(recipe.length)
+    state, step = begin(fresh(cfg, recipe, ctx), recipe, ctx)
+    steps = count_steps(recipe)
+    at = {round(share * steps) for share in EVALUATED}
+    points = {round(steps * n / POINTS) for n in range(1, POINTS + 1)}
+    watched = range(round(BATCHES[0] * steps), round(BATCHES[1] * steps))
+    skips, diverged, tokens = Skips(recipe.max_skipped), None, 0
+    losses, curve, violations, evaluations, last = [], [], [], [], None
+    with closing(batches), Feed(batches, recipe, 0, 0) as feed:
+        for number, fed in enumerate(feed, 1):
+            state, metrics = step(state, fed.batch, Knobs.of(fed.setting))
+            tokens += fed.setting.rows * recipe.length
+            seen = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
+            if skips.see(bool(seen["skipped"])):
+                diverged = number
+                break
+            losses.append(float(seen["main"]))
+            if number in watched and "max_violation" in seen:
+                violations.append(seen["max_violation"])
+            if number in points:
+                curve.append([tokens, round(float(np.mean(losses)), 5)])
+                losses = []
+            if number in at:
+                last = evaluate(state.model, held_out)
+                kept = last.record()
+                evaluations.append({"tokens": tokens} | {name: _rounded(kept[name]) for name in MEASURED})
+            tell(number, steps)
+    figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
+    if diverged is None:
+        load_LE = None if last.load_DLE is None else last.load_DLE.sum(0).tolist()
+        figures = {
+            "curve": curve,
+            "evaluations": evaluations,
+            "by_domain": _rounded({name: getattr(last, name) for name in BY_DOMAIN}),
+            "max_violation_batch": _rounded(np.mean(violations, 0).tolist()) if violations else None,
+            "load": load_LE,
+            "dead_experts": None if load_LE is None else [sum(load == 0 for load in row) for row in load_LE],
+        }
+    size = asdict(counts(cfg))
+    return {
+        "spec": spec(setup, seed),
+        "code": CODE,
+        "corpus": corpus.record(),
+        "seed": seed,
+        "tokens": tokens,
+        "steps": steps,
+        "diverged": diverged,
+        "parameters": {name: size[name] for name in ("total", "activated", "activated_no_embedding")},
+        "held_out_tokens": len(held_out.stream_n) - 1,
+        **figures,
+        "cpu_seconds": round(time.process_time(), 1),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **provenance(),
+        "model": asdict(cfg),
+        "recipe": asdict(recipe),
+    }
+
+
+def _rounded(value):
+    """Floats to five digits after the point, in whatever holds them."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return round(value, 5) if isinstance(value, float) else value

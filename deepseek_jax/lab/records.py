@@ -1,0 +1,93 @@
+"""Runs as files: one JSON a run, written whole at its end, found again by what it trained. Loads no JAX.
+
+A file is called SPEC-CORPUS.json: a hash of model, recipe, text, seed and `CODE`, and one of the tokens that the text
+became. All studies keep their runs in one folder, so that a run that two of them ask for is made once.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_jax.lab.study import Setup, Study, described, digest
+from deepseek_jax.small_files import read_json
+
+# Raised where the package computes something else than before from the same setup: its runs are then others.
+CODE = 1
+
+
+def spec(setup: Setup, seed: int) -> str:
+    """The hash of what a run trains. Two setups that compute the same have one, whatever they are called."""
+    return digest([CODE, described(setup.seeded(seed))])
+
+
+def _last_evaluations(name: str) -> Callable[[dict], float]:
+    def measure(run: dict) -> float:
+        return math.inf if run["diverged"] else float(np.mean([np.mean(e[name]) for e in run["evaluations"]]))
+
+    return measure
+
+
+def _over_layers(name: str) -> Callable[[dict], float]:
+    return lambda run: math.inf if run["diverged"] else float(np.mean(run[name]))
+
+
+# A run's figures by which rules compare; each falls to infinity's side where a run has diverged.
+MEASURES: dict[str, Callable[[dict], float | list]] = {
+    "bits_per_byte": _last_evaluations("bits_per_byte"),
+    "max_violation_global": _last_evaluations("max_violation_global"),
+    "max_violation_batch": _over_layers("max_violation_batch"),
+    "dead_experts": lambda run: math.inf if run["diverged"] else float(np.sum(run["dead_experts"])),
+    "curve": lambda run: run["curve"] or [(0.0, math.inf)],
+}
+LABELS = {
+    "bits_per_byte": "held-out bits per byte",
+    "max_violation_global": "MaxVio, held-out text",
+    "max_violation_batch": "MaxVio, training batches",
+    "dead_experts": "experts never chosen",
+    "curve": "training loss, nats",
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a folder, which need not exist yet."""
+
+    folder: Path
+
+    @cached_property
+    def _by_spec(self) -> dict[str, dict[str, dict]]:
+        """spec -> corpus -> run."""
+        found: dict[str, dict[str, dict]] = {}
+        for path in sorted(self.folder.glob("*-*.json")):
+            run = read_json(path)
+            found.setdefault(run["spec"], {})[run["corpus"]["hash"]] = run
+        return found
+
+    def path(self, setup: Setup, seed: int, corpus: str) -> Path:
+        return self.folder / f"{spec(setup, seed)}-{corpus}.json"
+
+    def of(self, study: Study, scale: str = "cpu") -> dict[tuple[str, int], dict]:
+        """(variant, seed) -> run, of those that a study asks for and that are there.
+
+        Raises ValueError where they were made on more than one corpus: such runs must not be compared.
+        """
+        wanted = {(v, s): spec(study.setup(v, scale), s) for v in study.variants for s in study.seeds}
+        found = {key: self._by_spec.get(name, {}) for key, name in wanted.items()}
+        corpora = sorted({corpus for runs in found.values() for corpus in runs})
+        if len(corpora) > 1:
+            raise ValueError(
+                f"the runs of {study.stem} in {self.folder} are of {len(corpora)} corpora, {', '.join(corpora)}, which "
+                "must not be compared: keep those of one in a folder of their own (--runs)."
+            )
+        return {key: runs[corpora[0]] for key, runs in found.items() if runs}
+
+
+def text(record: dict) -> str:
+    """A run's file, an entry a line. Raises ValueError for figures that are not finite."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,164 @@
+"""A study: a question to a paper, put so that runs can answer it, before the first of them. Loads no JAX.
+
+``experiments/STEM/run.py`` holds one as ``STUDY``. It compares changes of one base, each a field of a config or
+recipe with another value; what follows from the runs say its claims' rules.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.lab.rules import Rule
+from deepseek_jax.train.recipe import Recipe
+
+# Fields without an effect on what a run computes.
+SILENT = {"ModelConfig": {"name"}, "Recipe": {"model", "log_every", "evaluate_every"}}
+SILENT["DataConfig"] = {"workers", "token_folder", "fim_rate", "sample_masks"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run trains, but for its seed. Of ``model.vocab_size`` tokens a tokenizer is trained on ``text``."""
+
+    model: ModelConfig
+    recipe: Recipe
+    text: DataConfig = field(default_factory=DataConfig)
+
+    def seeded(self, seed: int) -> "Setup":
+        return replace(self, recipe=replace(self.recipe, seed=seed))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of a paper. ``id``: its number in the note. ``source``: paper and table. ``expected``: what is
+    expected here, with the paper's numbers. ``paper``: those that the figure shows, variant -> value of the rule's
+    measure. ``mechanism_only``: why the rule could not see what the paper saw; then its outcome is shown, but no
+    verdict is drawn from it."""
+
+    id: str
+    source: str
+    says: str
+    expected: str
+    rule: Rule
+    paper: Mapping[str, float] = field(default_factory=dict)
+    mechanism_only: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """``scales``: the base at each scale; "cpu" is the one that the ledger shows. ``variants``: name -> changes of the
+    base, as `changed` takes them. ``minutes``: of one core, that a run takes at scale "cpu", by estimate.
+
+    Raises ValueError where claims name variants that are not there, or a change does not fit a base.
+    """
+
+    stem: str
+    question: str
+    scales: Mapping[str, Setup]
+    variants: Mapping[str, Mapping[str, Any]]
+    claims: tuple[Claim, ...]
+    minutes: float
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __post_init__(self):
+        for claim in self.claims:
+            if unknown := sorted({*claim.rule.variants, *claim.paper} - set(self.variants)):
+                raise ValueError(f"claim {claim.id} of {self.stem} compares {', '.join(unknown)}: no such variant.")
+        for scale in self.scales:
+            texts = {(s.text, s.model.vocab_size) for s in (self.setup(name, scale) for name in self.variants)}
+            if len(texts) > 1:
+                raise ValueError(
+                    f"variants of {self.stem} learn from other tokens than its base: text must be the same."
+                )
+
+    def setup(self, variant: str, scale: str = "cpu") -> Setup:
+        """A variant's setup; ValueError for names that are not there."""
+        for what, name, known in (("scale", scale, self.scales), ("variant", variant, self.variants)):
+            if name not in known:
+                raise ValueError(f"{self.stem} has no {what} {name!r}; choose one of {', '.join(known)}.")
+        return changed(self.scales[scale], self.variants[variant])
+
+    @property
+    def rule_hash(self) -> str:
+        """Of all that a verdict follows from beside the runs: rules, seeds, variants, bases; words are not in it."""
+        claims = [[c.id, described(c.rule), c.mechanism_only is not None] for c in self.claims]
+        bases = {scale: described(setup) for scale, setup in self.scales.items()}
+        return digest([claims, bases, {n: dict(c) for n, c in self.variants.items()}, list(self.seeds)])
+
+
+def changed(setup: Setup, changes: Mapping[str, Any]) -> Setup:
+    """``setup`` with other values in fields named by their path, such as ``recipe.rate.peak``.
+
+    Raises ValueError for a path that is no field, or a value that does not fit it.
+    """
+    for path, value in changes.items():
+        setup = _replaced(setup, path.split("."), path, value)
+    return setup
+
+
+def _replaced(owner: Any, path: list[str], whole: str, value: Any) -> Any:
+    name, *deeper = path
+    if not is_dataclass(owner) or name not in {f.name for f in fields(owner)}:
+        known = ", ".join(f.name for f in fields(owner)) if is_dataclass(owner) else "none"
+        raise ValueError(f"{whole}: {name!r} is no field there; the fields are {known}.")
+    if deeper:
+        value = _replaced(getattr(owner, name), deeper, whole, value)
+    return replace(owner, **{name: value})
+
+
+def described(value: Any) -> Any:
+    """A dataclass as plain values: its class, and those fields that have not their default value.
+
+    So a field that is added later with a default that changes nothing leaves descriptions, and hashes, as they are.
+    """
+    if is_dataclass(value):
+        found = {"": type(value).__name__}
+        for f in fields(value):
+            if f.name in SILENT.get(found[""], ()):
+                continue
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if (own := getattr(value, f.name)) != default:
+                found[f.name] = described(own)
+        return found
+    if isinstance(value, tuple | list):
+        return [described(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def digest(plain: Any) -> str:
+    """Twelve digits of a hash of plain values."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load(folder: Path, stem: str) -> Study:
+    """The study of ``folder/STEM/run.py``. Raises ValueError where there is none."""
+    path = folder / stem / "run.py"
+    known = ", ".join(stems(folder)) or "none"
+    if not path.is_file():
+        raise ValueError(f"there is no experiment {stem!r} in {folder}; those of the workbench are: {known}.")
+    if not _is_study(path):
+        raise ValueError(f"{path} defines no STUDY and is run by itself: python {path}. The workbench has: {known}.")
+    spec = importlib.util.spec_from_file_location(f"study_{stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.STUDY
+
+
+def stems(folder: Path) -> list[str]:
+    """The stems of all studies in ``folder``. Raises ValueError where it is no folder of experiments."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder: experiments are files of the repository; call this from its folder, or name "
+            "theirs with --folder."
+        )
+    return sorted(path.parent.name for path in folder.glob("*/run.py") if _is_study(path))
+
+
+def _is_study(path: Path) -> bool:
+    return any(line.startswith("STUDY =") for line in path.read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,105 @@
+"""Every study: its variants build and take a step in shapes, one of each compiles, and its registration holds."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.lab.records import MEASURES
+from deepseek_jax.lab.rules import Ordering
+from deepseek_jax.lab.study import Claim, Setup, Study, changed, described, digest, load, stems
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.prepare import check_fit
+from deepseek_jax.train.begin import fresh, prepared
+from deepseek_jax.train.objective import Knobs
+from deepseek_jax.train.schedule import setting
+from deepseek_jax.train.step import start
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STUDIES = {stem: load(EXPERIMENTS, stem) for stem in stems(EXPERIMENTS)}
+SETUPS = [(s, scale, v) for s, study in STUDIES.items() for scale in study.scales for v in study.variants]
+
+
+def step_of(setup: Setup):
+    """A setup's step, and shapes of what it takes."""
+    recipe, ctx = setup.recipe, Context(dtype=jnp.dtype(setup.recipe.dtype))
+    model = jax.eval_shape(partial(fresh, setup.model, recipe, ctx))
+    optimizer, step = prepared(model, recipe, ctx)
+    state = jax.eval_shape(partial(start, optimizer=optimizer, average=recipe.ema_decay > 0), model)
+    shape = (recipe.micro_batches, recipe.pass_rows, recipe.length)
+    return step, (state, {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}, Knobs.of(setting(recipe, 0, 0)))
+
+
+@pytest.mark.parametrize(("stem", "scale", "variant"), SETUPS)
+def test_every_variant_takes_a_step_in_shapes(stem, scale, variant):
+    setup = STUDIES[stem].setup(variant, scale)
+    check_fit(setup.model, setup.recipe, Options())
+    step, arguments = step_of(setup)
+    state, metrics = jax.eval_shape(step, *arguments)
+    assert [a.shape for a in jax.tree.leaves(state)] == [a.shape for a in jax.tree.leaves(arguments[0])]
+    assert {"main", "skipped"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", STUDIES)
+def test_a_variant_of_each_compiles(stem):
+    step, arguments = step_of(STUDIES[stem].setup(next(iter(STUDIES[stem].variants))))
+    assert jax.jit(step, donate_argnums=0).lower(*arguments).compile().memory_analysis() is not None
+
+
+@pytest.mark.parametrize("stem", STUDIES)
+def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(stem):
+    study = STUDIES[stem]
+    assert study.stem == stem
+    assert {claim.rule.measure for claim in study.claims} <= set(MEASURES)
+    assert len({claim.id for claim in study.claims}) == len(study.claims)
+    tokens = {study.setup(name).recipe.tokens for name in study.variants}
+    assert len(tokens) == 1, "variants have other budgets than the base"
+
+
+def test_a_change_is_of_a_field_that_there_is():
+    base = STUDIES["v3_balance"].scales["cpu"]
+    other = changed(base, {"recipe.rate.peak": 1e-3, "model.moe.top_k": 2})
+    assert (other.recipe.rate.peak, other.model.moe.top_k) == (1e-3, 2)
+    assert replace(other, model=base.model, recipe=base.recipe) == base
+    with pytest.raises(ValueError, match=r"recipe.rate.peek: 'peek' is no field there; the fields are peak, warm"):
+        changed(base, {"recipe.rate.peek": 1})
+    with pytest.raises(ValueError, match="no field there; the fields are none"):
+        changed(base, {"recipe.tokens.peak": 1})
+    with pytest.raises(ValueError, match="top_k"):
+        changed(base, {"model.moe.top_k": 99})
+
+
+def test_a_hash_is_of_what_a_run_computes_and_of_nothing_else():
+    base = STUDIES["v3_balance"].scales["cpu"]
+    same = {"model.name": "x", "recipe.log_every": 3, "recipe.evaluate_every": 3, "text.workers": 0}
+    assert digest(described(changed(base, same))) == digest(described(base))
+    others = [base, base.seeded(1), changed(base, {"recipe.bias_speed": 0.1}), changed(base, {"model.moe.scale": 2.0})]
+    assert len({digest(described(one)) for one in others}) == 4
+    # What has its default is left out, so that a new field changes no hash.
+    assert "normalize" not in described(base.model.moe)
+    assert described(base.model.moe)[""] == "MoE"
+
+
+def test_a_study_that_does_not_fit_is_refused():
+    base = STUDIES["v3_balance"].scales["cpu"]
+    claim = Claim("C1", "s", "s", "e", Ordering("bits_per_byte", low="a", high="b"))
+    with pytest.raises(ValueError, match="claim C1 of x compares b: no such variant"):
+        Study("x", "q", {"cpu": base}, {"a": {}}, (claim,), 1)
+    with pytest.raises(ValueError, match="learn from other tokens"):
+        Study("x", "q", {"cpu": base}, {"a": {}, "b": {"model.vocab_size": 512}}, (claim,), 1)
+    with pytest.raises(ValueError, match="x has no variant 'c'; choose one of a, b"):
+        Study("x", "q", {"cpu": base}, {"a": {}, "b": {}}, (claim,), 1).setup("c")
+
+
+def test_what_is_no_study_says_how_it_is_run():
+    with pytest.raises(ValueError, match="is run by itself: python"):
+        load(EXPERIMENTS, "v3_mtp_targets")
+    with pytest.raises(ValueError, match=r"there is no experiment 'nothing' .* calibration, v3_balance"):
+        load(EXPERIMENTS, "nothing")
+    with pytest.raises(ValueError, match="is not a folder"):
+        stems(EXPERIMENTS / "nowhere")

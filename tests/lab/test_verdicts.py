@@ -1,0 +1,195 @@
+"""Runs as files, and what follows from them: found by what was trained, never mixed, judged when all are there."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepseek_jax.cli.main import main
+from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
+from deepseek_jax.lab.records import MEASURES, Runs, spec, text
+from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
+from deepseek_jax.lab.study import load
+from deepseek_jax.lab.verdicts import judge, ledger, table
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STUDY = load(EXPERIMENTS, "v3_balance")
+# What 2408.15664 found, in the order of its balance: MaxVio of held-out text.
+BALANCE = {"none": 2.5, "aux-1e-3": 0.7, "aux-1e-2": 0.2, "sign-3e-3": 0.1, "sign-1e-2": 0.15}
+
+
+def record(variant: str, seed: int, corpus: str = "aaaa", bits: float = 1.5) -> dict:
+    """A run's file with made-up figures."""
+    balance = BALANCE[variant] * (1 + 0.01 * seed)
+    evaluation = {"bits_per_byte": bits + 0.01 * seed, "max_violation_global": [balance, balance], "tokens": 1}
+    return {
+        "spec": spec(STUDY.setup(variant), seed),
+        "corpus": {"hash": corpus, "python": "3.11.0"},
+        "seed": seed,
+        "diverged": None,
+        "curve": [[1, 2.0]],
+        "evaluations": [evaluation] * 5,
+        "max_violation_batch": [balance, balance],
+        "dead_experts": [0, 1],
+        "cpu_seconds": 60.0,
+        "date": "2027-01-02",
+    }
+
+
+def write(folder: Path, *records: dict) -> Runs:
+    folder.mkdir(exist_ok=True)
+    for one in records:
+        (folder / f"{one['spec']}-{one['corpus']['hash']}.json").write_text(text(one))
+    return Runs(folder)
+
+
+@pytest.fixture
+def whole(tmp_path) -> Runs:
+    """The runs of every variant and seed."""
+    return write(tmp_path / "runs", *(record(v, s) for v in STUDY.variants for s in STUDY.seeds))
+
+
+def test_a_file_is_json_an_entry_a_line_and_holds_no_infinity():
+    lines = text({"a": [1.5, 2], "b": None}).splitlines()
+    assert lines == ["{", '"a": [1.5, 2],', '"b": null', "}"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        text({"a": math.inf})
+
+
+def test_runs_are_found_by_what_they_trained(whole):
+    found = whole.of(STUDY)
+    assert len(found) == 25
+    assert found["none", 3]["evaluations"][0]["max_violation_global"] == pytest.approx([2.575, 2.575])
+    assert whole.path(STUDY.setup("none"), 3, "aaaa").is_file()
+    # The calibration's base is this study's variant of the sign rule: one run serves both.
+    calibration = load(EXPERIMENTS, "calibration")
+    assert set(whole.of(calibration)) == {("base", seed) for seed in range(5)}
+
+
+def test_corpora_are_not_mixed(tmp_path):
+    runs = write(tmp_path / "runs", record("none", 0), record("sign-3e-3", 0, corpus="bbbb"))
+    with pytest.raises(ValueError, match="of 2 corpora, aaaa, bbbb, which must not be compared"):
+        runs.of(STUDY)
+    (tmp_path / "runs" / runs.path(STUDY.setup("sign-3e-3"), 0, "bbbb").name).unlink()
+    check_corpus(STUDY, Runs(runs.folder), {"hash": "aaaa", "python": "3.11.0"}, "cpu")
+    with pytest.raises(
+        ValueError, match=r"made on the corpus aaaa of Python 3.11.0, and the text here, of Python 3.12"
+    ):
+        check_corpus(STUDY, Runs(runs.folder), {"hash": "bbbb", "python": "3.12.0"}, "cpu")
+
+
+def test_only_what_is_missing_is_made_seed_by_seed(tmp_path):
+    runs = write(tmp_path / "runs", record("none", 0), record("sign-3e-3", 1))
+    wanted = asked(STUDY, ("none", "sign-3e-3"), 2, "cpu")
+    found = tasks(wanted, runs, "aaaa", {"study": "v3_balance"}, "v3_balance")
+    assert [(task.label, task.about["asked"]["variant"]) for task in found] == [
+        ("v3_balance, sign-3e-3, seed 0", "sign-3e-3"),
+        ("v3_balance, none, seed 1", "none"),
+    ]
+    assert len(tasks(wanted, runs, "bbbb", {}, "x")) == 4
+    assert len(asked(STUDY, (), None, "cpu")) == 25
+    assert asked(STUDY, (), 0, "cpu") == []
+    with pytest.raises(ValueError, match="registered with 5 seeds, and --seeds 6"):
+        asked(STUDY, (), 6, "cpu")
+    with pytest.raises(ValueError, match="no variant 'nun'; choose one of none, aux"):
+        asked(STUDY, ("nun",), None, "cpu")
+
+
+def test_a_study_is_judged_when_its_runs_are_there(whole):
+    words = {one.claim.id: one.verdict.word for one in judge(STUDY, whole.of(STUDY))}
+    assert words == {"C3": REPRODUCED, "C4": REPRODUCED, "C5": REPRODUCED, "C6": REPRODUCED, "C7": MECHANISM}
+    whole.path(STUDY.setup("aux-1e-2"), 4, "aaaa").unlink()
+    judged = {one.claim.id: one for one in judge(STUDY, Runs(whole.folder).of(STUDY))}
+    assert (judged["C3"].verdict.word, judged["C5"].verdict.word) == (REPRODUCED, OPEN)
+    assert judged["C5"].verdict.why == "24 of 25 runs are there"
+    # Where a claim is of the mechanism only, what was seen is told with what could have been seen.
+    assert "detectable" in judge(STUDY, whole.of(STUDY))[-1].verdict.why
+
+
+def test_the_paper_may_be_wrong(tmp_path):
+    worst = {"sign-3e-3": "none", "none": "sign-3e-3"}
+    records = [record(worst.get(v, v), s) | {"spec": spec(STUDY.setup(v), s)} for v in STUDY.variants for s in range(5)]
+    words = [one.verdict.word for one in judge(STUDY, write(tmp_path / "runs", *records).of(STUDY))]
+    assert words == [OPPOSITE, OPPOSITE, OPPOSITE, OPPOSITE, MECHANISM]
+
+
+def test_a_run_that_diverged_is_the_worst_of_all():
+    gone = record("none", 0) | {"diverged": 17, "evaluations": [], "curve": [], "max_violation_batch": None}
+    assert [MEASURES[name](gone) for name in MEASURES if name != "curve"] == [math.inf] * 4
+
+
+def test_tables_and_ledger_say_what_there_is(whole):
+    rows = table(STUDY, whole.of(STUDY))
+    assert rows[0][:3] == ["variant", "runs", "MaxVio, held-out text"]
+    assert rows[1][:3] == ["none", "5", "2.55 (SD 0.04)"]
+    lines = ledger([STUDY], whole)
+    assert [line[1] for line in lines] == ["C3", "C4", "C5", "C6", "C7"]
+    assert lines[0][-1] == "10 of 10 runs, 10 CPU minutes, 2027-01-02 to 2027-01-02"
+
+
+def test_the_hash_of_a_rule_is_of_all_that_a_verdict_follows_from():
+    words = replace(STUDY, question="?", minutes=9)
+    assert words.rule_hash == STUDY.rule_hash
+    others = [
+        replace(STUDY, seeds=(0, 1, 2)),
+        replace(STUDY, claims=STUDY.claims[1:]),
+        replace(STUDY, claims=(replace(STUDY.claims[0], mechanism_only="?"), *STUDY.claims[1:])),
+        replace(
+            STUDY, claims=(replace(STUDY.claims[0], rule=replace(STUDY.claims[0].rule, factor=3.0)), *STUDY.claims[1:])
+        ),
+        replace(STUDY, variants=STUDY.variants | {"more": {"recipe.bias_speed": 0.5}}),
+    ]
+    assert len({study.rule_hash for study in (STUDY, *others)}) == 6
+
+
+def test_a_rule_that_is_not_committed_is_for_trials_only(tmp_path):
+    (tmp_path / "v3_balance").mkdir()
+    (tmp_path / "v3_balance" / "run.py").write_text("")
+    assert rule(STUDY, tmp_path, trial=True) == {
+        "study": "v3_balance",
+        "rule": STUDY.rule_hash,
+        "rule_commit": None,
+    }
+    with pytest.raises(ValueError, match="is not committed as it stands: commit it before its first run"):
+        rule(STUDY, tmp_path, trial=False)
+
+
+def test_the_command_judges_and_draws_what_is_there(whole, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["--seeds", "0", "--folder", str(EXPERIMENTS), "--runs", str(whole.folder), "--json", str(out)]
+    assert main(["experiment", "v3_balance", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert str(whole.folder / "figure.png") in shown.replace("\n", "")
+    assert (whole.folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(out.read_text())
+    assert found["claims"]["C4"]["verdict"] == REPRODUCED
+    assert found["variants"][0]["MaxVio, held-out text"] == "2.55 (SD 0.04)"
+    assert not list(whole.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "STEM is missing; there are calibration, v3_balance"),
+        (["v3_balance", "--list"], "--list shows all experiments"),
+        (["v3_balance", "--seeds", "7"], "registered with 5 seeds"),
+        (["v3_balance", "--variants", "nun"], "no variant 'nun'"),
+        (["v3_mtp_targets"], "is run by itself"),
+        (["calibration", "--scale", "gpu"], "calibration has no scale 'gpu'; choose one of cpu."),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys):
+    assert main(["experiment", *arguments, "--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "runs")]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_list_is_the_ledger(capsys, tmp_path):
+    assert main(["experiment", "--list", "--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "none")]) == 0
+    shown = capsys.readouterr().out
+    assert "calibration" in shown
+    assert "mechanism only" in shown.replace("\n", " ")
