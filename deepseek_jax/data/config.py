@@ -6,17 +6,21 @@ from pathlib import Path
 
 from tyro.conf import Fixed, UseAppendAction
 
-STDLIB = "stdlib"
+from deepseek_jax.data.tasks import Task, parse_task
+
+STDLIB, TASK = "stdlib", "task:"
 SPELLING = re.compile(r"(?:(?P<label>[\w.-]+)=)?(?P<path>.+?)(?:@(?P<weight>\d+(?:\.\d*)?(?:e-?\d+)?))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source of text: ``path`` None is the standard library; ``weight`` None: none was given."""
+    """One source of text: ``task``, or ``path``, which is None for the standard library; ``weight`` None: none was
+    given."""
 
     label: str
     path: Path | None
     weight: float | None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,11 @@ class DataConfig:
 
     data: UseAppendAction[tuple[str, ...]] = ()
     """A source of text, PATH, LABEL=PATH or LABEL=PATH@WEIGHT: a text file, .jsonl, .jsonl.zst or .parquet, or a folder
-    of such files; the word stdlib is the running Python's standard library, and the default. Give it once for each
-    source. The weight is the share of the rows drawn from it, relative to the others; without weights, sources are
-    drawn by their size. The label names the domain that held-out text is measured under."""
+    of such files; the word stdlib is the running Python's standard library, and the default; task:NAME is a generated
+    task, passkey, recall, copy or addition, with settings as in task:addition,digits=4,steps=true,documents=50000,
+    which deepseek_jax/data/tasks.py explains. Give it once for each source. The weight is the share of the rows drawn
+    from it, relative to the others; without weights, sources are drawn by their size. The label names the domain that
+    held-out text is measured under."""
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     fim_rate: Fixed[float] = 0.1
@@ -79,7 +85,7 @@ def parse_source(spelled: str) -> SourceSpec:
     """Reads ``PATH``, ``LABEL=PATH`` or ``LABEL=PATH@WEIGHT``; what exists as a path is one, whatever its characters.
 
     Raises:
-        ValueError: an empty path, or a weight of 0.
+        ValueError: an empty path, a weight of 0, or a task that cannot be.
     """
     if spelled != STDLIB and spelled and Path(spelled).exists():
         return SourceSpec(_stem(Path(spelled)), Path(spelled), None)
@@ -89,6 +95,9 @@ def parse_source(spelled: str) -> SourceSpec:
     label, path, weight = match["label"], match["path"], match["weight"]
     if weight is not None and float(weight) <= 0:
         raise ValueError(f"The weight of {spelled!r} must be above 0: leave the source out to draw nothing from it.")
+    if path.startswith(TASK):
+        task = parse_task(path.removeprefix(TASK))
+        return SourceSpec(label or task.name, None, None if weight is None else float(weight), task)
     found = None if path == STDLIB else Path(path)
     return SourceSpec(label or _stem(found), found, None if weight is None else float(weight))
 

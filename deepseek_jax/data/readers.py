@@ -1,4 +1,4 @@
-"""Documents from text files, folders and the standard library, one at a time; `records.py` reads lines and rows.
+"""Documents from text files, folders, the standard library and generated tasks; `records.py` reads lines and rows.
 
 A folder's files are read in the order of their relative paths. A text file of a folder is a document; a text file
 given by itself, or one above ``LARGEST_TEXT``, is cut at line ends into documents of about 16 KiB, ``file#0``,
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_jax.data.config import SourceSpec
+from deepseek_jax.data.config import TASK, SourceSpec
 from deepseek_jax.data.damage import Damage
 from deepseek_jax.data.records import LINES, PARQUET, ZSTD_LINES, Record, json_lines, parquet_rows, zstd_json_lines
+from deepseek_jax.data.tasks import Task
 
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 # Not the library's own source text: installed packages, caches, compiled modules.
@@ -36,7 +37,7 @@ class Document:
 @dataclass(frozen=True)
 class Source:
     """A source whose files are listed: ``files`` are relative to ``root``, sorted, with forward slashes; ``kind``
-    says how they are read."""
+    says how they are read. Of a ``task`` there are no files, and ``kind`` has its settings."""
 
     label: str
     title: str
@@ -45,6 +46,7 @@ class Source:
     text_field: str
     kind: str
     broken_links: tuple[str, ...] = ()
+    task: Task | None = None
 
 
 def open_source(spec: SourceSpec, text_field: str = "text") -> Source:
@@ -57,6 +59,9 @@ def open_source(spec: SourceSpec, text_field: str = "text") -> Source:
         FileNotFoundError: nothing stands at the path.
         ValueError: this Python carries no readable standard library (a frozen or zipped one).
     """
+    if spec.task is not None:
+        kind = f"{TASK}{spec.task.spelled}"
+        return Source(spec.label, kind, Path(), (), text_field, kind, task=spec.task)
     if spec.path is None:
         root = Path(sysconfig.get_path("stdlib"))
         found = _walk(root, TEST_FOLDERS | OTHER_FOLDERS) if root.is_dir() else []
@@ -87,6 +92,11 @@ def read_documents(source: Source, damage: Damage) -> Iterator[Document]:
         OSError: a file cannot be opened or read.
         ValueError: a package that a file's format needs is not installed, or a Parquet file has no such column.
     """
+    if source.task is not None:
+        for number, text in enumerate(source.task.training()):
+            damage.records += 1
+            damage.source_bytes += len(text)
+            yield Document(f"{source.task.name}#{number}", text)
     for name in source.broken_links:
         damage.leave_out(f"{name} (broken link)")
     for name in source.files:

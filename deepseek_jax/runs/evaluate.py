@@ -3,6 +3,7 @@
 Suffixes: W windows, B windows a batch, T tokens, V vocabulary, D domains, L MoE layers, E experts; T2 stands for T - 2.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,6 +85,17 @@ def _measured(model: Transformer, tokens_BT, segments_BT, domain_BT, routing, do
     return nats_BT, load_DLE, same_BT, accepted_BT
 
 
+def in_batches(ctx: Context, **arrays: np.ndarray) -> Iterator[dict[str, jax.Array]]:
+    """Arrays int [W, T] in batches of rows where ``ctx`` computes them; the last one is filled up with zeros."""
+    groups, count = row_share(ctx)
+    size = -(-WINDOWS_A_BATCH // count) * count
+    missing = -len(next(iter(arrays.values()))) % size
+    padded = {name: np.pad(a, ((0, missing), (0, 0))) for name, a in arrays.items()}
+    own = (np.asarray(groups)[:, None] * (size // count) + np.arange(size // count)).reshape(-1)
+    for start in range(0, len(next(iter(padded.values()))), size):
+        yield place_batch({name: a[start + own] for name, a in padded.items()}, ctx)
+
+
 def evaluate(
     model: Transformer, held_out: HeldOut, ctx: Context = DEFAULT, routing: KnockOut | None = None
 ) -> Evaluation:
@@ -93,20 +105,12 @@ def evaluate(
 
     On a mesh each device computes its part of a batch of windows, and every process gets the figures.
     """
-    windows, segments, domains = held_out.windows_WT, held_out.segments_WT, held_out.domain_WT
+    segments, domains = held_out.segments_WT, held_out.domain_WT
     n_domains = max(1, len(held_out.domains))
-    groups, count = row_share(ctx)
-    size = -(-WINDOWS_A_BATCH // count) * count
-    missing = -len(windows) % size
-    windows, segments, domains = (np.pad(a, ((0, missing), (0, 0))) for a in (windows, segments, domains))
-    own = (np.asarray(groups)[:, None] * (size // count) + np.arange(size // count)).reshape(-1)
     if routing is not None:
         check_knock_out(model.cfg, routing)
     nats, load_DLE, drafts = [], None, []
-    for start in range(0, len(windows), size):
-        rows = start + own
-        batch = {"tokens": windows[rows], "segments": segments[rows], "domains": domains[rows]}
-        batch = place_batch(batch, ctx)
+    for batch in in_batches(ctx, tokens=held_out.windows_WT, segments=segments, domains=domains):
         given = (batch["tokens"], batch["segments"], batch["domains"], routing)
         n, load, *draft = _score(model, *given, domains=n_domains, ctx=ctx)
         nats.append(np.asarray(n, np.float64))
@@ -116,7 +120,7 @@ def evaluate(
     scores_n1 = held_out.scores(np.concatenate(nats)[: len(held_out.windows_WT)])
     agreement, acceptance = (None, {}), (None, {})
     if model.cfg.mtp_depth:
-        same_WT2, accepted_WT2 = (np.concatenate(parts) for parts in zip(*drafts, strict=True))
+        same_WT2, accepted_WT2 = (np.concatenate(parts)[: len(segments)] for parts in zip(*drafts, strict=True))
         real_WT2 = (segments[:, 2:] != 0) & (segments[:, 2:] == segments[:, :-2])
         domain = domains[:, 2:][real_WT2]
         agreement = _shares(same_WT2[real_WT2], domain, held_out.domains)
