@@ -208,9 +208,9 @@ def test_commands_load_no_jax():
     assert loaded_by(code, {"jax", "flax", "orbax", "grain", "torch", "transformers"}) == set()
 
 
-def test_loading_the_public_api_loads_no_torch():
+def test_loading_the_public_api_loads_neither_torch_nor_pallas():
     code = "import deepseek_jax as dsj\nfor n in dsj.__all__: getattr(dsj, n)"
-    assert loaded_by(code, {"torch", "transformers"}) == set()
+    assert loaded_by(code, {"torch", "transformers", "jax.experimental.pallas"}) == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

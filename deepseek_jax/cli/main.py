@@ -5,6 +5,7 @@ Nothing here, and nothing a command imports at its top, loads JAX, so that help 
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return _run(list(argv))
     from deepseek_jax.cli.interrupts import Interrupts
 
+    # A start makes a million objects that stay; looking through them again and again would take a tenth of it.
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     argv = sys.argv[1:]
     with Interrupts(" ".join(["deepseek-jax", *(word for word in argv[:1] if word in COMMANDS)])):
         return _run(argv)

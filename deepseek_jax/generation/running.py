@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.context import Context
@@ -94,7 +93,7 @@ def begun(
         done=np.arange(batch) >= rows,
         offered=np.int32(0),
         q=np.zeros((batch, depth, cfg.vocab_size), np.float32),
-        recent=jnp.zeros((batch, max(depth - 1, 0), cfg.dim), dtype),
+        recent=np.zeros((batch, max(depth - 1, 0), cfg.dim), dtype),
         drafted=np.zeros(batch, np.int32),
         accepted=np.zeros(batch, np.int32),
     )

@@ -47,8 +47,12 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, seed) -> Samplin
         "min_p": _rows("min_p", min_p, batch, np.float32, 0, 1.5, "in [0, 1]", last=1),
     }
     seeds = _rows("seed", seed, batch, np.uint32, 0, 2**32, "an integer in [0, 2**32)")
-    key = jax.vmap(lambda s, row: jax.random.fold_in(jax.random.key(s), row))(seeds, np.arange(batch))
-    return Sampling(key=key, **{name: jnp.asarray(value) for name, value in values.items()})
+    return Sampling(key=_keys(seeds), **values)
+
+
+@jax.jit
+def _keys(seed_B: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_B, jnp.arange(len(seed_B)))
 
 
 def _rows(name: str, value, batch: int, dtype, low, below, meaning: str, last=None) -> np.ndarray:

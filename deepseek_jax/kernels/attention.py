@@ -11,8 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from deepseek_jax.kernels.platform import one_pass
 
@@ -59,11 +57,15 @@ _attend.defvjp(_forward, _backward)
 
 
 def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, fused: bool, interpret: bool) -> jax.Array:
+    # Pallas takes a tenth of a second, which a command on a CPU need not wait for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     T, N, G = *q_BTNK.shape[1:3], k_BTGK.shape[2]
     kernel = splash.make_splash_mqa if G == 1 else splash.make_splash_mha
     attend = kernel(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
-        block_sizes=_blocks(T, q_BTNK.shape[-1], fused),
+        block_sizes=splash.BlockSizes(**_blocks(T, q_BTNK.shape[-1], fused)),
         # With its sums, which the backward pass needs and `remat` may keep.
         residual_checkpoint_name="core",
         head_shards=1,
@@ -83,8 +85,8 @@ def _splash(q_BTNK, k_BTGK, v_BTGV, segment_BT, scale: float, fused: bool, inter
     return o_BTNV if segment_BT is None else jnp.where(segment_BT[..., None, None] != 0, o_BTNV, 0)
 
 
-def _blocks(T: int, key_dim: int, fused: bool) -> splash.BlockSizes:
-    """Block sizes for rows of T tokens.
+def _blocks(T: int, key_dim: int, fused: bool) -> dict[str, int | bool | None]:
+    """Block sizes for rows of T tokens, by their names in splash attention.
 
     ``fused``: the backward pass is one kernel, which computes the probabilities once and holds a partial gradient of
     the queries for every block of keys; else, and where these would be more than `PARTIAL_GRADIENTS`, it is two
@@ -92,14 +94,14 @@ def _blocks(T: int, key_dim: int, fused: bool) -> splash.BlockSizes:
     """
     block, compute = math.gcd(T, WIDE_BLOCK if key_dim > WIDE else BLOCK), math.gcd(T, COMPUTE)
     fused = fused and T // block <= PARTIAL_GRADIENTS
-    return splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=compute,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=compute,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
-        use_fused_bwd_kernel=fused,
-    )
+    return {
+        "block_q": block,
+        "block_kv": block,
+        "block_kv_compute": compute,
+        "block_q_dkv": block,
+        "block_kv_dkv": block,
+        "block_kv_dkv_compute": compute,
+        "block_q_dq": None if fused else block,
+        "block_kv_dq": None if fused else block,
+        "use_fused_bwd_kernel": fused,
+    }

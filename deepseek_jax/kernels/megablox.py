@@ -7,7 +7,6 @@ Suffixes: M rows sorted by group, E groups, D and Z widths.
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from deepseek_jax.kernels.attention import LANES
 from deepseek_jax.kernels.platform import one_pass
@@ -22,6 +21,9 @@ def grouped_matmul(x_MD, w_EDZ, sizes_E, transpose: bool = False, interpret: boo
 
     Rows beyond the groups hold anything, NaN included.
     """
+    # Late, as in `attention`.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
     x_pad, tiles = _tiled(x_MD, w_EDZ.shape[1 if transpose else 2])
     with one_pass(x_MD.dtype):
         y_pad = gmm(x_pad, w_EDZ, sizes_E, x_MD.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
@@ -30,6 +32,8 @@ def grouped_matmul(x_MD, w_EDZ, sizes_E, transpose: bool = False, interpret: boo
 
 def grouped_outer(x_MD, y_MZ, sizes_E, dtype, interpret: bool = False) -> jax.Array:
     """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32; zero for a group of no rows."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     x_pad, tiles = _tiled(x_MD, y_MZ.shape[1])
     y_pad, _ = _tiled(y_MZ, 1)
     with one_pass(x_MD.dtype):
