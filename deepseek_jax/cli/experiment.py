@@ -1,6 +1,7 @@
 """``deepseek-jax experiment``: a paper's claim, put to the test: missing runs, verdicts, a figure; the ledger."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,12 +66,13 @@ class Experiment:
 
     def _make(self, study, runs) -> None:
         from deepseek_jax.cli.running import make
-        from deepseek_jax.lab.asked import asked, rule
+        from deepseek_jax.lab.asked import asked, check_corpus, rule
 
         wanted = asked(study, self.variants, self.seeds, self.scale)
         if wanted:
             about = rule(study, self.folder, trial=self.runs is not None) | {"scale": self.scale}
-            make(study, wanted, runs, about, scale=self.scale, processes=self.processes)
+            same = partial(check_corpus, study, runs, scale=self.scale)
+            make(study.stem, wanted, runs, about, scale=self.scale, processes=self.processes, check=same)
 
     def _show(self, study, runs) -> None:
         from rich.table import Table

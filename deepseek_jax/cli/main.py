@@ -26,10 +26,11 @@ COMMANDS = {
     "train": ("Train", "train a model from scratch on real text"),
     "plot": ("Plot", "a run's metrics as images"),
     "experiment": ("Experiment", "put a paper's claim to the test: its runs, verdicts and figure; the ledger"),
+    "sweep": ("Sweep", "a grid over fields of an experiment's base, to find settings"),
     "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("serve", "rl", "distill", "sweep")
+NOT_BUILT = ("serve", "rl", "distill")
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

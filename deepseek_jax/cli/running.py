@@ -1,14 +1,18 @@
 """Runs of the workbench made while somebody watches: the corpus, processes side by side, progress and time left."""
 
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deepseek_jax.cli.programs import keep_programs
-from deepseek_jax.lab.asked import check_corpus, tasks
+from deepseek_jax.lab.asked import tasks
+from deepseek_jax.lab.records import Runs
+from deepseek_jax.lab.study import Setup
 from deepseek_jax.lab.workers import Task, View, carry_out_all
 from deepseek_jax.train.schedule import count_steps
 
@@ -45,9 +49,20 @@ class Watch(View):
         self.bars.console.print(f"{done}; {self.ended_runs} of {self.count}, about {left:.0f} min left", soft_wrap=True)
 
 
-def make(study, wanted, runs, about: dict, *, scale: str, processes: int | None) -> None:
-    """Makes the runs of ``wanted`` that are not there. ``about``: what their files say of who asked for them."""
-    import os
+def make(
+    title: str,
+    wanted: list[tuple[str, int, Setup]],
+    runs: Runs,
+    about: dict,
+    *,
+    scale: str,
+    processes: int | None,
+    check: Callable[[dict], None] = lambda corpus: None,
+) -> str:
+    """Makes the runs of ``wanted`` that are not there, and returns the hash of the corpus that is here.
+
+    ``about``: what their files say of who asked for them. ``check``: is shown the corpus before anything is trained.
+    """
 
     import jax
 
@@ -60,10 +75,10 @@ def make(study, wanted, runs, about: dict, *, scale: str, processes: int | None)
         processes = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) if one_thread else 1
     home = default_home()
     text = corpus(wanted[0][2], home, lambda line: print(line, file=sys.stderr)).record()
-    check_corpus(study, runs, text, scale)
-    missing = tasks(wanted, runs, text["hash"], about, study.stem)
+    check(text)
+    missing = tasks(wanted, runs, text["hash"], about, title)
     if not missing:
-        return
+        return text["hash"]
     runs.folder.mkdir(parents=True, exist_ok=True)
     keep_programs()
     watch = Watch(missing)
@@ -76,3 +91,4 @@ def make(study, wanted, runs, about: dict, *, scale: str, processes: int | None)
             cache=jax.config.jax_compilation_cache_dir,
             view=watch,
         )
+    return text["hash"]

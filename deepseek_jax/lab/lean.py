@@ -45,7 +45,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     `BATCHES`, in which the router bias should still move. "diverged": None, or at which step too many steps in a row
     had come to nothing; such a run has no figures.
     """
-    began = time.monotonic()
+    began, origin = time.monotonic(), provenance()
     setup = setup.seeded(seed)
     recipe, cfg, text = setup.recipe, setup.model, corpus.data
     ctx = Context(dtype=jnp.dtype(recipe.dtype))
@@ -103,7 +103,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
         "cpu_seconds": round(time.process_time(), 1),
         "wall_seconds": round(time.monotonic() - began, 1),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **provenance(),
+        **origin,
         "model": asdict(cfg),
         "recipe": asdict(recipe),
     }

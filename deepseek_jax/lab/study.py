@@ -7,7 +7,7 @@ recipe with another value; what follows from the runs say its claims' rules.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,28 @@ class Study:
             if unknown := sorted({*claim.rule.variants, *claim.paper} - set(self.variants)):
                 raise ValueError(f"claim {claim.id} of {self.stem} compares {', '.join(unknown)}: no such variant.")
         for scale in self.scales:
-            texts = {(s.text, s.model.vocab_size) for s in (self.setup(name, scale) for name in self.variants)}
-            if len(texts) > 1:
-                raise ValueError(
-                    f"variants of {self.stem} learn from other tokens than its base: text must be the same."
-                )
+            self.check_text([self.base(scale), *(self.setup(name, scale) for name in self.variants)])
+
+    def check_text(self, setups: Iterable[Setup]) -> None:
+        """Raises ValueError for setups that learn from different tokens, which must not be compared."""
+        if len({(setup.text, setup.model.vocab_size) for setup in setups}) > 1:
+            raise ValueError(
+                f"what is compared on {self.stem}'s base must learn from the same tokens: neither text nor vocabulary "
+                "may differ."
+            )
+
+    def base(self, scale: str = "cpu") -> Setup:
+        """What the variants are changes of; ValueError for a scale that is not there."""
+        if scale not in self.scales:
+            raise ValueError(f"{self.stem} has no scale {scale!r}; choose one of {', '.join(self.scales)}.")
+        return self.scales[scale]
 
     def setup(self, variant: str, scale: str = "cpu") -> Setup:
         """A variant's setup; ValueError for names that are not there."""
-        for what, name, known in (("scale", scale, self.scales), ("variant", variant, self.variants)):
-            if name not in known:
-                raise ValueError(f"{self.stem} has no {what} {name!r}; choose one of {', '.join(known)}.")
-        return changed(self.scales[scale], self.variants[variant])
+        base = self.base(scale)
+        if variant not in self.variants:
+            raise ValueError(f"{self.stem} has no variant {variant!r}; choose one of {', '.join(self.variants)}.")
+        return changed(base, self.variants[variant])
 
     @property
     def rule_hash(self) -> str:

@@ -88,7 +88,7 @@ def test_version(capsys):
     ("arguments", "message"),
     [
         (["sumary"], "deepseek-jax: there is no command 'sumary'; the commands are demo, summary,"),
-        (["sweep", "x"], "deepseek-jax sweep: this command is not built yet."),
+        (["distill", "x"], "deepseek-jax distill: this command is not built yet."),
         (["summary"], "MODEL"),
         (["summary", "tiny-v3", "--context", "long"], "--context"),
         (["summary", "tiny-v3", "--contxt", "3"], "--contxt"),

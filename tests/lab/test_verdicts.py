@@ -180,7 +180,9 @@ def test_the_command_judges_and_draws_what_is_there(whole, tmp_path, capsys):
         (["calibration", "--scale", "gpu"], "calibration has no scale 'gpu'; choose one of cpu."),
     ],
 )
-def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys):
+def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    # Whatever is not refused would train for minutes.
+    monkeypatch.setattr("deepseek_jax.cli.running.make", None)
     assert main(["experiment", *arguments, "--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "runs")]) == 1
     captured = capsys.readouterr()
     assert message in captured.err
