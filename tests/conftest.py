@@ -24,11 +24,10 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
+from memory_maps import forget_programs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-MAPS = Path("/proc/self/maps")
 
 
 def pytest_sessionfinish():
@@ -38,10 +37,8 @@ def pytest_sessionfinish():
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Every compiled program takes some hundred memory maps, of which Linux gives a process 65,530."""
     yield
-    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 25_000:
-        jax.clear_caches()
+    forget_programs()
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,8 @@ def test_every_character_is_cut_as_tiktoken_cuts_it(tmp_path):
     many = [f"a{c}A {c}1{c}汉{c} " for c in codes]
     for part in [many[i : i + 50_000] for i in range(0, len(many), 50_000)]:
         for text, ids in zip(part, ours.encode_batch(part), strict=True):
-            assert ids == theirs.encode(text, allowed_special="all")
+            # No control tokens are among these, and without a search for them theirs is ten times as fast.
+            assert ids == theirs.encode_ordinary(text)
 
 
 def test_reserved_ids_have_the_names_of_the_code_as_far_as_the_model_has_rows(tmp_path):
