@@ -20,8 +20,8 @@ from deepseek_jax.parallel.shardings import activation_sharding
 
 # Tokens of a prompt that one prefill call feeds, and decoding steps that one call runs on the device.
 CHUNK = 128
-# What a call feeds that has all the rest of the prompt: few sizes, since each is a program.
-SHORT = (32, 64)
+# What a call feeds where two such calls have all that is to be fed, as a chat's next question: padding is paid for.
+SHORT = 32
 STEPS = 32
 # Seconds that a reader may wait for the next tokens, where a step does not take longer.
 LIVELY = 0.1
@@ -129,7 +129,7 @@ class Generation(Iterator[list[list[int]]]):
         if self._done.all() or self._state is None:
             raise StopIteration
         end = int(self._lengths.max()) - 1
-        chunk = next((n for n in SHORT if end - self._fed <= n < self._chunk), self._chunk)
+        chunk = min(SHORT, self._chunk) if end - self._fed <= 2 * SHORT else self._chunk
         for start in range(self._fed, end, chunk):
             self._state = self._prefill(self._model, self._state, np.int32(start), chunk=chunk, **self._static)
             self._fed = start + chunk
