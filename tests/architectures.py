@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tiny import tiny_config
 
-from deepseek_jax.configs.schema import GQA, Llama3, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.schema import GQA, Indexer, Llama3, ModelConfig, MoE, Rope, Yarn
 
 SOFTMAX = MoE(8, 3, 48, n_shared=2, normalize=False, score="softmax", group_score="max", bias=False)
 
@@ -21,7 +21,12 @@ def _mla(moe: MoE, **changes) -> ModelConfig:
     return tiny_config(attention=attention, moe=moe, mtp_depth=0, model_type="deepseek_v2")
 
 
+def _indexed(indexer: Indexer) -> ModelConfig:
+    return tiny_config(attention=replace(tiny_config().attention, indexer=indexer), model_type="deepseek_v32")
+
+
 ARCHITECTURES = {
+    "v3.2": _indexed(Indexer(n_heads=16, head_dim=16, top_k=24)),
     "distill-qwen": _dense(GQA(4, 2, 16, bias=True), "qwen2"),
     "distill-qwen, tied, yarn": _dense(
         GQA(4, 1, 16, bias=True, rope=Rope(1e6, Yarn(4.0, 64, mscale=0.0, mscale_all_dim=0.0), False)),

@@ -49,7 +49,11 @@ def _rope(rope) -> dict:
 def _attention(attention) -> dict:
     if isinstance(attention, GQA):
         return {"num_key_value_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
-    return {
+    chosen = {}
+    if attention.indexer is not None:
+        names = {"index_n_heads": "n_heads", "index_head_dim": "head_dim", "index_topk": "top_k"}
+        chosen = {theirs: getattr(attention.indexer, ours) for theirs, ours in names.items()}
+    return chosen | {
         "num_key_value_heads": attention.n_heads,
         "q_lora_rank": attention.q_rank,
         "kv_lora_rank": attention.kv_rank,
@@ -138,6 +142,13 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
             put(f"{name}.self_attn.kv_a_proj_with_mqa.weight", attn.kv_a, flat_in)
             put(f"{name}.self_attn.kv_a_layernorm.weight", attn.kv_norm.weight)
             put(f"{name}.self_attn.kv_b_proj.weight", attn.kv_b, flat_in)
+        if isinstance(attn.cfg, MLA) and attn.cfg.indexer:
+            part = f"{name}.self_attn.indexer"
+            put(f"{part}.wq_b.weight", attn.indexer.q, flat_in)
+            put(f"{part}.wk.weight", attn.indexer.k, lambda a: a.T)
+            put(f"{part}.k_norm.weight", attn.indexer.k_norm.weight)
+            put(f"{part}.k_norm.bias", attn.indexer.k_norm.bias)
+            put(f"{part}.weights_proj.weight", attn.indexer.weight, lambda a: a.T)
         put(f"{name}.self_attn.o_proj.weight", attn.o, flat_out)
         if not hasattr(ffn, "router"):
             return network(f"{name}.mlp", ffn)

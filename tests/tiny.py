@@ -42,7 +42,7 @@ def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32
         if isinstance(variable, RouterBias):
             value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
             return RouterBias(value, **variable.get_metadata())
-        if path[-1].endswith("_bias"):
+        if path[-1].endswith("bias"):
             value = rng.normal(0, 0.5, shape)
         elif not inputs:
             value = rng.normal(1, 0.1, shape)

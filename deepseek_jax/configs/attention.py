@@ -79,8 +79,24 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """V3.2's lightning indexer (2512.02556 §2.1): ``n_heads`` heads of ``head_dim`` score every earlier token, and a
+    query attends to the ``top_k`` best only."""
+
+    n_heads: int
+    head_dim: int
+    top_k: int
+
+    def __post_init__(self):
+        check_types(self, finite=True)
+        for name in ("n_heads", "head_dim", "top_k"):
+            require(getattr(self, name) > 0, f"Indexer {name} must be positive, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
 class MLA:
-    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (Moonlight)."""
+    """Multi-head latent attention (V2 §2.1). ``q_rank=None``: queries are not compressed (Moonlight). ``indexer``:
+    what chooses the keys that a query sees; None: it sees all earlier ones."""
 
     n_heads: int
     kv_rank: int
@@ -89,6 +105,7 @@ class MLA:
     v_dim: int
     q_rank: int | None = None
     rope: Rope = Rope()
+    indexer: Indexer | None = None
 
     def __post_init__(self):
         check_types(self, finite=True)
@@ -96,11 +113,18 @@ class MLA:
             require(getattr(self, name) > 0, f"MLA {name} must be positive, not {getattr(self, name)}.")
         require(self.q_rank is None or self.q_rank > 0, f"MLA q_rank must be positive or None, not {self.q_rank}.")
         require(self.rope_dim % 2 == 0, f"MLA rope_dim must be even, not {self.rope_dim}.")
+        if self.indexer is not None:
+            require(self.q_rank is not None, "an indexer reads compressed queries, but MLA q_rank is None.")
+            require(
+                self.indexer.head_dim >= self.rope_dim,
+                f"Indexer head_dim={self.indexer.head_dim} is smaller than the rope_dim={self.rope_dim} that is "
+                "rotated of it.",
+            )
 
     @property
     def cache_width(self) -> int:
-        """A latent and a rotated key, shared by all heads."""
-        return self.kv_rank + self.rope_dim
+        """A latent and a rotated key, shared by all heads; and the indexer's key."""
+        return self.kv_rank + self.rope_dim + (self.indexer.head_dim if self.indexer else 0)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from deepseek_jax.notes import shown
 TRADITIONS = {
     "deepseek_v3": deepseek.V3,
     "kimi_k2": deepseek.V3,
+    "deepseek_v32": deepseek.V32,
     "deepseek_v2": deepseek.V2,
     "deepseek": deepseek.V1,
     "llama": llama.LLAMA,

@@ -6,12 +6,12 @@ config that exists is one that can be built.
 
 from dataclasses import dataclass, replace
 
-from deepseek_jax.configs.attention import GQA, MLA, Llama3, Rope, Yarn
+from deepseek_jax.configs.attention import GQA, MLA, Indexer, Llama3, Rope, Yarn
 from deepseek_jax.configs.checks import ConfigError, check_types, require, require_number
 from deepseek_jax.configs.layers import Dense, Layer, MoE, Stack, segmented
 from deepseek_jax.configs.numbers import LARGEST
 
-__all__ = ["GQA", "MLA", "ConfigError", "Llama3", "MoE", "ModelConfig", "Rope", "Yarn"]
+__all__ = ["GQA", "MLA", "ConfigError", "Indexer", "Llama3", "MoE", "ModelConfig", "Rope", "Yarn"]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,19 @@ def _deepseek_v3() -> Maker:
     return lambda fields: DeepseekV3Config(**fields), DeepseekV3ForCausalLM, mtp
 
 
+def _deepseek_v32() -> Maker:
+    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32DecoderLayer, DeepseekV32RMSNorm
+
+    def mtp(config) -> list:
+        # Its config has no MTP layers: they are made as its last layer, which has the same mechanisms.
+        last, depth = config.num_hidden_layers - 1, getattr(config, "num_nextn_predict_layers", None) or 0
+        return [MtpLayer(config, DeepseekV32DecoderLayer, DeepseekV32RMSNorm, last) for _ in range(depth)]
+
+    return lambda fields: DeepseekV32Config(**fields), DeepseekV32ForCausalLM, mtp
+
+
 def _deepseek_v2() -> Maker:
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -123,6 +136,7 @@ def _qwen2() -> Maker:
 REFERENCES: dict[str, Callable[[], Maker]] = {
     "deepseek_v3": _deepseek_v3,
     "kimi_k2": _deepseek_v3,
+    "deepseek_v32": _deepseek_v32,
     "deepseek_v2": _deepseek_v2,
     "deepseek": _deepseek,
     "llama": _llama,

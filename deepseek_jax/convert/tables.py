@@ -91,6 +91,11 @@ DEEPSEEK = replace(
             ("attn.kv_norm.weight", "self_attn.kv_a_layernorm.weight", False),
             ("attn.kv_b", "self_attn.kv_b_proj.weight", True),
             ("attn.o", "self_attn.o_proj.weight", True),
+            ("attn.indexer.q", "self_attn.indexer.wq_b.weight", True),
+            ("attn.indexer.k", "self_attn.indexer.wk.weight", True),
+            ("attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.weight", False),
+            ("attn.indexer.k_norm.bias", "self_attn.indexer.k_norm.bias", False),
+            ("attn.indexer.weight", "self_attn.indexer.weights_proj.weight", False),
         ),
         MoE: (
             ("ffn.router.weight", "mlp.gate.weight", False),
@@ -111,7 +116,7 @@ DEEPSEEK = replace(
 )
 TRADITIONS = {
     **dict.fromkeys(("llama", "qwen2"), LLAMA),
-    **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "kimi_k2"), DEEPSEEK),
+    **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"), DEEPSEEK),
 }
 
 

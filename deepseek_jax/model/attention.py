@@ -14,6 +14,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.product import product
 from deepseek_jax.kernels.attention import LANES, causal_attention
 from deepseek_jax.kernels.platform import on_platform
+from deepseek_jax.model.indexer import Seeking, chosen_keys, only_chosen
 from deepseek_jax.model.tokens import Tokens
 
 # At most this many query blocks are unrolled; each attends to the keys up to its own end only.
@@ -72,16 +73,25 @@ def attend_tiles(q_BGJTK, k_BGSK, v_BGSV, tokens: Tokens, start: int | jax.Array
 
 
 def attend(
-    q_BTNK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, scale: float, ctx: Context = DEFAULT
+    q_BTNK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    tokens: Tokens,
+    scale: float,
+    ctx: Context = DEFAULT,
+    seeking: Seeking | None = None,
+    index_BSI: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention, [B, T, N, V]; N query heads share G key heads. Memory grows with T + S, not T x S.
+
+    ``seeking``, ``index_BSI``: what an indexer asks with, and its keys: a query then sees those that it chooses only.
 
     ``ctx.attention`` names the form. The kernel takes calls without a cache whose tokens are all of their rows, in
     order, a multiple of 128; calls with a cache take the XLA form always, the others under "auto". Raises ValueError
     where "kernel" is named for one of those others.
     """
     if ctx.attention != "xla" and tokens.slot is None:
-        if not (refusal := _kernel_refusal(q_BTNK, tokens, ctx)):
+        if not (refusal := _kernel_refusal(q_BTNK, tokens, ctx, seeking)):
             segment_BT = None if tokens.uniform else tokens.segment
             # Where activations are even sent to the host, memory is short.
             how = {"scale": scale, "fused": ctx.remat != "offload"}
@@ -92,11 +102,14 @@ def attend(
             return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
         if ctx.attention == "kernel":
             raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
-    return ctx.ops.attend(partial(attend_whole, scale=scale), q_BTNK, k_BSGK, v_BSGV, tokens)
+    whole = lambda q, k, v, tokens: attend_whole(q[0], k[0], v, tokens, scale, q[1], k[1])  # noqa: E731
+    return ctx.ops.attend(whole, (q_BTNK, seeking), (k_BSGK, index_BSI), v_BSGV, tokens)
 
 
-def _kernel_refusal(q_BTNK: jax.Array, tokens: Tokens, ctx: Context) -> str:
+def _kernel_refusal(q_BTNK: jax.Array, tokens: Tokens, ctx: Context, seeking: Seeking | None) -> str:
     """Why a call without a cache cannot run by the kernel; empty if it can."""
+    if seeking is not None:
+        return "it lets a query see all earlier tokens, and this model has an indexer that chooses them"
     if ctx.ops.splits_rows:
         return "it takes whole rows, and the mesh splits them over its axis 'context'"
     if not tokens.causal:
@@ -106,8 +119,19 @@ def _kernel_refusal(q_BTNK: jax.Array, tokens: Tokens, ctx: Context) -> str:
     return ""
 
 
-def attend_whole(q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float) -> jax.Array:
+def attend_whole(
+    q_BTNK,
+    k_BSGK,
+    v_BSGV,
+    tokens: Tokens,
+    scale: float,
+    seeking: Seeking | None = None,
+    index_BSI: jax.Array | None = None,
+) -> jax.Array:
     T, S, G = q_BTNK.shape[1], *k_BSGK.shape[1:3]
+    sparse = seeking is not None and seeking.top_k < S
+    if sparse and G == 1 and T * seeking.top_k <= S:
+        return attend_chosen(q_BTNK, k_BSGK[:, :, 0], v_BSGV[:, :, 0], tokens, scale, seeking, index_BSI)
     q = rearrange(q_BTNK, "B T (G J) K -> B G J T K", G=G)
     k, v = (rearrange(a, "B S G X -> B G S X") for a in (k_BSGK, v_BSGV))
     size = max(MIN_BLOCK, -(-T // UNROLLED_BLOCKS))
@@ -115,13 +139,20 @@ def attend_whole(q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float) -> jax.Ar
     if T * S > KEPT_PROBABILITIES:
         block = jax.checkpoint(block)
 
-    tiled = tokens.slot is not None and T >= MIN_BLOCK and S > KEY_TILE
+    tiled = tokens.slot is not None and T >= MIN_BLOCK and S > KEY_TILE and not sparse
+
+    def visible(start, count: int, keys: int):
+        seen = tokens.visible(start, count, keys)
+        if not sparse or keys <= seeking.top_k:
+            return seen
+        rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, count, axis=1), seeking)
+        return only_chosen(seen, chosen_keys(rows, index_BSI[:, :keys], seen))
 
     def piece(start, count: int, keys: int):
         rows = jax.lax.dynamic_slice_in_dim(q, start, count, axis=3)
         if tiled:
             return attend_tiles(rows, k, v, tokens, start, scale)
-        return block(rows, k[:, :, :keys], v[:, :, :keys], tokens.visible(start, count, keys))
+        return block(rows, k[:, :, :keys], v[:, :, :keys], visible(start, count, keys))
 
     outputs = []
     for start in range(0, T, size):
@@ -136,3 +167,17 @@ def attend_whole(q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float) -> jax.Ar
             outputs.append(piece(stop - rest, rest, keys))
     o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
     return checkpoint_name(rearrange(o, "B G J T V -> B T (G J) V"), "core")
+
+
+def attend_chosen(q_BTNK, k_BSK, v_BSV, tokens: Tokens, scale: float, seeking: Seeking, index_BSI) -> jax.Array:
+    """[B, T, N, V] of few queries: the keys that each chooses are brought to it, shared by its heads."""
+    seen_BTS = jnp.broadcast_to(tokens.visible(0, q_BTNK.shape[1], k_BSK.shape[1]), (*q_BTNK.shape[:2], k_BSK.shape[1]))
+    index_BTC = chosen_keys(seeking, index_BSI, seen_BTS)
+    k_BTCK, v_BTCV = (jax.vmap(lambda a, i: a[i])(a, index_BTC) for a in (k_BSK, v_BSV))
+    seen_BTC = jnp.take_along_axis(seen_BTS, index_BTC, axis=-1)
+    s_BTNC = jnp.where(seen_BTC[:, :, None], product("BTNK,BTCK->BTNC", q_BTNK, k_BTCK) * scale, -jnp.inf)
+    top = jnp.max(s_BTNC, axis=-1, keepdims=True)
+    p_BTNC = jnp.exp(s_BTNC - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = p_BTNC.sum(-1, keepdims=True)
+    o_BTNV = product("BTNC,BTCV->BTNV", p_BTNC.astype(v_BTCV.dtype), v_BTCV)
+    return (o_BTNV / jnp.where(total > 0, total, 1.0)).astype(v_BSV.dtype)

@@ -23,6 +23,7 @@ from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import softmax_scale
 from deepseek_jax.model.attention import attend
+from deepseek_jax.model.indexer import Indexer
 from deepseek_jax.model.tokens import Tokens
 
 
@@ -55,47 +56,54 @@ class MLA(nnx.Module):
         self.kv_norm = RMSNorm(dtype, C, "kv_rank", LATENT_EPS)
         self.kv_b = param(dtype, (C, N, H + V), ("kv_rank", "heads", "head_dim"), inputs=1)
         self.o = param(dtype, (N, V, D), ("heads", "head_dim", "embed"), inputs=2)
+        self.indexer = None if cfg.indexer is None else Indexer(cfg, dim, dtype)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         tokens: Tokens,
         ctx: Context,
-        held: jax.Array | None = None,
+        held: tuple[jax.Array, jax.Array | None] | None = None,
         i: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None] | None]:
         """``held``: what `held` made, of which the rows of layer ``i`` are written."""
         cfg = self.cfg
-        q_BTNH, q_BTNR = self._queries(x_BTD, tokens, ctx)
+        q_BTQ = None if cfg.q_rank is None else self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
+        q_BTNH, q_BTNR = self._queries(x_BTD, q_BTQ, tokens, ctx)
         latent = linear("BTD,DC->BTC", x_BTD, self.kv_a, ctx)
         c_BTC, k_BTR = jnp.split(latent, [cfg.kv_rank], axis=-1)
         c_BTC = self.kv_norm(c_BTC)
         k_BTR = tokens.rotated(k_BTR, cfg.rope_dim, cfg.rope)
-        latent_BSX = jnp.concatenate([c_BTC, k_BTR], axis=-1)
+        latent_BTX, seeking, index = jnp.concatenate([c_BTC, k_BTR], axis=-1), None, None
+        if self.indexer is not None:
+            seeking, index = self.indexer(x_BTD, q_BTQ, tokens, ctx)
+        keys = (latent_BTX, index)
         if held is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            held = held.at[i, rows, tokens.slot].set(latent_BSX.astype(held.dtype), mode="drop")
-            latent_BSX = held[i].astype(x_BTD.dtype)
+            write = lambda h, k: h.at[i, rows, tokens.slot].set(k.astype(h.dtype), mode="drop")  # noqa: E731
+            held = jax.tree.map(write, held, keys)
+            keys = jax.tree.map(lambda h: h[i].astype(x_BTD.dtype), held)
 
-        form = self._absorbed if self._absorbs(x_BTD.shape[1], latent_BSX.shape[1], ctx) else self._expanded
-        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR), (latent_BSX,), tokens, ctx)
+        form = self._absorbed if self._absorbs(x_BTD.shape[1], keys[0].shape[1], ctx) else self._expanded
+        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
         return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held
 
-    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> jax.Array:
-        """[layers, B, S, C + R] for a cache: each token's normalised latent, then its rotated key, shared by all heads
-        (V2 §2.1.2; 576 numbers for V3)."""
-        return ctx.ops.zeros((layers, batch, length, self.cfg.cache_width), dtype, (None, BATCH, None, None))
+    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> tuple[jax.Array, jax.Array | None]:
+        """For a cache, [layers, B, S, C + R]: each token's normalised latent, then its rotated key, shared by all heads
+        (V2 §2.1.2; 576 numbers for V3); and [layers, B, S, I], the indexer's keys, where there is one."""
+        cfg, rows = self.cfg, (layers, batch, length)
+        empty = lambda width: ctx.ops.zeros((*rows, width), dtype, (None, BATCH, None, None))  # noqa: E731
+        return empty(cfg.kv_rank + cfg.rope_dim), None if cfg.indexer is None else empty(cfg.indexer.head_dim)
 
-    def _queries(self, x_BTD, tokens: Tokens, ctx: Context):
-        if self.cfg.q_rank is None:
+    def _queries(self, x_BTD, q_BTQ, tokens: Tokens, ctx: Context):
+        if q_BTQ is None:
             q = linear("BTD,DNX->BTNX", x_BTD, self.q, ctx)
         else:
-            q = self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
-            q = linear("BTQ,QNX->BTNX", q, self.q_b, ctx)
+            q = linear("BTQ,QNX->BTNX", q_BTQ, self.q_b, ctx)
         q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
         return q_BTNH, tokens.rotated(q_BTNR, self.cfg.rope_dim, self.cfg.rope)
 
-    def _expanded(self, q_BTNH, q_BTNR, latent_BSX, tokens: Tokens, ctx: Context):
+    def _expanded(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context):
         cfg = self.cfg
         c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
         kv_b = self.kv_b.whole if isinstance(self.kv_b, Absorbed) else self.kv_b
@@ -103,15 +111,17 @@ class MLA(nnx.Module):
         k_BSNH, v_BSNV = jnp.split(kv, [cfg.nope_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
         q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
-        return attend(q, k, v_BSNV, tokens, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
+        scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
+        return attend(q, k, v_BSNV, tokens, scale, ctx, seeking, index_BSI)
 
-    def _absorbed(self, q_BTNH, q_BTNR, latent_BSX, tokens: Tokens, ctx: Context):
+    def _absorbed(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context):
         cfg = self.cfg
         kv_b = self.kv_b if isinstance(self.kv_b, Absorbed) else self.absorbed(latent_BSX.dtype, ctx)
         q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, kv_b.key, ctx)
         q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
-        o_BTNC = attend(q, key, value, tokens, softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope), ctx)
+        scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
+        o_BTNC = attend(q, key, value, tokens, scale, ctx, seeking, index_BSI)
         return linear("BTNC,NCV->BTNV", o_BTNC, kv_b.value, ctx)
 
     def absorbed(self, dtype, ctx: Context = DEFAULT) -> Absorbed:

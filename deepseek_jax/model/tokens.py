@@ -36,12 +36,13 @@ class Tokens:
     causal: bool = field(metadata={"static": True})
     uniform: bool = field(metadata={"static": True})
 
-    def rotated(self, x: jax.Array, dim: int, rope: Rope) -> jax.Array:
-        """x [B, T, dim] or [B, T, heads, dim] at the tokens' positions. Its rotation must be one of ``ropes``."""
+    def rotated(self, x: jax.Array, dim: int, rope: Rope, interleaved: bool | None = None) -> jax.Array:
+        """x [B, T, dim] or [B, T, heads, dim] at the tokens' positions. Its rotation must be one of ``ropes``.
+        ``interleaved``: which dimensions make a pair, if not as ``rope`` says."""
         cos, sin = self.tables[self.ropes.index((dim, rope))]
         if x.ndim == 4:
             cos, sin = cos[:, :, None], sin[:, :, None]
-        return apply_rope(x, cos, sin, rope.interleaved)
+        return apply_rope(x, cos, sin, rope.interleaved if interleaved is None else interleaved)
 
     def visible(self, start: int | jax.Array, size: int, keys: int, first_key: int | jax.Array = 0) -> jax.Array:
         """bool [B or 1, size, keys] for ``size`` queries from ``start`` on and ``keys`` keys from ``first_key`` on."""

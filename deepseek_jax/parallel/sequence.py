@@ -48,8 +48,9 @@ def attend_rows(attend: Callable, queries, keys, tokens, ctx: Context) -> jax.Ar
     """`Operations.rows`: of tokens on other devices only ``keys`` are gathered, such as MLA's latents: all heads' keys
     and values follow from them."""
     heads = ("heads", None)
-    queries = [fold_rows(q, ctx, *heads) for q in queries]
-    keys = [copy_rows(k, ctx, *(heads if k.ndim == 4 else (None,))) for k in keys]
+    axes = lambda a: heads if a.ndim == 4 else (None,)  # noqa: E731
+    queries = jax.tree.map(lambda q: fold_rows(q, ctx, *axes(q)), queries)
+    keys = jax.tree.map(lambda k: copy_rows(k, ctx, *axes(k)), keys)
     return unfold_rows(attend(*queries, *keys, fold_tokens(tokens, ctx), folded(ctx)), ctx)
 
 
@@ -63,7 +64,7 @@ def attend_halves(attend: Callable, q_BT, k_BS, v_BS, tokens, parts: int) -> jax
         runs = rearrange(a_BS, "B (P H S) ... -> B P H S ...", P=parts, H=2)
         return rearrange(runs[:, :, 0], "B P S ... -> B (P S) ...")
 
-    half, outputs = q_BT.shape[1] // 2, []
+    half, outputs = tokens.position.shape[1] // 2, []
     for queries, seen in ((slice(0, half), early), (slice(half, None), lambda a: a)):
         part = replace(
             tokens,
@@ -72,7 +73,8 @@ def attend_halves(attend: Callable, q_BT, k_BS, v_BS, tokens, parts: int) -> jax
             key_position=seen(tokens.key_position),
             key_segment=seen(tokens.key_segment),
         )
-        outputs.append(attend(q_BT[:, queries], seen(k_BS), seen(v_BS), part))
+        rows = jax.tree.map(lambda a, queries=queries: a[:, queries], q_BT)
+        outputs.append(attend(rows, jax.tree.map(seen, k_BS), seen(v_BS), part))
     return jnp.concatenate(outputs, axis=1)
 
 

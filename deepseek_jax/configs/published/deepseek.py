@@ -1,14 +1,26 @@
-"""config.json of DeepSeek's own model_types: deepseek (V1, the 16B MoE), deepseek_v2, deepseek_v3; kimi_k2 is the last.
+"""config.json of DeepSeek's own model_types: deepseek (V1, the 16B MoE), deepseek_v2, deepseek_v3, of which kimi_k2 is
+one, and deepseek_v32.
 
 The reference's defaults stand beside each field. ``norm_topk_prob`` of V1 and V2 is ignored by the reference and
 honoured by DeepSeek's code: only the value of the released files is taken.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from deepseek_jax.configs import schema
 from deepseek_jax.configs.checks import ConfigError
-from deepseek_jax.configs.published.fields import ALIASES, DEPTHS, GQA, MLA, MOE, MOST_LAID_OUT, MOST_MTP, Fields
+from deepseek_jax.configs.published.fields import (
+    ALIASES,
+    DEPTHS,
+    GQA,
+    INDEXER,
+    MLA,
+    MOE,
+    MOST_LAID_OUT,
+    MOST_MTP,
+    Fields,
+)
 from deepseek_jax.configs.published.rope import read_rope, write_rope
 from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, head_size, written
 from deepseek_jax.configs.schema import ModelConfig, MoE
@@ -25,6 +37,12 @@ GREEDY, LIMITED = "greedy", "group_limited_greedy"
 
 def _v3_attention(fields: Fields) -> schema.MLA:
     return _mla(fields, fields.flag("rope_interleave", True))
+
+
+def _v32_attention(fields: Fields) -> schema.MLA:
+    attention = _mla(fields, True)
+    read = {ours: fields.integer(theirs) for ours, theirs in INDEXER.items()}
+    return fields.make(replace, attention, indexer=fields.make(schema.Indexer, **read))
 
 
 def _mla(fields: Fields, interleaved: bool) -> schema.MLA:
@@ -145,6 +163,12 @@ def _write_v3(cfg: ModelConfig) -> dict[str, Any]:
     return data | write_rope(a.rope) | {"rope_interleave": a.rope.interleaved}
 
 
+def _write_v32(cfg: ModelConfig) -> dict[str, Any]:
+    data = _write_v3(cfg)
+    del data["rope_interleave"]
+    return data | written(cfg.attention.indexer, INDEXER)
+
+
 def _write_v2(cfg: ModelConfig) -> dict[str, Any]:
     a, moe = cfg.attention, cfg.moe
     data = {"first_k_dense_replace": _depths(cfg)["first_k_dense_replace"], **written(a, MLA)}
@@ -174,6 +198,15 @@ V3 = Tradition(
     fixed=FIXED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     known=frozenset({*_V2, *DEPTHS.values(), *ALIASES.values(), "rope_interleave"}),
     defaults=_SIZES | {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1},
+)
+V32 = replace(
+    V3,
+    architecture="DeepseekV32ForCausalLM",
+    attention=_v32_attention,
+    write=_write_v32,
+    fixed=V3.fixed | {"mlp_bias": False},
+    known=V3.known - {"rope_interleave"} | set(INDEXER.values()),
+    defaults=_SIZES | {"max_position_embeddings": 163840, "bos_token_id": 0, "eos_token_id": 1},
 )
 V2 = Tradition(
     architecture="DeepseekV2ForCausalLM",

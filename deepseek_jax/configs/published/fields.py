@@ -33,6 +33,7 @@ MLA = {
     "rope_dim": "qk_rope_head_dim",
     "v_dim": "v_head_dim",
 }
+INDEXER = {"n_heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
 GQA = {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 MOE = {
     "n_experts": "n_routed_experts",

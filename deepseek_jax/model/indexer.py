@@ -1,0 +1,82 @@
+"""The lightning indexer of DeepSeek sparse attention (V3.2, 2512.02556 §2.1): which earlier tokens a query sees.
+
+A few light heads score every earlier token; a query attends to the best of them only. The indexer's inputs are cut off
+from the gradient, and so is its choice: it learns by an objective of its own.
+
+Suffixes: B batch, T queries, S keys, K chosen keys, D width, Q query rank, H heads of the indexer, I their dimension.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.configs import schema
+from deepseek_jax.core.context import Context
+from deepseek_jax.core.linear import linear
+from deepseek_jax.core.norm import LATENT_EPS, LayerNorm
+from deepseek_jax.core.params import param
+from deepseek_jax.core.product import product
+from deepseek_jax.model.tokens import Tokens
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seeking:
+    """What the indexer asks with, ``q_BTHI`` and the float32 weight of each head, ``weight_BTH``; and how many keys it
+    chooses."""
+
+    q_BTHI: jax.Array
+    weight_BTH: jax.Array
+    top_k: int = field(metadata={"static": True})
+
+
+class Indexer(nnx.Module):
+    """``score(t, s) = sum_h weight_h(t) relu(q_h(t) . k(s) / sqrt(I))``; one key for all heads.
+
+    Of a head the first R dimensions are rotated, in halves, where MLA rotates its last ones.
+    """
+
+    def __init__(self, cfg: schema.MLA, dim: int, dtype):
+        self.cfg = cfg
+        H, I = cfg.indexer.n_heads, cfg.indexer.head_dim  # noqa: E741
+        self.q = param(dtype, (cfg.q_rank, H, I), ("q_rank", None, None), inputs=1)
+        self.k = param(dtype, (dim, I), ("embed", None), inputs=1)
+        self.k_norm = LayerNorm(dtype, I, None, LATENT_EPS)
+        self.weight = param(dtype, (dim, H), ("embed", None), inputs=1)
+
+    def __call__(self, x_BTD: jax.Array, q_BTQ: jax.Array, tokens: Tokens, ctx: Context) -> tuple[Seeking, jax.Array]:
+        """Of the layer's input and MLA's query latents, normalised: what the tokens ask with, and their keys [B, T, I]."""
+        x_BTD, q_BTQ = jax.lax.stop_gradient((x_BTD, q_BTQ))
+        q_BTHI = self._rotated(linear("BTQ,QHI->BTHI", q_BTQ, self.q, ctx), tokens)
+        k_BTI = self._rotated(self.k_norm(linear("BTD,DI->BTI", x_BTD, self.k, ctx)), tokens)
+        weight_BTH = linear("BTD,DH->BTH", x_BTD.astype(jnp.float32), self.weight, ctx, precision=HIGHEST)
+        scale = (self.cfg.indexer.n_heads * self.cfg.indexer.head_dim) ** -0.5
+        return Seeking(q_BTHI, weight_BTH * scale, self.cfg.indexer.top_k), k_BTI
+
+    def _rotated(self, x, tokens: Tokens) -> jax.Array:
+        rotated, rest = jnp.split(x, [self.cfg.rope_dim], axis=-1)
+        rotated = tokens.rotated(rotated, self.cfg.rope_dim, self.cfg.rope, interleaved=False)
+        return jnp.concatenate([rotated, rest], axis=-1)
+
+
+def index_scores(seeking: Seeking, k_BSI: jax.Array) -> jax.Array:
+    """float32 [B, T, S]."""
+    s_BTHS = jax.nn.relu(product("BTHI,BSI->BTHS", seeking.q_BTHI, k_BSI, HIGHEST))
+    return product("BTHS,BTH->BTS", s_BTHS, seeking.weight_BTH, HIGHEST)
+
+
+def chosen_keys(seeking: Seeking, k_BSI: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """int32 [B, T, K]: the best of the visible keys; where there are fewer than K, others too."""
+    score_BTS = jnp.where(visible_BTS, jax.lax.stop_gradient(index_scores(seeking, k_BSI)), -jnp.inf)
+    return jax.lax.top_k(score_BTS, min(seeking.top_k, score_BTS.shape[-1]))[1]
+
+
+def only_chosen(visible_BTS: jax.Array, index_BTK: jax.Array) -> jax.Array:
+    """bool [B, T, S]: of the visible keys those that were chosen."""
+    B, T, S = jnp.broadcast_shapes(visible_BTS.shape, (*index_BTK.shape[:2], 1))
+    b, t = jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None]
+    return visible_BTS & jnp.zeros((B, T, S), bool).at[b, t, index_BTK].set(True)
