@@ -49,7 +49,7 @@ class Indexer(nnx.Module):
         self.weight = param(dtype, (dim, H), ("embed", None), inputs=1)
 
     def __call__(self, x_BTD: jax.Array, q_BTQ: jax.Array, tokens: Tokens, ctx: Context) -> tuple[Seeking, jax.Array]:
-        """Of the layer's input and MLA's query latents, normalised: what the tokens ask with, and their keys [B, T, I]."""
+        """Of the layer's input and MLA's normalised query latents: what tokens ask with, and their keys [B, T, I]."""
         x_BTD, q_BTQ = jax.lax.stop_gradient((x_BTD, q_BTQ))
         q_BTHI = self._rotated(linear("BTQ,QHI->BTHI", q_BTQ, self.q, ctx), tokens)
         k_BTI = self._rotated(self.k_norm(linear("BTD,DI->BTI", x_BTD, self.k, ctx)), tokens)
