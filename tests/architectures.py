@@ -26,7 +26,7 @@ def _indexed(indexer: Indexer) -> ModelConfig:
 
 
 ARCHITECTURES = {
-    "v3.2": _indexed(Indexer(n_heads=16, head_dim=16, top_k=24)),
+    "v3.2": _indexed(Indexer(index_heads=16, index_dim=16, index_top_k=12)),
     "distill-qwen": _dense(GQA(4, 2, 16, bias=True), "qwen2"),
     "distill-qwen, tied, yarn": _dense(
         GQA(4, 1, 16, bias=True, rope=Rope(1e6, Yarn(4.0, 64, mscale=0.0, mscale_all_dim=0.0), False)),

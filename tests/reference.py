@@ -51,7 +51,7 @@ def _attention(attention) -> dict:
         return {"num_key_value_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
     chosen = {}
     if attention.indexer is not None:
-        names = {"index_n_heads": "n_heads", "index_head_dim": "head_dim", "index_topk": "top_k"}
+        names = {"index_n_heads": "index_heads", "index_head_dim": "index_dim", "index_topk": "index_top_k"}
         chosen = {theirs: getattr(attention.indexer, ours) for theirs, ours in names.items()}
     return chosen | {
         "num_key_value_heads": attention.n_heads,

@@ -6,7 +6,7 @@ parameters on the real model's tree.
 
 from dataclasses import asdict, dataclass
 
-from deepseek_jax.analysis.forms import cache_values, parameters, products
+from deepseek_jax.analysis.forms import attended, cache_values, parameters, products, scored
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -37,7 +37,8 @@ class Counts:
     FLOPs for each token, a multiply-add being two:
 
     - ``flops_per_token``: training. ``6 * activated_no_embedding`` plus causal attention, which sees half of
-      ``context`` on average; MTP modules, which a run may drop, are not counted.
+      ``context`` on average, or what an indexer chooses of it, whose scores count too; MTP modules, which a run may
+      drop, are not counted.
     - ``flops_per_token_mtp``: what training the MTP modules adds, their use of the head included.
     - ``forward_flops_per_token``: a third of the training figure: prefill, averaged over ``context`` tokens.
     - ``decode_flops_per_token``: one more token after ``context`` cached ones, of MLA in its absorbed form.
@@ -117,8 +118,9 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     biases = moe.n_experts if moe and moe.bias else 0
     mtp_stored = mtp + depth * 2 * embedding
 
-    width, per_key = cache_values(a), products(a)
-    forward = 2 * no_embedding + cfg.n_layers * context * per_key
+    width, attention_flops = cache_values(a), _causal(a, context)
+    forward = 2 * no_embedding + cfg.n_layers * attention_flops
+    decoding = attended(a, context) * products(a, cached=True) + context * scored(a)
     return Counts(
         model=cfg.name,
         context=context,
@@ -141,10 +143,17 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         kv_bytes_per_token_mha=cfg.n_layers * cache_values(a, a.n_heads) * BF16_BYTES,
         kv_bytes_per_token_gqa8=cfg.n_layers * cache_values(a, min(8, a.n_heads)) * BF16_BYTES,
         flops_per_token=3 * forward,
-        flops_per_token_mtp=3 * (2 * mtp_activated + depth * context * per_key),
+        flops_per_token_mtp=3 * (2 * mtp_activated + depth * attention_flops),
         forward_flops_per_token=forward,
-        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * context * products(a, cached=True),
+        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * decoding,
     )
+
+
+def _causal(a, context: int) -> int:
+    """FLOPs of a token with the keys before it, over ``context`` tokens on average, rounded down: with half of them, or
+    where an indexer leaves at most k with k - k^2 / (2 context)."""
+    k = attended(a, context)
+    return (2 * k * context - k * k) * products(a) // context + context * scored(a)
 
 
 def _moe(cfg: ModelConfig, layers: int) -> dict[str, int]:

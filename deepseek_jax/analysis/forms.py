@@ -20,7 +20,15 @@ def _(a: MLA, dim: int) -> int:
     queries = dim * a.n_heads * head if a.q_rank is None else dim * a.q_rank + a.q_rank + a.q_rank * a.n_heads * head
     latents = dim * (a.kv_rank + a.rope_dim) + a.kv_rank
     keys_values = a.kv_rank * a.n_heads * (a.nope_dim + a.v_dim)
-    return queries + latents + keys_values + a.n_heads * a.v_dim * dim
+    return queries + latents + keys_values + a.n_heads * a.v_dim * dim + _indexer(a, dim)
+
+
+def _indexer(a: MLA, dim: int) -> int:
+    """Its queries, its key with a norm's weight and bias, and the weights of its heads."""
+    if a.indexer is None:
+        return 0
+    heads, size = a.indexer.index_heads, a.indexer.index_dim
+    return a.q_rank * heads * size + (dim + 2) * size + dim * heads
 
 
 @parameters.register
@@ -60,3 +68,25 @@ def _(a: MLA, cached: bool = False) -> int:
 @products.register
 def _(a: GQA, cached: bool = False) -> int:
     return a.n_heads * 2 * a.head_dim
+
+
+@singledispatch
+def attended(a, length: int) -> int:
+    """How many of ``length`` keys a token multiplies with at most."""
+    return length
+
+
+@attended.register
+def _(a: MLA, length: int) -> int:
+    return length if a.indexer is None else min(length, a.indexer.index_top_k)
+
+
+@singledispatch
+def scored(a) -> int:
+    """Multiply-adds of a token with each earlier key by which an indexer chooses."""
+    return 0
+
+
+@scored.register
+def _(a: MLA) -> int:
+    return 0 if a.indexer is None else a.indexer.index_heads * (a.indexer.index_dim + 1)

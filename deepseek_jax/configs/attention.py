@@ -80,16 +80,16 @@ class Rope:
 
 @dataclass(frozen=True)
 class Indexer:
-    """V3.2's lightning indexer (2512.02556 §2.1): ``n_heads`` heads of ``head_dim`` score every earlier token, and a
-    query attends to the ``top_k`` best only."""
+    """V3.2's lightning indexer (2512.02556 §2.1): ``index_heads`` heads of ``index_dim`` score every earlier token, and
+    a query attends to the ``index_top_k`` best only."""
 
-    n_heads: int
-    head_dim: int
-    top_k: int
+    index_heads: int
+    index_dim: int
+    index_top_k: int
 
     def __post_init__(self):
         check_types(self, finite=True)
-        for name in ("n_heads", "head_dim", "top_k"):
+        for name in ("index_heads", "index_dim", "index_top_k"):
             require(getattr(self, name) > 0, f"Indexer {name} must be positive, not {getattr(self, name)}.")
 
 
@@ -116,15 +116,15 @@ class MLA:
         if self.indexer is not None:
             require(self.q_rank is not None, "an indexer reads compressed queries, but MLA q_rank is None.")
             require(
-                self.indexer.head_dim >= self.rope_dim,
-                f"Indexer head_dim={self.indexer.head_dim} is smaller than the rope_dim={self.rope_dim} that is "
+                self.indexer.index_dim >= self.rope_dim,
+                f"Indexer index_dim={self.indexer.index_dim} is smaller than the rope_dim={self.rope_dim} that is "
                 "rotated of it.",
             )
 
     @property
     def cache_width(self) -> int:
         """A latent and a rotated key, shared by all heads; and the indexer's key."""
-        return self.kv_rank + self.rope_dim + (self.indexer.head_dim if self.indexer else 0)
+        return self.kv_rank + self.rope_dim + (self.indexer.index_dim if self.indexer else 0)
 
 
 @dataclass(frozen=True)

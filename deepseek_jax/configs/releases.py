@@ -2,7 +2,9 @@
 names another source.
 """
 
-from deepseek_jax.configs.schema import GQA, MLA, Llama3, ModelConfig, MoE, Rope, Yarn
+from dataclasses import replace
+
+from deepseek_jax.configs.schema import GQA, MLA, Indexer, Llama3, ModelConfig, MoE, Rope, Yarn
 
 
 def deepseek_v3(name: str) -> ModelConfig:
@@ -28,6 +30,13 @@ def deepseek_v3(name: str) -> ModelConfig:
         mtp_depth=1,
         max_length=163840,
     )
+
+
+def deepseek_v32(name: str) -> ModelConfig:
+    """DeepSeek-V3.2 (2512.02556) and V3.2-Exp: V3 with an indexer in every layer (the released config.json)."""
+    base = deepseek_v3(name)
+    indexer = Indexer(index_heads=64, index_dim=128, index_top_k=2048)
+    return replace(base, attention=replace(base.attention, indexer=indexer), model_type="deepseek_v32")
 
 
 def moonlight_16b(name: str) -> ModelConfig:

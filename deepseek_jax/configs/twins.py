@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from deepseek_jax.configs.releases import dense, softmax_moe
-from deepseek_jax.configs.schema import GQA, MLA, Llama3, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.schema import GQA, MLA, Indexer, Llama3, ModelConfig, MoE, Rope, Yarn
 
 
 def tiny_v3(name: str) -> ModelConfig:
@@ -68,3 +68,10 @@ def tiny_v2(name: str) -> ModelConfig:
     base = tiny_v2_lite(name)
     moe = replace(base.moe, n_groups=4, top_groups=2, scale=4.0)
     return replace(base, attention=replace(base.attention, q_rank=128), moe=moe)
+
+
+def tiny_v32(name: str) -> ModelConfig:
+    """V3.2's mechanisms: tiny-v3 with an indexer that chooses 64 keys."""
+    base = tiny_v3(name)
+    indexer = Indexer(index_heads=16, index_dim=32, index_top_k=64)
+    return replace(base, attention=replace(base.attention, indexer=indexer), model_type="deepseek_v32")

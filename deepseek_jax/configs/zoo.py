@@ -19,6 +19,7 @@ _BUILT = {
     "deepseek-v3": releases.deepseek_v3,
     "deepseek-r1": releases.deepseek_v3,
     "deepseek-v3.1": releases.deepseek_v3,
+    "deepseek-v3.2": releases.deepseek_v32,
     "r1-distill-qwen-1.5b": partial(
         releases.distill_qwen, sizes=(151936, 1536, 28, 8960), heads=(12, 2), theta=10000.0, eps=1e-6
     ),
@@ -40,18 +41,17 @@ _BUILT = {
     "tiny-v2-lite": twins.tiny_v2_lite,
     "tiny-v2": twins.tiny_v2,
     "tiny-v3": twins.tiny_v3,
+    "tiny-v3.2": twins.tiny_v32,
     "tiny-distill-qwen": twins.tiny_distill_qwen,
     "tiny-distill-llama": twins.tiny_distill_llama,
 }
 
 # Releases of the family whose mechanisms are not built yet; asking for one says so.
 _PLANNED = (
-    "deepseek-v3.2",
     "deepseek-v4-flash",
     "deepseek-v4-pro",
     "janus-pro-1b",
     "janus-pro-7b",
-    "tiny-v3.2",
     "tiny-v4",
     "tiny-janus",
 )

@@ -42,7 +42,7 @@ class Indexer(nnx.Module):
 
     def __init__(self, cfg: schema.MLA, dim: int, dtype):
         self.cfg = cfg
-        H, I = cfg.indexer.n_heads, cfg.indexer.head_dim  # noqa: E741
+        H, I = cfg.indexer.index_heads, cfg.indexer.index_dim  # noqa: E741
         self.q = param(dtype, (cfg.q_rank, H, I), ("q_rank", None, None), inputs=1)
         self.k = param(dtype, (dim, I), ("embed", None), inputs=1)
         self.k_norm = LayerNorm(dtype, I, None, LATENT_EPS)
@@ -54,8 +54,8 @@ class Indexer(nnx.Module):
         q_BTHI = self._rotated(linear("BTQ,QHI->BTHI", q_BTQ, self.q, ctx), tokens)
         k_BTI = self._rotated(self.k_norm(linear("BTD,DI->BTI", x_BTD, self.k, ctx)), tokens)
         weight_BTH = linear("BTD,DH->BTH", x_BTD.astype(jnp.float32), self.weight, ctx, precision=HIGHEST)
-        scale = (self.cfg.indexer.n_heads * self.cfg.indexer.head_dim) ** -0.5
-        return Seeking(q_BTHI, weight_BTH * scale, self.cfg.indexer.top_k), k_BTI
+        scale = (self.cfg.indexer.index_heads * self.cfg.indexer.index_dim) ** -0.5
+        return Seeking(q_BTHI, weight_BTH * scale, self.cfg.indexer.index_top_k), k_BTI
 
     def _rotated(self, x, tokens: Tokens) -> jax.Array:
         rotated, rest = jnp.split(x, [self.cfg.rope_dim], axis=-1)

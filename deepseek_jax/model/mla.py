@@ -93,7 +93,7 @@ class MLA(nnx.Module):
         (V2 §2.1.2; 576 numbers for V3); and [layers, B, S, I], the indexer's keys, where there is one."""
         cfg, rows = self.cfg, (layers, batch, length)
         empty = lambda width: ctx.ops.zeros((*rows, width), dtype, (None, BATCH, None, None))  # noqa: E731
-        return empty(cfg.kv_rank + cfg.rope_dim), None if cfg.indexer is None else empty(cfg.indexer.head_dim)
+        return empty(cfg.kv_rank + cfg.rope_dim), None if cfg.indexer is None else empty(cfg.indexer.index_dim)
 
     def _queries(self, x_BTD, q_BTQ, tokens: Tokens, ctx: Context):
         if q_BTQ is None:

@@ -106,6 +106,23 @@ def test_exact_totals():
         assert c.router_bias == 0
 
 
+def test_v32():
+    """V3 and an indexer in each layer: 13.96M parameters, 128 numbers of cache."""
+    c, v3 = counts(zoo("deepseek-v3.2"), context=131072), counts(zoo("deepseek-v3"), context=131072)
+    indexer = 1536 * 64 * 128 + (7168 + 2) * 128 + 7168 * 64
+    assert indexer == 13_959_424
+    assert c.total == v3.total + 61 * indexer == 671_877_929_216
+    assert c.mtp == v3.mtp + indexer
+    assert (c.activated_no_embedding, c.activated) == (37_477_128_448, 38_403_807_488)
+    assert c.kv_values_per_token_layer == 576 + 128
+    # A query multiplies with 2048 keys, all of which are scored: at 128K a step costs a fifth of dense attention's.
+    attention = 2 * 61 * (2048 * 128 * (2 * 512 + 64) + 131072 * 64 * 129)
+    assert c.decode_flops_per_token == 2 * c.activated_no_embedding + attention
+    assert counts(zoo("deepseek-v3.2"), context=2048).flops_per_token == (
+        counts(zoo("deepseek-v3"), context=2048).flops_per_token + 6 * 61 * indexer + 3 * 61 * 2048 * 64 * 129
+    )
+
+
 def test_activated_parameters_of_v1_and_v2():
     # 2.619/2.829, 2.451/2.661 and 20.852/21.376 billion; V2's claim is 21B, V2-Lite's 2.4B, DeepSeekMoE's 2.8B.
     found = {}

@@ -156,7 +156,33 @@ V2 = V2_LITE | {
     "topk_group": 3,
     "topk_method": "group_limited_greedy",
 }
+V32 = V2 | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "intermediate_size": 18432,
+    "model_type": "deepseek_v32",
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": V2_LITE["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
 RELEASED = {
+    "deepseek-v3.2": V32,
     "r1-distill-qwen-1.5b": QWEN,
     "r1-distill-llama-8b": LLAMA,
     "deepseek-moe-16b": V1,
@@ -188,13 +214,17 @@ def test_mscale_is_that_of_the_file():
     assert zoo("deepseek-v2").attention.rope.yarn.mscale_all_dim == 0.707
 
 
-@pytest.mark.parametrize("name", ["tiny-llm", "tiny-distill-qwen", "tiny-distill-llama", "tiny-v2-lite", "tiny-v2"])
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "deepseek_v2": "DeepseekV2", "deepseek_v32": "DeepseekV32"}
+TWINS = ("tiny-llm", "tiny-distill-qwen", "tiny-distill-llama", "tiny-v2-lite", "tiny-v2", "tiny-v3.2")
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_the_reference_reads_what_is_written(name, tmp_path):
     """Every field that we write means to transformers what it means here, in its own spelling too."""
     import transformers
 
     cfg = zoo(name)
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "deepseek_v2": "DeepseekV2"}[cfg.model_type]
+    kind = CLASSES[cfg.model_type]
     data = config_to_json(cfg)
     reference = getattr(transformers, f"{kind}Config")(**{k: v for k, v in data.items() if k != "model_type"})
     reference.save_pretrained(tmp_path)
@@ -282,6 +312,11 @@ REFUSED = {
     ),
     "v2 score": (V2, {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
     "v2 groups": (V2, {"n_group": 7}, "n_routed_experts=160 does not divide into n_group=7 groups"),
+    "v3.2 layers": (V32, {"layer_types": ["full_attention"] * 61}, "layer_types .* are not supported, only 'indexed"),
+    "v3.2 networks": (V32, {"mlp_layer_types": ["sparse"] * 61}, "but first_k_dense_replace is 3"),
+    "v3.2 indexer": (V32, {"index_n_heads": ...}, "index_n_heads"),
+    "v3.2 top_k": (V32, {"index_topk": 0}, "index_topk must be positive, not 0"),
+    "v3.2 queries": (V32, {"q_lora_rank": None}, "an indexer reads compressed queries, but .* is None"),
     "v2 heads": (V2, {"num_key_value_heads": 8}, "num_key_value_heads is 8, but num_attention_heads is 128"),
 }
 

@@ -111,6 +111,7 @@ def test_twins_have_their_releases_mechanisms():
         "tiny-moe": "deepseek-moe-16b",
         "tiny-v2-lite": "deepseek-v2-lite",
         "tiny-v2": "deepseek-v2",
+        "tiny-v3.2": "deepseek-v3.2",
         "tiny-distill-qwen": "r1-distill-qwen-1.5b",
         "tiny-distill-llama": "r1-distill-llama-8b",
     }
@@ -124,6 +125,7 @@ def test_twins_have_their_releases_mechanisms():
             type(a),
             getattr(a, "bias", None),
             getattr(a, "q_rank", None) is None,
+            getattr(a, "indexer", None) is None,
             getattr(a, "n_kv_heads", 1) < a.n_heads,
             (rope.interleaved, rope.yarn is None, rope.llama3 is None, rope.yarn and rope.yarn.mscale_all_dim),
             moe and (moe.score, moe.group_score, moe.bias, moe.normalize, moe.n_shared, moe.n_groups > moe.top_groups),

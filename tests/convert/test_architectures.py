@@ -1,6 +1,7 @@
 """Published folders of the other architectures: both ways byte for byte, and each against its reference."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
@@ -20,6 +21,13 @@ NAMES = {
     "distill-llama": {"self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"},
     "deepseek-moe": {"self_attn.k_proj.weight", "mlp.gate.weight", "mlp.experts.7.up_proj.weight"},
     "v2-lite": {"self_attn.q_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "mlp.shared_experts.up_proj.weight"},
+    "v3.2": {
+        "self_attn.indexer.wq_b.weight",
+        "self_attn.indexer.wk.weight",
+        "self_attn.indexer.k_norm.weight",
+        "self_attn.indexer.k_norm.bias",
+        "self_attn.indexer.weights_proj.weight",
+    },
     "v2": {"self_attn.q_a_proj.weight", "self_attn.kv_b_proj.weight", "mlp.experts.0.down_proj.weight"},
 }
 
@@ -37,7 +45,8 @@ def test_there_and_back(name, tmp_path):
     held = arrays(tmp_path / "a")
     last = {n.removeprefix("model.layers.2.") for n in held if n.startswith("model.layers.2.")}
     assert NAMES.get(name, set()) <= last
-    assert not any(n.endswith("e_score_correction_bias") for n in held)
+    biased = model.cfg.moe is not None and model.cfg.moe.bias
+    assert any(n.endswith("e_score_correction_bias") for n in held) == biased
     assert ("lm_head.weight" in held) != model.cfg.tie_embeddings
     again = dsj.load_pretrained(tmp_path / "a", dtype=None)
     assert again.cfg.attention == model.cfg.attention
@@ -55,7 +64,7 @@ def test_there_and_back(name, tmp_path):
     measured(name, "export", 0)
 
 
-SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("distill-llama", "deepseek-moe")]
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("distill-llama", "deepseek-moe", "v3.2")]
 
 
 @pytest.mark.parametrize("name", ["distill-qwen", "v2", *SLOWLY])
@@ -74,8 +83,9 @@ def test_transformers_reads_what_is_written(tmp_path):
     from transformers import AutoModelForCausalLM
 
     tokens = np.random.default_rng(0).integers(0, 256, (1, 24))
-    for name in ("distill-qwen", "distill-llama", "v2-lite"):
-        model = random_model(ARCHITECTURES[name], seed=4)
+    for name in ("distill-qwen", "distill-llama", "v2-lite", "v3.2"):
+        # transformers knows V3.2's MTP layers in no file.
+        model = random_model(replace(ARCHITECTURES[name], mtp_depth=0), seed=4)
         dsj.save_pretrained(model, tmp_path / name)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
         with torch.no_grad():

@@ -33,6 +33,7 @@ OTHERS = (
     "fsdp=2,expert=2,tensor=2|deepseek-moe",
     "data=2,expert=2,context=2|v2",
     "expert=8|v2-lite",
+    "fsdp=2,tensor=2,context=2|v3.2",
     "data=8|deepseek-llm",
 )
 DEFAULT = [

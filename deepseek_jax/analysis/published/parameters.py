@@ -10,6 +10,7 @@ from deepseek_jax.configs.zoo import zoo
 _MOE, _V2, _V3 = "2401.06066", "2405.04434", "2412.19437"
 _LLM, _KIMI, _MOONLIGHT = "2401.02954", "2507.20534", "2502.16982 table 4"
 _PAGE = "the release's page"
+_COUNTED = "transformers' class, counted"
 _V2S = ("deepseek-v2", "deepseek-v2.5", "deepseek-coder-v2")
 _V3S = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1")
 # Rows and columns of one FP8 scale in V3's published files.
@@ -75,6 +76,12 @@ def _experts(number: float) -> int:
 
 
 FIGURES = (
+    Figure("v3.2-parameters", "V3.2, parameters", _COUNTED, "671.88", "B", _total("deepseek-v3.2"),
+           releases=("deepseek-v3.2",)),
+    Figure("v3.2-activated", "V3.2, activated, without embedding", _COUNTED, "37.48", "B",
+           _activated("deepseek-v3.2"), releases=("deepseek-v3.2",)),
+    Figure("v3.2-indexer", "V3.2, indexer of a layer", _COUNTED, "13.96", "M",
+           lambda: counted("deepseek-v3.2").attention_per_layer - counted("deepseek-v3").attention_per_layer),
     Figure("llm-7b-parameters", "DeepSeek LLM 7B, parameters", _LLM, "7", "B", _total("deepseek-llm-7b"),
            releases=("deepseek-llm-7b",)),
     Figure("llm-67b-parameters", "DeepSeek LLM 67B, parameters", _LLM, "67", "B", _total("deepseek-llm-67b"),

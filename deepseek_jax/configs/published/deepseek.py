@@ -40,12 +40,18 @@ def _v3_attention(fields: Fields) -> schema.MLA:
 
 
 def _v32_attention(fields: Fields) -> schema.MLA:
-    attention = _mla(fields, True)
+    # transformers says of every layer what the fields before say of all.
+    kinds = fields.value("layer_types", None) or ()
+    if set(kinds) - {"indexed_attention"}:
+        raise ConfigError(f"config.json: layer_types {shown(kinds)} are not supported, only 'indexed_attention'.")
+    networks, dense = fields.value("mlp_layer_types", None), fields.integer("first_k_dense_replace")
+    if networks is not None and networks != ["dense"] * dense + ["sparse"] * (len(networks) - dense):
+        raise fields.contradiction(f"mlp_layer_types is {shown(networks)}, but first_k_dense_replace is {dense}")
     read = {ours: fields.integer(theirs) for ours, theirs in INDEXER.items()}
-    return fields.make(replace, attention, indexer=fields.make(schema.Indexer, **read))
+    return _mla(fields, True, indexer=fields.make(schema.Indexer, **read))
 
 
-def _mla(fields: Fields, interleaved: bool) -> schema.MLA:
+def _mla(fields: Fields, interleaved: bool, **rest) -> schema.MLA:
     heads = fields.integer("num_attention_heads")
     attention = fields.make(
         schema.MLA,
@@ -56,6 +62,7 @@ def _mla(fields: Fields, interleaved: bool) -> schema.MLA:
         rope_dim=fields.integer("qk_rope_head_dim"),
         v_dim=fields.integer("v_head_dim"),
         rope=read_rope(fields, ("default", "yarn"), interleaved),
+        **rest,
     )
     qk = attention.nope_dim + attention.rope_dim
     check_following(
@@ -205,7 +212,7 @@ V32 = replace(
     attention=_v32_attention,
     write=_write_v32,
     fixed=V3.fixed | {"mlp_bias": False},
-    known=V3.known - {"rope_interleave"} | set(INDEXER.values()),
+    known=V3.known - {"rope_interleave"} | {*INDEXER.values(), "layer_types", "mlp_layer_types"},
     defaults=_SIZES | {"max_position_embeddings": 163840, "bos_token_id": 0, "eos_token_id": 1},
 )
 V2 = Tradition(

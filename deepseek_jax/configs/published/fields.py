@@ -33,7 +33,7 @@ MLA = {
     "rope_dim": "qk_rope_head_dim",
     "v_dim": "v_head_dim",
 }
-INDEXER = {"n_heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
+INDEXER = {"index_heads": "index_n_heads", "index_dim": "index_head_dim", "index_top_k": "index_topk"}
 GQA = {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 MOE = {
     "n_experts": "n_routed_experts",
@@ -62,7 +62,7 @@ LLAMA3 = {
     "low_turns": "low_freq_factor",
     "high_turns": "high_freq_factor",
 }
-NAMES = MODEL | DEPTHS | MLA | GQA | MOE | ROPE | YARN | LLAMA3
+NAMES = MODEL | DEPTHS | MLA | INDEXER | GQA | MOE | ROPE | YARN | LLAMA3
 # Another spelling of the same, that of transformers 5.
 ALIASES = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
