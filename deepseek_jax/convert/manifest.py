@@ -20,7 +20,9 @@ from deepseek_jax.core.quant import BLOCK
 # The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")
 # Releases with FP8 matrices.
-FP8 = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "kimi-k2")
+FP8 = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "deepseek-v3.2", "kimi-k2")
+# Those whose norms are float32.
+WIDE_NORMS = ("deepseek-v3.2",)
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ def of_specs(release: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]]) -
 def of_release(name: str) -> Manifest:
     """What the published files of a zoo model hold, by the rules of its release.
 
-    Those of ``FP8``: FP8 blocks with float32 scales, a float32 router bias, bfloat16 for the rest. Others: all bfloat16
-    but a router bias. ``CONFIRMED`` lists those whose real headers were seen.
+    Those of ``FP8``: FP8 blocks with float32 scales, a float32 router bias, bfloat16 for the rest, or float32 for the
+    norms of ``WIDE_NORMS``. Others: all bfloat16 but a router bias. ``CONFIRMED`` lists those whose real headers were
+    seen.
     """
     cfg = zoo(name)
     specs = {}
     for tensor in layout(cfg)[0]:
-        bias = tensor.name.endswith("e_score_correction_bias")
-        dtype = "F8_E4M3" if tensor.fp8 and name in FP8 else "F32" if bias else "BF16"
+        wide = tensor.name.endswith("e_score_correction_bias") or (name in WIDE_NORMS and len(tensor.shape) == 1)
+        dtype = "F8_E4M3" if tensor.fp8 and name in FP8 else "F32" if wide else "BF16"
         specs[tensor.name] = (DTYPES[dtype], tensor.shape)
         if dtype == "F8_E4M3":
             specs[tensor.scale] = (DTYPES["F32"], scale_shape(tensor, BLOCK))

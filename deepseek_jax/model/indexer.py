@@ -43,10 +43,10 @@ class Indexer(nnx.Module):
     def __init__(self, cfg: schema.MLA, dim: int, dtype):
         self.cfg = cfg
         H, I = cfg.indexer.index_heads, cfg.indexer.index_dim  # noqa: E741
-        self.q = param(dtype, (cfg.q_rank, H, I), ("q_rank", None, None), inputs=1)
-        self.k = param(dtype, (dim, I), ("embed", None), inputs=1)
+        self.q = param(dtype, (cfg.q_rank, H, I), ("q_rank", None, None), inputs=1, decay=False)
+        self.k = param(dtype, (dim, I), ("embed", None), inputs=1, decay=False)
         self.k_norm = LayerNorm(dtype, I, None, LATENT_EPS)
-        self.weight = param(dtype, (dim, H), ("embed", None), inputs=1)
+        self.weight = param(dtype, (dim, H), ("embed", None), inputs=1, decay=False)
 
     def __call__(self, x_BTD: jax.Array, q_BTQ: jax.Array, tokens: Tokens, ctx: Context) -> tuple[Seeking, jax.Array]:
         """Of the layer's input and MLA's normalised query latents: what tokens ask with, and their keys [B, T, I]."""
