@@ -1,7 +1,7 @@
 """The lightning indexer of DeepSeek sparse attention (V3.2, 2512.02556 §2.1): which earlier tokens a query sees.
 
 A few light heads score every earlier token; a query attends to the best of them only. The indexer's inputs are cut off
-from the gradient, and so is its choice: it learns by an objective of its own.
+from the gradient, and so is its choice: a loss of the model does not reach it, and no weight decay moves it.
 
 Suffixes: B batch, T queries, S keys, K chosen keys, D width, Q query rank, H heads of the indexer, I their dimension.
 """

@@ -49,6 +49,7 @@ RELEASES = {
     "v2-lite": "V2-Lite",
     "v2": "V2, V2.5, Coder-V2",
     V3: "V3, R1, V3.1; Moonlight, Kimi-K2",
+    "v3.2": "V3.2, V3.2-Exp",
 }
 # Architecture -> a release, the slice and the mesh that its training step is compiled for.
 COMPILED = {
@@ -58,6 +59,7 @@ COMPILED = {
     "deepseek-moe": ("deepseek-moe-16b", "v5p:2x2x2", "fsdp=4,expert=2"),
     "v2-lite": ("deepseek-v2-lite", "v5p:2x2x2", "fsdp=4,expert=2"),
     "v2": ("deepseek-v2", "v5p:8x8x4", "fsdp=32,expert=8"),
+    "v3.2": ("deepseek-v3.2", "v5p:8x8x8", "fsdp=8,expert=64"),
 }
 
 
@@ -117,7 +119,7 @@ def table(record: dict) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=(*TESTS, "compile"), help="measure this part; the others' figures stay")
-    parser.add_argument("--architecture", choices=tuple(COMPILED), help="compile this one only")
+    parser.add_argument("--architecture", choices=tuple(COMPILED), help="this one only; the others' figures stay")
     parser.add_argument("--smoke", action="store_true", help="one architecture against the reference")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
@@ -129,7 +131,7 @@ def main() -> None:
                 record["compiled"][architecture] = compiled(architecture)
                 print(architecture, record["compiled"][architecture], flush=True)
             continue
-        for architecture, errors in tested(part, "distill-llama" if args.smoke else None).items():
+        for architecture, errors in tested(part, "distill-llama" if args.smoke else args.architecture).items():
             record["measured"].setdefault(architecture, {}).update(errors)
             print(architecture, errors, flush=True)
     head = provenance()

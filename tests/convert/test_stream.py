@@ -578,6 +578,8 @@ def test_manifests():
     """The released DeepSeek-V3: 91,991 tensors, as its files' own headers say."""
     assert of_release("deepseek-v3").tensors == 91_991
     assert of_release("deepseek-v3").dtypes["F8_E4M3"] + 59 == of_release("deepseek-v3").dtypes["F32"]
+    # An indexer has five more, of which two have scales; the number is that of the files' headers.
+    assert of_release("deepseek-v3.2").tensors == 91_991 + 62 * 7 == 92_425
     assert of_release("moonlight-16b").dtypes.keys() == {"BF16", "F32"}
     # An embedding, a norm and a head; 28 layers of 12 tensors. No router bias, no FP8.
     assert of_release("r1-distill-qwen-1.5b").dtypes == {"BF16": 3 + 28 * 12}

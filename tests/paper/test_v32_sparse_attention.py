@@ -10,7 +10,8 @@ from reference import forward, full, pair, relative
 from tiny import random_model
 
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.core.params import map_variables, named, unstack
+from deepseek_jax.core.params import decays, map_variables, named, named_variables, unstack
+from deepseek_jax.core.partition import partition
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.indexer import Seeking, chosen_keys, index_scores, only_chosen
 from deepseek_jax.model.tokens import Tokens, make_tokens
@@ -98,6 +99,12 @@ def test_keys_that_are_brought_to_few_queries_are_those_of_the_mask():
     power = np.exp(score - score.max(-1, keepdims=True))
     expected = np.einsum("BTNS,BSV->BTNV", power / power.sum(-1, keepdims=True), v[:, :, 0])
     np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_training_leaves_the_indexer_as_it_is():
+    """No gradient reaches it (`tests/model/test_family.py`), and nothing decays."""
+    held = named_variables(partition(abstract(CFG))[0])
+    assert {decays(v) for name, v in held.items() if ".indexer." in name} == {False}
 
 
 def test_packed_rows_choose_among_their_own_tokens():

@@ -32,7 +32,7 @@ def records(run, kind: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["distill-qwen", "deepseek-moe", "v2"])
+@pytest.mark.parametrize("name", ["distill-qwen", "deepseek-moe", "v2", "v3.2"])
 def test_it_learns_from_scratch_and_with_adapters(name, text, tmp_path, capsys):
     cfg = ARCHITECTURES[name]
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(cfg)))
@@ -42,8 +42,10 @@ def test_it_learns_from_scratch_and_with_adapters(name, text, tmp_path, capsys):
     steps = records(tmp_path / "a", "step")
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
     # A router without a bias has none in the metrics, and is balanced by the losses.
-    assert ("load" in steps[-1], "bias" in steps[-1]) == (cfg.moe is not None, False)
-    assert ("no bias that bias_speed could move" in (tmp_path / "a/train.log").read_text()) == (cfg.moe is not None)
+    biased, log = cfg.moe is not None and cfg.moe.bias, (tmp_path / "a/train.log").read_text()
+    assert ("load" in steps[-1], "bias" in steps[-1]) == (cfg.moe is not None, biased)
+    assert ("no bias that bias_speed could move" in log) == (cfg.moe is not None and not biased)
+    assert ("the indexers stay as they are" in log) == (name == "v3.2")
 
     checkpoint = str(tmp_path / "a/checkpoint")
     model = dsj.load_pretrained(checkpoint, dtype=None)
