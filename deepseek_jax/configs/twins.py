@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from deepseek_jax.configs.releases import dense, softmax_moe
+from deepseek_jax.configs.releases.dense import dense
+from deepseek_jax.configs.releases.v2 import softmax_moe
 from deepseek_jax.configs.schema import GQA, MLA, Indexer, Llama3, ModelConfig, MoE, Rope, Yarn
 
 

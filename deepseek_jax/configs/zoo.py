@@ -4,38 +4,39 @@ import difflib
 from dataclasses import replace
 from functools import partial
 
-from deepseek_jax.configs import releases, twins
+from deepseek_jax.configs import twins
+from deepseek_jax.configs.releases import dense, v2, v3
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.notes import shown
 
 _BUILT = {
-    "deepseek-llm-7b": partial(releases.deepseek_llm, sizes=(102400, 4096, 30, 11008), heads=(32, 32)),
-    "deepseek-llm-67b": partial(releases.deepseek_llm, sizes=(102400, 8192, 95, 22016), heads=(64, 8)),
-    "deepseek-moe-16b": releases.deepseek_moe_16b,
-    "deepseek-v2-lite": releases.deepseek_v2_lite,
-    "deepseek-v2": releases.deepseek_v2,
-    "deepseek-v2.5": releases.deepseek_v2,
-    "deepseek-coder-v2": releases.deepseek_v2,
-    "deepseek-v3": releases.deepseek_v3,
-    "deepseek-r1": releases.deepseek_v3,
-    "deepseek-v3.1": releases.deepseek_v3,
-    "deepseek-v3.2": releases.deepseek_v32,
+    "deepseek-llm-7b": partial(dense.deepseek_llm, sizes=(102400, 4096, 30, 11008), heads=(32, 32)),
+    "deepseek-llm-67b": partial(dense.deepseek_llm, sizes=(102400, 8192, 95, 22016), heads=(64, 8)),
+    "deepseek-moe-16b": v2.deepseek_moe_16b,
+    "deepseek-v2-lite": v2.deepseek_v2_lite,
+    "deepseek-v2": v2.deepseek_v2,
+    "deepseek-v2.5": v2.deepseek_v2,
+    "deepseek-coder-v2": v2.deepseek_v2,
+    "deepseek-v3": v3.deepseek_v3,
+    "deepseek-r1": v3.deepseek_v3,
+    "deepseek-v3.1": v3.deepseek_v3,
+    "deepseek-v3.2": v3.deepseek_v32,
     "r1-distill-qwen-1.5b": partial(
-        releases.distill_qwen, sizes=(151936, 1536, 28, 8960), heads=(12, 2), theta=10000.0, eps=1e-6
+        dense.distill_qwen, sizes=(151936, 1536, 28, 8960), heads=(12, 2), theta=10000.0, eps=1e-6
     ),
     "r1-distill-qwen-7b": partial(
-        releases.distill_qwen, sizes=(152064, 3584, 28, 18944), heads=(28, 4), theta=10000.0, eps=1e-6
+        dense.distill_qwen, sizes=(152064, 3584, 28, 18944), heads=(28, 4), theta=10000.0, eps=1e-6
     ),
     "r1-distill-qwen-14b": partial(
-        releases.distill_qwen, sizes=(152064, 5120, 48, 13824), heads=(40, 8), theta=1000000.0, eps=1e-5
+        dense.distill_qwen, sizes=(152064, 5120, 48, 13824), heads=(40, 8), theta=1000000.0, eps=1e-5
     ),
     "r1-distill-qwen-32b": partial(
-        releases.distill_qwen, sizes=(152064, 5120, 64, 27648), heads=(40, 8), theta=1000000.0, eps=1e-5
+        dense.distill_qwen, sizes=(152064, 5120, 64, 27648), heads=(40, 8), theta=1000000.0, eps=1e-5
     ),
-    "r1-distill-llama-8b": partial(releases.distill_llama, sizes=(128256, 4096, 32, 14336), heads=(32, 8)),
-    "r1-distill-llama-70b": partial(releases.distill_llama, sizes=(128256, 8192, 80, 28672), heads=(64, 8)),
-    "moonlight-16b": releases.moonlight_16b,
-    "kimi-k2": releases.kimi_k2,
+    "r1-distill-llama-8b": partial(dense.distill_llama, sizes=(128256, 4096, 32, 14336), heads=(32, 8)),
+    "r1-distill-llama-70b": partial(dense.distill_llama, sizes=(128256, 8192, 80, 28672), heads=(64, 8)),
+    "moonlight-16b": v3.moonlight_16b,
+    "kimi-k2": v3.kimi_k2,
     "tiny-llm": twins.tiny_llm,
     "tiny-moe": twins.tiny_moe,
     "tiny-v2-lite": twins.tiny_v2_lite,

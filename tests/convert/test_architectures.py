@@ -73,7 +73,7 @@ def test_a_folder_is_verified_against_its_own_reference(name, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 256, (1, 24))
     rows = list(ladder(tmp_path / "a", tokens, steps=2, gradients=True))
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
-    assert sum(isinstance(row, Row) for row in rows) == 3 * 3 + 3
+    assert sum(isinstance(row, Row) for row in rows) == 3 * 3 + 3 + model_of(name).cfg.mtp_depth
     (gradients,) = (row for row in rows if isinstance(row, Gradients))
     assert gradients.tensors == len(arrays(tmp_path / "a"))
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published.cache import LLAMA_405B, QWEN_72B
 from deepseek_jax.analysis.published.figure import CONTEXT, Figure, counted
-from deepseek_jax.configs.releases import dense
+from deepseek_jax.configs.releases.dense import dense
 from deepseek_jax.configs.zoo import zoo
 
 _MOE, _INSIGHTS = "2401.06066", "2505.09343 table 2"

@@ -1,0 +1,1 @@
+"""The config of each release, a file an architecture."""
