@@ -64,10 +64,10 @@ class Operations:
     # Attention.
 
     def rows(self, attend: Callable, queries: Sequence[jax.Array], keys: Sequence[jax.Array], tokens, ctx) -> jax.Array:
-        """``attend(*queries, *keys, tokens, ctx)`` [B, T, N, V]: queries [B, T, N, ...], whose rows' keys are all here.
+        """``attend(*queries, *keys, tokens, ctx)``, [B, T, ...]: queries [B, T, N, ...], whose rows' keys are all here.
 
-        ``keys``: what keys and values follow from, as narrow as it is: [B, S, G, ...], or [B, S, C] for all heads. Both
-        may be trees of such arrays.
+        ``keys``: what keys and values follow from, as narrow as it is: [B, S, G, ...], or [B, S, C] for all heads. What
+        is given and what is returned may be trees of such arrays.
         """
         return attend(*queries, *keys, tokens, ctx)
 

@@ -155,7 +155,7 @@ def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampl
     recent, tokens, q = _latest(state.recent, hidden_BTD, accepted_B + 1), state.tokens, []
     for d in range(depth):
         next_BW = jnp.take_along_axis(tokens, position_BW + 1 + d, axis=1, mode="clip")
-        hidden_BWD, seen, cache, _ = model.predict_depth(d, hidden_BWD, next_BW, seen, cache, ctx)
+        hidden_BWD, seen, cache, *_ = model.predict_depth(d, hidden_BWD, next_BW, seen, cache, ctx)
         hidden_B1D = jnp.take_along_axis(hidden_BWD, at_B[:, None, None], axis=1)
         q.append(distribution(model.unembed(hidden_B1D, ctx), sampling)[:, 0])
         position_B = first_B + accepted_B + 2 + d

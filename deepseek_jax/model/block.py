@@ -20,8 +20,9 @@ from deepseek_jax.model.outputs import Aux
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.tokens import Tokens
 
-# "block_norm" is the root mean square of "block", a float32 number a token.
-CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm")
+# "block_norm" is the root mean square of "block", a float32 number a token; "index_kl", another, how far the indexer is
+# from attention.
+CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm", "index_kl")
 
 ATTENTION = {schema.MLA: MLA, schema.GQA: GQA}
 
@@ -43,21 +44,22 @@ class Block(nnx.Module):
         held: Any = None,
         i: jax.Array | int = 0,
         given: jax.Array | KnockOut | None = None,
+        capture: tuple[str, ...] = (),
     ) -> tuple[jax.Array, Any, Aux | None, dict[str, jax.Array]]:
         """The stream, what attention holds (this is layer ``i`` of those held together), router statistics (None for a
-        dense layer), activations."""
+        dense layer), activations; ``capture``: those of them that would not be computed otherwise."""
         x_BTD = checkpoint_name(x_BTD, "stream")
-        attn, held = self.attn(self.attn_norm(x_BTD), tokens, ctx, held, i)
+        attn, held, report = self.attn(self.attn_norm(x_BTD), tokens, ctx, held, i, capture)
         attn = checkpoint_name(ctx.ops.constrain(attn, (BATCH, SEQUENCE, None)), "attn")
         x_BTD = x_BTD + attn
-        aux, scores = None, {}
+        aux = None
         if isinstance(self.ffn, MoE):
             ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), tokens.segment, ctx, given)
-            scores = {"router_scores": score_BTE}
+            report = report | {"router_scores": score_BTE}
         else:
             network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(x_BTD)))
             ffn = network(y_BTD, ctx)
         ffn = checkpoint_name(ctx.ops.constrain(ffn, (BATCH, SEQUENCE, None)), "ffn")
         x_BTD = x_BTD + ffn
         norm_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
-        return x_BTD, held, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **scores}
+        return x_BTD, held, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **report}

@@ -18,7 +18,7 @@ from deepseek_jax.model.tokens import Tokens
 
 
 class GQA(nnx.Module):
-    """Pure: (x, tokens, held) -> (y, held). Leaves follow the published matrices; biases are flat, as published."""
+    """Pure: (x, tokens, held) -> (y, held, report). Leaves follow the published matrices; biases are flat as there."""
 
     def __init__(self, cfg: schema.GQA, dim: int, dtype):
         self.cfg = cfg
@@ -38,8 +38,9 @@ class GQA(nnx.Module):
         ctx: Context,
         held: jax.Array | None = None,
         i: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """``held``: what `held` made, of which the rows of layer ``i`` are written."""
+        report: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+        """``held``: what `held` made, of which the rows of layer ``i`` are written. Has nothing to report."""
         cfg = self.cfg
         q_BTNH = tokens.rotated(_mapped(x_BTD, self.q, self.q_bias, ctx), cfg.rope_dim, cfg.rope)
         k_BSGH = tokens.rotated(_mapped(x_BTD, self.k, self.k_bias, ctx), cfg.rope_dim, cfg.rope)
@@ -53,7 +54,7 @@ class GQA(nnx.Module):
             k_BSGH, v_BSGH = both[:, :, 0], both[:, :, 1]
 
         o_BTNH = ctx.ops.rows(self._attend, (q_BTNH,), (k_BSGH, v_BSGH), tokens, ctx)
-        return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), held
+        return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), held, {}
 
     def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> jax.Array:
         """[layers, B, S, 2 G H] for a cache: each token's rotated keys, then its values, of all key heads."""

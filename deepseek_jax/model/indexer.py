@@ -1,12 +1,14 @@
 """The lightning indexer of DeepSeek sparse attention (V3.2, 2512.02556 §2.1): which earlier tokens a query sees.
 
 A few light heads score every earlier token; a query attends to the best of them only. The indexer's inputs are cut off
-from the gradient, and so is its choice: a loss of the model does not reach it, and no weight decay moves it.
+from the gradient, and so is its choice: a loss of the model does not reach it, and no weight decay moves it. It learns
+by `divergence`.
 
 Suffixes: B batch, T queries, S keys, K chosen keys, D width, Q query rank, H heads of the indexer, I their dimension.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from deepseek_jax.core.product import product
 from deepseek_jax.model.tokens import Tokens
 
 HIGHEST = jax.lax.Precision.HIGHEST
+# Of `divergence`: queries at once, but for long rows a sixteenth of them.
+MIN_BLOCK = 64
+BLOCKS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -80,3 +85,42 @@ def only_chosen(visible_BTS: jax.Array, index_BTK: jax.Array) -> jax.Array:
     B, T, S = jnp.broadcast_shapes(visible_BTS.shape, (*index_BTK.shape[:2], 1))
     b, t = jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None]
     return visible_BTS & jnp.zeros((B, T, S), bool).at[b, t, index_BTK].set(True)
+
+
+def divergence(q_BTNK, k_BSGK, tokens: Tokens, scale: float, seeking: Seeking, index_BSI: jax.Array) -> jax.Array:
+    """float32 [B, T]: KL(p || softmax(I)) in nats, by which the indexer learns (§2.1.1); 0 at padding.
+
+    Over the keys that a query attends to: the chosen ones, or all that it sees where these are no more. p: what the
+    heads of attention give each key, added up and divided by their number. Its gradient goes into I alone.
+    """
+    q_BTNK, k_BSGK = jax.lax.stop_gradient((q_BTNK, k_BSGK))
+    T, size = q_BTNK.shape[1], max(MIN_BLOCK, -(-q_BTNK.shape[1] // BLOCKS))
+    # Computed again in the backward pass: memory does not grow with T x S.
+    block = jax.checkpoint(partial(_divergence, scale=scale))
+    pieces = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        keys = stop if tokens.causal and tokens.slot is None else k_BSGK.shape[1]
+        rows = jax.tree.map(lambda a, start=start, stop=stop: a[:, start:stop], (q_BTNK, seeking))
+        seen = jnp.broadcast_to(tokens.visible(start, stop - start, keys), (q_BTNK.shape[0], stop - start, keys))
+        pieces.append(block(*rows, k_BSGK[:, :keys], index_BSI[:, :keys], seen))
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _divergence(q_BTNK, seeking: Seeking, k_BSGK, index_BSI, seen_BTS, scale: float) -> jax.Array:
+    if seeking.top_k < seen_BTS.shape[-1]:
+        seen_BTS = only_chosen(seen_BTS, chosen_keys(seeking, index_BSI, seen_BTS))
+    B, T, N, K = q_BTNK.shape
+    q = q_BTNK.reshape(B, T, k_BSGK.shape[2], -1, K)
+    s = product("BTGJK,BSGK->BTGJS", q, k_BSGK) * scale
+    p_BTS = jnp.exp(_log_softmax(s, seen_BTS[:, :, None, None])).sum((2, 3)) / N
+    log_q_BTS = _log_softmax(index_scores(seeking, index_BSI), seen_BTS)
+    differs = jnp.log(jnp.where(p_BTS > 0, p_BTS, 1)) - jnp.where(p_BTS > 0, log_q_BTS, 0)
+    return (p_BTS * differs).sum(-1)
+
+
+def _log_softmax(score, seen) -> jax.Array:
+    """Over the keys that are seen, minus infinity at the others; of a query that sees none, everywhere."""
+    some = seen.any(-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(some, jnp.where(seen, score, -jnp.inf), 0), axis=-1, keepdims=True)
+    return jnp.where(seen, score - total, -jnp.inf)

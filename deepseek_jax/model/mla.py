@@ -9,6 +9,7 @@ dim.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import softmax_scale
 from deepseek_jax.model.attention import attend
-from deepseek_jax.model.indexer import Indexer
+from deepseek_jax.model.indexer import Indexer, divergence
 from deepseek_jax.model.tokens import Tokens
 
 
@@ -41,7 +42,7 @@ class Absorbed:
 
 
 class MLA(nnx.Module):
-    """Pure: (x, tokens, held) -> (y, held). Leaves follow the published matrices, fused where they are."""
+    """Pure: (x, tokens, held) -> (y, held, report). Leaves follow the published matrices, fused where they are."""
 
     def __init__(self, cfg: schema.MLA, dim: int, dtype):
         self.cfg = cfg
@@ -65,8 +66,11 @@ class MLA(nnx.Module):
         ctx: Context,
         held: tuple[jax.Array, jax.Array | None] | None = None,
         i: jax.Array | int = 0,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None] | None]:
-        """``held``: what `held` made, of which the rows of layer ``i`` are written."""
+        report: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None] | None, dict[str, jax.Array]]:
+        """``held``: what `held` made, of which the rows of layer ``i`` are written. ``report``: what to return besides
+        y and that; "index_kl", float32 [B, T], is `indexer.divergence`.
+        """
         cfg = self.cfg
         q_BTQ = None if cfg.q_rank is None else self.q_norm(linear("BTD,DQ->BTQ", x_BTD, self.q_a, ctx))
         q_BTNH, q_BTNR = self._queries(x_BTD, q_BTQ, tokens, ctx)
@@ -85,8 +89,9 @@ class MLA(nnx.Module):
             keys = jax.tree.map(lambda h: h[i].astype(x_BTD.dtype), held)
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], keys[0].shape[1], ctx) else self._expanded
-        o_BTNV = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
-        return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held
+        form = partial(form, reports=seeking is not None and "index_kl" in report)
+        o_BTNV, kl_BT = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
+        return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held, {} if kl_BT is None else {"index_kl": kl_BT}
 
     def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> tuple[jax.Array, jax.Array | None]:
         """For a cache, [layers, B, S, C + R]: each token's normalised latent, then its rotated key, shared by all heads
@@ -103,7 +108,7 @@ class MLA(nnx.Module):
         q_BTNH, q_BTNR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
         return q_BTNH, tokens.rotated(q_BTNR, self.cfg.rope_dim, self.cfg.rope)
 
-    def _expanded(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context):
+    def _expanded(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context, reports: bool):
         cfg = self.cfg
         c_BSC, k_BSR = jnp.split(latent_BSX, [cfg.kv_rank], axis=-1)
         kv_b = self.kv_b.whole if isinstance(self.kv_b, Absorbed) else self.kv_b
@@ -112,9 +117,10 @@ class MLA(nnx.Module):
         k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], cfg.rope_dim))
         q, k = jnp.concatenate([q_BTNH, q_BTNR], -1), jnp.concatenate([k_BSNH, k_BSNR], -1)
         scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
-        return attend(q, k, v_BSNV, tokens, scale, ctx, seeking, index_BSI)
+        kl_BT = divergence(q, k, tokens, scale, seeking, index_BSI) if reports else None
+        return attend(q, k, v_BSNV, tokens, scale, ctx, seeking, index_BSI), kl_BT
 
-    def _absorbed(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context):
+    def _absorbed(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context, reports: bool):
         cfg = self.cfg
         kv_b = self.kv_b if isinstance(self.kv_b, Absorbed) else self.absorbed(latent_BSX.dtype, ctx)
         q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, kv_b.key, ctx)
@@ -122,7 +128,8 @@ class MLA(nnx.Module):
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
         scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
         o_BTNC = attend(q, key, value, tokens, scale, ctx, seeking, index_BSI)
-        return linear("BTNC,NCV->BTNV", o_BTNC, kv_b.value, ctx)
+        kl_BT = divergence(q, key, tokens, scale, seeking, index_BSI) if reports else None
+        return linear("BTNC,NCV->BTNV", o_BTNC, kv_b.value, ctx), kl_BT
 
     def absorbed(self, dtype, ctx: Context = DEFAULT) -> Absorbed:
         """``kv_b`` in both forms, its maps in ``dtype``."""

@@ -40,7 +40,8 @@ class MTP(nnx.Module):
         tokens: Tokens,
         ctx: Context,
         held: Any = None,
-    ) -> tuple[jax.Array, Any, Aux | None]:
+        capture: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Any, Aux | None, dict[str, jax.Array]]:
         """``tokens.segment`` is 0 where the next token is unknown; such positions return zero.
 
         Rotary positions are those of the hidden state; the reference takes those of the next token. Attention
@@ -48,8 +49,9 @@ class MTP(nnx.Module):
         """
         x = jnp.concatenate([self.embed_norm(next_embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
         x = linear("BTX,XD->BTD", x, self.proj, ctx)
-        x, held, aux, _ = self.block(x, tokens, ctx, held)
-        return jnp.where(tokens.segment[..., None] != 0, self.norm(x), 0), held, aux
+        x, held, aux, seen = self.block(x, tokens, ctx, held, capture=capture)
+        seen = {name: seen[name] for name in capture if name in seen}
+        return jnp.where(tokens.segment[..., None] != 0, self.norm(x), 0), held, aux, seen
 
 
 def shifted(tokens_BT: jax.Array, segment_BT: jax.Array, depth: int) -> jax.Array:

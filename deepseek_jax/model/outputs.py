@@ -35,7 +35,8 @@ class Output:
     """``hidden``: [B, T, D] after the final norm. ``logits``: float32 [B, T, V], [B, 1, V] or None.
 
     ``mtp_hidden`` and ``mtp_logits``: one a depth, [B, T, D] and float32 [B, T, V]. ``captured``: name ->
-    [L, B, T, ...] in layer order. ``aux`` and ``mtp_aux``: None where the model has no such router.
+    [L, B, T, ...] in layer order; ``mtp_captured``: the same of the MTP modules. ``aux`` and ``mtp_aux``: None where
+    the model has no such router.
     """
 
     hidden: jax.Array
@@ -46,4 +47,5 @@ class Output:
     captured: dict[str, jax.Array] = field(default_factory=dict)
     aux: Aux | None = None
     mtp_aux: Aux | None = None
+    mtp_captured: dict[str, jax.Array] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)

@@ -75,7 +75,7 @@ def _layer(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]
 
     def run(carry, inputs):
         (x_BTD, held), (block, i, given) = carry, inputs
-        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, given)
+        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, given, capture)
         return (x_BTD, held), (aux, {name: activations[name] for name in capture if name in activations})
 
     return remat(run, ctx)(carry, inputs)

@@ -134,11 +134,13 @@ class Transformer(nnx.Module):
         if cache is not None:
             cache = replace(cache, held=held)
 
-        mtp_hidden, mtp_aux = (), None
+        mtp_hidden, mtp_aux, mtp_captured = (), None, {}
         if with_mtp:
             if next_tokens is None:
                 next_tokens = shifted(tokens_BT, tokens.segment, self.cfg.mtp_depth)
-            mtp_hidden, cache, mtp_aux = self.predict(hidden, next_tokens, tokens, cache, ctx)
+            mtp_hidden, cache, mtp_aux, mtp_captured = self.predict(
+                hidden, next_tokens, tokens, cache, ctx, tuple(capture)
+            )
         return Output(
             hidden=hidden,
             logits=self._select(hidden, tokens.segment, logits, ctx),
@@ -148,6 +150,7 @@ class Transformer(nnx.Module):
             captured=captured,
             aux=aux,
             mtp_aux=mtp_aux,
+            mtp_captured=mtp_captured,
         )
 
     def unembed(self, hidden_BTD: jax.Array, ctx: Context | None = None) -> jax.Array:
@@ -164,16 +167,21 @@ class Transformer(nnx.Module):
         tokens: Tokens,
         cache: Cache | None,
         ctx: Context,
-    ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None]:
-        """The MTP modules' hidden states for known next tokens (-1: unknown), one a depth."""
-        outputs, statistics = [], []
+        capture: tuple[str, ...] = (),
+    ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None, dict[str, jax.Array]]:
+        """The MTP modules' hidden states for known next tokens (-1: unknown), one a depth; router statistics and
+        activations, a row a module."""
+        outputs, statistics, seen = [], [], []
         for depth in range(self.cfg.mtp_depth):
             token_BT = next_tokens_BTP[..., depth]
-            hidden_BTD, tokens, cache, aux = self.predict_depth(depth, hidden_BTD, token_BT, tokens, cache, ctx)
+            hidden_BTD, tokens, cache, aux, captured = self.predict_depth(
+                depth, hidden_BTD, token_BT, tokens, cache, ctx, capture
+            )
             outputs.append(hidden_BTD)
             statistics.append(aux)
-        has_aux = bool(statistics) and statistics[0] is not None
-        return tuple(outputs), cache, jax.tree.map(lambda *a: jnp.stack(a), *statistics) if has_aux else None
+            seen.append(captured)
+        aux, captured = jax.tree.map(lambda *a: jnp.stack(a), *zip(statistics, seen, strict=True))
+        return tuple(outputs), cache, aux, captured
 
     def predict_depth(
         self,
@@ -183,7 +191,8 @@ class Transformer(nnx.Module):
         tokens: Tokens,
         cache: Cache | None,
         ctx: Context,
-    ) -> tuple[jax.Array, Tokens, Cache | None, Aux | None]:
+        capture: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Tokens, Cache | None, Aux | None, dict[str, jax.Array]]:
         """MTP module ``depth`` alone, for drafts, where each module's token is the one before's prediction.
 
         ``hidden_BTD``: what the module before returned, the final hidden states for module 0. ``token_BT``:
@@ -200,13 +209,13 @@ class Transformer(nnx.Module):
         module, hidden_BTD, embedding = ctx.ops.fence((self.mtp[depth], hidden_BTD, embedding))
 
         def run(module, hidden_BTD, embedding, own, held):
-            return module(hidden_BTD, embedding, own, ctx, held)
+            return module(hidden_BTD, embedding, own, ctx, held, capture)
 
-        hidden_BTD, held, aux = remat(run, ctx)(module, hidden_BTD, embedding, own, held)
+        hidden_BTD, held, aux, captured = remat(run, ctx)(module, hidden_BTD, embedding, own, held)
         if cache is not None:
             mine = replace(mine, held=(held,))
             cache = replace(cache, mtp=(*cache.mtp[:depth], mine, *cache.mtp[depth + 1 :]))
-        return hidden_BTD, tokens, cache, aux
+        return hidden_BTD, tokens, cache, aux, captured
 
     def _tokens(self, tokens_BT, positions, segments, cache: Cache | None, ctx: Context) -> tuple[Tokens, Cache | None]:
         """Who sees whom, and the cache with the new tokens' positions and segments entered."""

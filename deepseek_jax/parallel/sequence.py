@@ -51,7 +51,8 @@ def attend_rows(attend: Callable, queries, keys, tokens, ctx: Context) -> jax.Ar
     axes = lambda a: heads if a.ndim == 4 else (None,)  # noqa: E731
     queries = jax.tree.map(lambda q: fold_rows(q, ctx, *axes(q)), queries)
     keys = jax.tree.map(lambda k: copy_rows(k, ctx, *axes(k)), keys)
-    return unfold_rows(attend(*queries, *keys, fold_tokens(tokens, ctx), folded(ctx)), ctx)
+    found = attend(*queries, *keys, fold_tokens(tokens, ctx), folded(ctx))
+    return jax.tree.map(lambda a: unfold_rows(a, ctx), found)
 
 
 def attend_halves(attend: Callable, q_BT, k_BS, v_BS, tokens, parts: int) -> jax.Array:

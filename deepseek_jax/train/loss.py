@@ -106,8 +106,8 @@ def loss(
     A row's tokens stand in the order of their positions.
     Each cross-entropy is the mean over its known targets: token i + 1 for the model, i + 2 + d for MTP module d (whose
     sum `LossWeights.mtp_over` divides by all tokens instead).
-    ``losses``: "main", "mtp" (mean over the modules), "balance" (`balance_losses`), all unweighted, and "tokens",
-    the targets counted.
+    ``losses``: "main", "mtp" (mean over the modules), "balance" (`balance_losses`), "index" where it has a weight, all
+    unweighted, and "tokens", the targets counted.
 
     With ``ctx.loss_chunk`` the output has no logits. On a mesh that splits rows the tokens of ``hidden``, the logits
     and ``aux`` stand in `parallel.sequence.balanced_order`.
@@ -147,6 +147,10 @@ def part_loss(
         # What is shifted along a row is shifted before its tokens change places.
         batch, inputs, target_BTP = _ordered(batch, depth, target_BTP, order)
     logits = "all" if ctx.loss_chunk is None else "none"
+    if weights.index:
+        if getattr(model.cfg.attention, "indexer", None) is None:
+            raise ValueError(f"LossWeights(index={weights.index}): {model.cfg.name} has no indexer.")
+        capture = (*capture, "index_kl")
     out = model(batch["tokens"], **inputs, with_mtp=depth > 0, logits=logits, capture=capture, ctx=ctx)
     if order is not None:
         place = np.argsort(order)
@@ -168,6 +172,12 @@ def part_loss(
     if out.aux is not None or out.mtp_aux is not None:
         balance, losses["balance"] = balance_losses(out, model.cfg.moe, weights, counts.rows, counts.tokens)
         total = total + balance
+    if weights.index:
+        # A module counts the tokens whose next one is known.
+        kl = [out.captured["index_kl"], *([out.mtp_captured["index_kl"]] if depth else [])]
+        kl_LBT, layers = jnp.concatenate(kl), jnp.asarray([*[0] * len(kl[0]), *range(1, 1 + depth)])
+        losses["index"] = (kl_LBT.sum((1, 2)) / counts.tokens[layers]).sum()
+        total = total + weights.index * losses["index"]
     return total, replace(out, losses=losses)
 
 

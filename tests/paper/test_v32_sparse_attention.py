@@ -5,17 +5,20 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from architectures import ARCHITECTURES
 from reference import forward, full, pair, relative
 from tiny import random_model
 
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import decays, map_variables, named, named_variables, unstack
-from deepseek_jax.core.partition import partition
+from deepseek_jax.core.partition import combine, partition
 from deepseek_jax.model.attention import attend
-from deepseek_jax.model.indexer import Seeking, chosen_keys, index_scores, only_chosen
+from deepseek_jax.model.indexer import Seeking, chosen_keys, divergence, index_scores, only_chosen
 from deepseek_jax.model.tokens import Tokens, make_tokens
 from deepseek_jax.model.transformer import abstract
+from deepseek_jax.train.loss import loss
+from deepseek_jax.train.weights import LossWeights
 
 CFG = ARCHITECTURES["v3.2"]
 TOP_K = CFG.attention.indexer.index_top_k
@@ -101,8 +104,77 @@ def test_keys_that_are_brought_to_few_queries_are_those_of_the_mask():
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
+def arrays_of(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(0, 1, s), jnp.float32) for s in shapes]
+
+
+@pytest.mark.parametrize("top_k", [7, 300])
+def test_the_divergence_and_its_gradient_are_the_papers(top_k):
+    """In blocks of queries, two of them, over chosen keys and over all; heads of keys shared; a row with padding."""
+    B, T, N, G, K, H, I = 2, 100, 4, 2, 6, 5, 8  # noqa: E741
+    q, k, qi, w, ki = arrays_of((B, T, N, K), (B, T, G, K), (B, T, H, I), (B, T, H), (B, T, I))
+    segment = np.ones((B, T), np.int32)
+    segment[1, 90:] = 0
+    position = jnp.broadcast_to(jnp.arange(T), (B, T))
+    tokens = make_tokens(CFG, position, jnp.asarray(segment), causal=True)
+
+    @jax.jit
+    def ours(q, k, qi, w, ki):
+        f = lambda *a: divergence(a[0], a[1], tokens, 0.5, Seeking(a[2], a[3], top_k), a[4])  # noqa: E731
+        kl, back = jax.vjp(f, q, k, qi, w, ki)
+        mask = only_chosen(tokens.visible(0, T, T), chosen_keys(Seeking(qi, w, top_k), ki, tokens.visible(0, T, T)))
+        return kl, back(jnp.ones_like(kl)), mask
+
+    kl, (dq, dk, _, dw, _), mask = ours(q, k, qi, w, ki)
+    q, k, qi, w, ki = (np.asarray(a, np.float64) for a in (q, k, qi, w, ki))
+    assert np.asarray(mask).sum(-1).max() == min(top_k, T)
+    mask, seen = np.asarray(mask), segment[..., None] != 0
+    score = np.where(mask[:, :, None], np.einsum("BTNK,BSNK->BTNS", q, np.repeat(k, N // G, 2)) * 0.5, -np.inf)
+
+    def softmax(a):
+        power = np.exp(a - np.where(np.isfinite(a.max(-1, keepdims=True)), a.max(-1, keepdims=True), 0))
+        return power / np.maximum(power.sum(-1, keepdims=True), 1e-300)
+
+    p = softmax(score).mean(2) * seen
+    heads = np.maximum(np.einsum("BTHI,BSI->BTHS", qi, ki), 0)
+    guess = softmax(np.where(mask, np.einsum("BTHS,BTH->BTS", heads, w), -np.inf)) * seen
+    ratio = np.where(p > 0, p, 1) / np.where(p > 0, guess, 1)
+    np.testing.assert_allclose(kl, (p * np.log(ratio)).sum(-1), atol=2e-5)
+    assert (np.asarray(kl)[1, 90:] == 0).all()
+    # Of a head's weight: how much more the guess gives its scores than attention does.
+    np.testing.assert_allclose(dw, np.einsum("BTS,BTHS->BTH", guess - p, heads), atol=2e-5)
+    assert not np.asarray(dq).any()
+    assert not np.asarray(dk).any()
+
+
+def test_the_two_losses_are_walled_off_from_one_another():
+    """The language loss reaches all but the indexers, MTP's too; the divergence reaches them alone."""
+    p = pair(CFG)
+    params, rest = partition(p.model)
+    weights = LossWeights(index=1.0)
+
+    @jax.jit
+    def both(params, rest, tokens):
+        def losses(params):
+            total, out = loss(combine(params, rest), {"tokens": tokens}, weights)
+            return total - out.losses["index"], out.losses["index"]
+
+        values, back = jax.vjp(losses, params)
+        one = jnp.ones((), jnp.float32)
+        return values, back((one, one * 0))[0], back((one * 0, one))[0]
+
+    (_, kl), language, index = both(params, rest, p.tokens)
+    assert 0 < float(kl) < (CFG.n_layers + 1) * np.log(96)
+    language, index = named(language), named(index)
+    reached = lambda found: {name for name, a in found.items() if np.asarray(a).any()}  # noqa: E731
+    assert reached(language) == {name for name in language if ".indexer." not in name}
+    assert reached(index) == {name for name in index if ".indexer." in name}
+    assert any(name.startswith("mtp") for name in reached(index))
+
+
 def test_training_leaves_the_indexer_as_it_is():
-    """No gradient reaches it (`tests/model/test_family.py`), and nothing decays."""
+    """By default: no gradient reaches it, and nothing decays."""
     held = named_variables(partition(abstract(CFG))[0])
     assert {decays(v) for name, v in held.items() if ".indexer." in name} == {False}
 
