@@ -29,7 +29,7 @@ def v3_cache():
 
 
 def test_cache_bytes_a_token():
-    latents = v3_cache().held
+    latents = jax.tree.leaves(v3_cache().held)
     assert [latent.shape for latent in latents] == [(3, 1, 1, 576), (58, 1, 1, 576)]
     assert sum(latent.size * latent.dtype.itemsize for latent in latents) == 70_272
 

@@ -233,7 +233,7 @@ def compare_generated(case: str, name: str = "usual") -> dict:
     (ours, cache_), (theirs, expected) = generated(place(MODELS[name], ctx), ctx), one_device("generated", name)
     return {
         "logits": error(ours, theirs),
-        "cache": max(error(a, b) for a, b in zip(cache_.held, expected.held, strict=True)),
+        "cache": max(error(a, b) for a, b in zip(*map(jax.tree.leaves, (cache_.held, expected.held)), strict=True)),
         "length": same(cache_.length, expected.length),
         "drifted": drifted(cache_),
     }

@@ -2,15 +2,12 @@
 
 from deepseek_jax.analysis.published.figure import Absent
 
-_DSA, _V4, _MHC, _R1, _V2 = "V3.2-Exp report", "2606.19348", "2512.24880", "2501.12948", "2405.04434"
-_STAGES = "V3.2's training of the indexer"
+_V4, _MHC, _R1, _V2 = "2606.19348", "2512.24880", "2501.12948", "2405.04434"
 _LAYERS = "V4's compressed attention, hash routing and hyper-connections"
 _SERVERS = "their servers"
 _RL = "reinforcement learning"
 
 ABSENT = (
-    Absent("v3.2-warmup", "V3.2, tokens of the indexer's warm-up", _DSA, "2.1B", "not built", _STAGES),
-    Absent("v3.2-sparse", "V3.2, tokens of sparse training", _DSA, "943.7B", "not built", _STAGES),
     Absent("v4-flash-parameters", "V4-Flash, parameters", _V4, "284B", "not built", _LAYERS),
     Absent("v4-flash-activated", "V4-Flash, activated", _V4, "13B", "not built", _LAYERS),
     Absent("v4-pro-parameters", "V4-Pro, parameters", _V4, "1.6T", "not built", _LAYERS),

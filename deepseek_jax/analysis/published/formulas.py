@@ -49,6 +49,10 @@ FIGURES = (
            lambda: 1000 * 480 * 131072),
     Figure("v2-extension", "V2, tokens of the extension", "2405.04434 §3.1.4, from", "18.87", "B",
            lambda: 1000 * 576 * 32768),
+    Figure("v3.2-warmup", "V3.2, tokens of the indexer's warm-up", "V3.2-Exp report, from", "2.1", "B",
+           lambda: 1000 * 16 * 131072),
+    Figure("v3.2-sparse", "V3.2, tokens of sparse training", "V3.2-Exp report, from", "943.7", "B",
+           lambda: 15000 * 480 * 131072),
     *(
         figure
         for thousands, tokens, ratio in _NSA_ROWS
