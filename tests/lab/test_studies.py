@@ -90,7 +90,7 @@ def test_a_study_that_does_not_fit_is_refused():
     claim = Claim("C1", "s", "s", "e", Ordering("bits_per_byte", low="a", high="b"))
     with pytest.raises(ValueError, match="claim C1 of x compares b: no such variant"):
         Study("x", "q", {"cpu": base}, {"a": {}}, (claim,), 1)
-    with pytest.raises(ValueError, match="learn from other tokens"):
+    with pytest.raises(ValueError, match="must learn from the same tokens"):
         Study("x", "q", {"cpu": base}, {"a": {}, "b": {"model.vocab_size": 512}}, (claim,), 1)
     with pytest.raises(ValueError, match="x has no variant 'c'; choose one of a, b"):
         Study("x", "q", {"cpu": base}, {"a": {}, "b": {}}, (claim,), 1).setup("c")
