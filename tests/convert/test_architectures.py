@@ -75,7 +75,9 @@ def test_a_folder_is_verified_against_its_own_reference(name, tmp_path):
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
     assert sum(isinstance(row, Row) for row in rows) == 3 * 3 + 3 + model_of(name).cfg.mtp_depth
     (gradients,) = (row for row in rows if isinstance(row, Gradients))
-    assert gradients.tensors == len(arrays(tmp_path / "a"))
+    # Router biases have none, and an MTP layer's copies of the embedding and the head are no tensors of their own.
+    others = ("e_score_correction_bias", ".3.embed_tokens.weight", ".3.shared_head.head.weight")
+    assert gradients.tensors == len([name for name in arrays(tmp_path / "a") if not name.endswith(others)])
 
 
 def test_transformers_reads_what_is_written(tmp_path):
