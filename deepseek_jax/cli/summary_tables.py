@@ -47,7 +47,11 @@ def heads(a) -> str:
 @heads.register
 def _(a: MLA) -> str:
     queries = "no query compression" if a.q_rank is None else f"query rank {a.q_rank}"
-    return f"{a.n_heads} heads, latent {a.kv_rank} + {a.rope_dim}, {queries}"
+    chosen = ""
+    if a.indexer is not None:
+        indexer = a.indexer
+        chosen = f", {indexer.index_top_k} keys chosen by {indexer.index_heads} heads of {indexer.index_dim}"
+    return f"{a.n_heads} heads, latent {a.kv_rank} + {a.rope_dim}, {queries}{chosen}"
 
 
 @heads.register
