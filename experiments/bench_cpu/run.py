@@ -231,11 +231,13 @@ def parts(model, size: Size) -> dict[str, float]:
 
     from deepseek_jax.core.context import DEFAULT
     from deepseek_jax.core.params import unstack
+    from deepseek_jax.model.tokens import make_tokens
     from deepseek_jax.train.loss import cross_entropy
 
     cfg, batch = size.cfg, jnp.asarray(tokens(size, *size.train), jnp.int32)
     x = jax.random.normal(jax.random.key(1), (*size.train, cfg.dim))
-    span, _ = model._span(batch, None, None, None, DEFAULT)
+    position = jnp.broadcast_to(jnp.arange(size.train[1]), size.train)
+    seen = make_tokens(cfg, position, jnp.ones(size.train, jnp.int32), causal=True, alike=True, uniform=True)
     layer = unstack(model.stacks[1], 0)
 
     def gradient(f, module):
@@ -248,8 +250,8 @@ def parts(model, size: Size) -> dict[str, float]:
     head = model.head.get_value()
     loss = jax.jit(jax.grad(lambda w, x: cross_entropy(jnp.einsum("BTD,DV->BTV", x, w), batch)[0], argnums=(0, 1)))
     return {
-        "attention": cfg.n_layers * gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn),
-        "MoE networks": cfg.n_moe_layers * gradient(lambda m, x: m(x, span.segment, DEFAULT)[0], layer.ffn),
+        "attention": cfg.n_layers * gradient(lambda m, x: m(x, seen, DEFAULT)[0], layer.attn),
+        "MoE networks": cfg.n_moe_layers * gradient(lambda m, x: m(x, seen.segment, DEFAULT)[0], layer.ffn),
         "of these, shared experts": cfg.n_moe_layers * gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared),
         "dense network": gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn),
         "head and loss": seconds(loss, head, x),

@@ -30,6 +30,7 @@ from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named, unstack
 from deepseek_jax.core.partition import partition
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.tokens import make_tokens
 from deepseek_jax.train import optim
 from deepseek_jax.train.loss import cross_entropy
 from deepseek_jax.train.objective import Knobs, NextToken
@@ -109,10 +110,11 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
     B, T, D = recipe.pass_rows, recipe.length, cfg.dim
     tokens = jax.random.randint(jax.random.key(0), (B, T), 2, cfg.vocab_size)
     x = jax.random.normal(jax.random.key(1), (B, T, D))
-    span, _ = model._span(tokens, None, None, None, DEFAULT)
+    position = jnp.broadcast_to(jnp.arange(T), (B, T))
+    seen = make_tokens(cfg, position, jnp.ones((B, T), jnp.int32), causal=True, alike=True, uniform=True)
     layer = unstack(model.stacks[1], 0)
     depth, moe = cfg.mtp_depth, cfg.n_moe_layers + cfg.mtp_depth
-    routing = jax.jit(lambda x: layer.ffn.router(x, span.segment, DEFAULT))(x)
+    routing = jax.jit(lambda x: layer.ffn.router(x, seen.segment, DEFAULT))(x)
 
     def gradient(f: Callable, module, *arguments) -> Callable[[], float]:
         params, rest = partition(module)
@@ -131,9 +133,9 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
         return cross_entropy(model.unembed(x), tokens)[0]
 
     found = {
-        "attention": (cfg.n_layers + depth, gradient(lambda m, x: m(x, span, DEFAULT)[0], layer.attn, x)),
+        "attention": (cfg.n_layers + depth, gradient(lambda m, x: m(x, seen, DEFAULT)[0], layer.attn, x)),
         "routed experts": (moe, gradient(experts, layer.ffn, x, routing.weight_BTK)),
-        "router": (moe, gradient(lambda m, x: m(x, span.segment, DEFAULT).weight_BTK, layer.ffn.router, x)),
+        "router": (moe, gradient(lambda m, x: m(x, seen.segment, DEFAULT).weight_BTK, layer.ffn.router, x)),
         "shared experts": (moe, gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared, x)),
         "dense network": (cfg.n_dense_layers, gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn, x)),
         "norms of the residual stream": (2 * (cfg.n_layers + depth), gradient(lambda m, x: m(x), layer.attn_norm, x)),
