@@ -10,6 +10,7 @@ Legend: D documents, R rows, T tokens a row.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,16 +34,16 @@ class _Documents:
     lengths_D: np.ndarray
 
 
-class Epochs:
+class Epochs(ABC):
     """Rows numbered through epoch after epoch, each with as many rows as ``_begin`` finds it to have."""
 
     def __init__(self):
         self._lock = threading.RLock()
         self._first = [0]  # the first row of each epoch begun, and of the one to begin next
 
+    @abstractmethod
     def _begin(self, epoch: int) -> None:
         """Appends to ``_first`` where the epoch after this one begins."""
-        raise NotImplementedError
 
     def locate(self, index: int) -> tuple[int, int]:
         """The epoch that row ``index`` belongs to, from 0, and its number there."""

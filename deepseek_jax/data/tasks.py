@@ -13,6 +13,7 @@ formats, all of them ASCII, answers in brackets, which the text does not have:
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from random import Random
@@ -50,7 +51,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """``documents``: how many a source of it has; ``seed``: of its items."""
 
     documents: int = 20_000
@@ -60,9 +61,9 @@ class Task:
         self._at_least(2, "documents")
         self._at_least(0, "seed")
 
+    @abstractmethod
     def draw(self, rng: Random) -> Item:
         """An item of either side. Of ``rng`` only ``random()`` keeps its numbers in every Python."""
-        raise NotImplementedError
 
     def training(self) -> Iterator[str]:
         """The texts to train on, ``documents`` of them; some may be equal."""
