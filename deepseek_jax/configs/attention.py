@@ -1,10 +1,10 @@
 """Forms of attention: frozen, hashable dataclasses, checked when they are made.
 
-Each says how wide what it rotates is (``rope_dim``) and how many numbers a token leaves in a layer's cache
-(``cache_width``); all else follows from the class.
+A model's says by ``at`` what that of its layer of a number is: for all but V4's the same. Each says how wide what it
+rotates is (``rope_dim``); all else follows from the class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_jax.configs.checks import check_types, require, require_number
 
@@ -80,8 +80,8 @@ class Rope:
 
 @dataclass(frozen=True)
 class Indexer:
-    """V3.2's lightning indexer (2512.02556 §2.1): ``index_heads`` heads of ``index_dim`` score every earlier token, and
-    a query attends to the ``index_top_k`` best only."""
+    """The lightning indexer (V3.2, 2512.02556 §2.1; V4): ``index_heads`` heads of ``index_dim`` score every earlier
+    token, in V4 every earlier entry, and a query attends to the ``index_top_k`` best only."""
 
     index_heads: int
     index_dim: int
@@ -121,6 +121,9 @@ class MLA:
                 "rotated of it.",
             )
 
+    def at(self, number: int) -> "MLA":
+        return self
+
     @property
     def cache_width(self) -> int:
         """A latent and a rotated key, shared by all heads; and the indexer's key."""
@@ -150,6 +153,9 @@ class GQA:
         )
         require(self.head_dim % 2 == 0, f"GQA head_dim must be even, not {self.head_dim}.")
 
+    def at(self, number: int) -> "GQA":
+        return self
+
     @property
     def rope_dim(self) -> int:
         """Heads are rotated whole."""
@@ -159,3 +165,66 @@ class GQA:
     def cache_width(self) -> int:
         """Keys and values of all key heads."""
         return 2 * self.n_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """V4's attention (2606.19348 §2.3): recent tokens as they are, earlier ones as compressed entries.
+
+    ``n_heads`` query heads, from ``q_rank`` latents, share one key of ``head_dim``, which is the value as well; of it
+    and of queries the last ``rope_dim`` dimensions are rotated, and rotated back in the output, which leaves by
+    ``o_groups`` groups of heads through ``o_rank`` dimensions each. ``window``: how many tokens a query sees as they
+    are, its own included.
+
+    ``ratios``: for each layer, of how many tokens it makes an entry, 0 for none (MTP modules have none). Entries of
+    ``sparse_ratio`` tokens have overlapping windows, and ``indexer`` chooses which of them a query sees (CSA); a query
+    sees all entries of another ratio (HCA). ``rope``: of layers without entries; ``entry_rope``: of those with.
+
+    What a layer has (``at``) is one of these with a single ratio and with its own ``rope``.
+    """
+
+    n_heads: int
+    head_dim: int
+    rope_dim: int
+    q_rank: int
+    o_groups: int
+    o_rank: int
+    window: int
+    ratios: tuple[int, ...]
+    indexer: Indexer
+    sparse_ratio: int = 4
+    rope: Rope = Rope()
+    entry_rope: Rope = Rope(160000.0)
+
+    def __post_init__(self):
+        check_types(self, finite=True)
+        for name in ("n_heads", "head_dim", "rope_dim", "q_rank", "o_groups", "o_rank", "window", "sparse_ratio"):
+            require(getattr(self, name) > 0, f"Compressed {name} must be positive, not {getattr(self, name)}.")
+        require(bool(self.ratios), "Compressed ratios must name a ratio for each layer, but there are none.")
+        for ratio in self.ratios:
+            require(ratio >= 0, f"Compressed ratios must not be negative, as {ratio} is.")
+        require(self.rope_dim % 2 == 0, f"Compressed rope_dim must be even, not {self.rope_dim}.")
+        require(
+            self.rope_dim <= min(self.head_dim, self.indexer.index_dim),
+            f"Compressed rope_dim={self.rope_dim} exceeds the head_dim={self.head_dim} or "
+            f"index_dim={self.indexer.index_dim} of which it is a part.",
+        )
+        require(
+            self.n_heads % self.o_groups == 0,
+            f"n_heads={self.n_heads} does not divide into o_groups={self.o_groups} groups.",
+        )
+
+    def at(self, number: int) -> "Compressed":
+        ratio = self.ratios[number] if number < len(self.ratios) else 0
+        return replace(self, ratios=(ratio,), rope=self.entry_rope if ratio else self.rope)
+
+    @property
+    def ratio(self) -> int:
+        """Of a layer's."""
+        (ratio,) = self.ratios
+        return ratio
+
+    @property
+    def sparse(self) -> bool:
+        """Whether, in a layer's, windows overlap and an indexer chooses entries."""
+        return self.ratio == self.sparse_ratio

@@ -1,9 +1,9 @@
 """What a model's layers are made of, one by one, and which of them are kept and scanned together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from deepseek_jax.configs.attention import GQA, MLA
+from deepseek_jax.configs.attention import GQA, MLA, Compressed
 from deepseek_jax.configs.checks import check_types, require, require_number
 from deepseek_jax.configs.numbers import LARGEST
 from deepseek_jax.notes import shown
@@ -36,6 +36,11 @@ class MoE:
     whether a bias, which balances the load, acts on the choice; by ``bias_form`` it is by score + bias ("sum"), or by
     score x (1 + bias) ("product": the multiplicative bias of 2408.15664, table 4, begins at 1, ours at 0).
     ``shared_dim``: inner width of one shared expert; None: ``expert_dim``.
+    ``n_hash``: in the first so many layers with experts a token's id chooses them, by a table; the weights are those of
+    the scores all the same, and there is no bias (V4 §2.1). ``limit``: of experts, shared ones too, the gate's input is
+    cut off above it and the other factor to at most its magnitude; None: they are not.
+
+    What a layer has (``at``) has an ``n_hash`` of 1 or 0.
     """
 
     n_experts: int
@@ -51,6 +56,8 @@ class MoE:
     bias: bool = True
     bias_form: str = "sum"
     shared_dim: int | None = None
+    n_hash: int = 0
+    limit: float | None = None
 
     def __post_init__(self):
         check_types(self, finite=True)
@@ -72,6 +79,9 @@ class MoE:
             self.shared_dim is None or self.n_shared > 0,
             f"MoE shared_dim={self.shared_dim} is the width of a shared expert, but n_shared is 0.",
         )
+        require(self.n_hash >= 0, f"MoE n_hash must not be negative, as {self.n_hash} is.")
+        if self.limit is not None:
+            require_number(self, "limit")
         require(
             self.n_experts % self.n_groups == 0,
             f"n_experts={self.n_experts} does not divide into n_groups={self.n_groups} groups.",
@@ -92,6 +102,14 @@ class MoE:
             f"of n_groups={self.n_groups} offer, of n_experts={self.n_experts}.",
         )
 
+    def at(self, number: int) -> "MoE":
+        """What the layer of this number among those with experts has."""
+        if not self.n_hash:
+            return self
+        if number >= self.n_hash:
+            return replace(self, n_hash=0)
+        return replace(self, n_hash=1, bias=False, bias_form="sum")
+
     @property
     def shared_width(self) -> int:
         """Inner width of the shared experts together, which are one network."""
@@ -99,10 +117,30 @@ class MoE:
 
 
 @dataclass(frozen=True)
+class HyperConnections:
+    """A residual of several streams (2409.19606), by default with mixing matrices that keep their sum (mHC,
+    2512.24880 §4; V4).
+
+    ``n_streams``: parallel streams. ``sinkhorn_steps``: how often the rows and columns of the matrix that mixes streams
+    are made to add up to one. ``eps``: what is added to gates and denominators.
+    """
+
+    n_streams: int = 4
+    sinkhorn_steps: int = 20
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        check_types(self, finite=True)
+        for name in ("n_streams", "sinkhorn_steps"):
+            require(getattr(self, name) > 0, f"HyperConnections {name} must be positive, not {getattr(self, name)}.")
+        require_number(self, "eps")
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer of the model, or of an MTP module."""
 
-    attention: MLA | GQA
+    attention: MLA | GQA | Compressed
     ffn: Dense | MoE
 
     @property

@@ -156,7 +156,7 @@ WRONG_TYPES = [
     (V3, "tie_embeddings", 1, "True or False, not 1"),
     (V3, "name", 3, "text, not 3"),
     (V3, "moe", {"n_experts": 4}, "a MoE or None, not {'n_experts': 4}"),
-    (V3, "attention", None, "a MLA or a GQA, not None"),
+    (V3, "attention", None, "a MLA or a GQA or a Compressed, not None"),
     (V3, "eos_ids", [1], r"a tuple, each element an integer, not \[1\]"),
     (V3, "eos_ids", 1, "a tuple, each element an integer, not 1"),
     (V3, "eos_ids", (1.0,), "a tuple, each element an integer, not "),
