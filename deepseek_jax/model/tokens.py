@@ -19,13 +19,15 @@ class Tokens:
     """The new tokens of a call, and all tokens whose keys there are: each sees those of its own segment at its own or
     an earlier position.
 
-    ``position``, ``segment``: int32 [B, T] of the new tokens; segment 0 is padding. ``key_position``, ``key_segment``:
-    int32 [B, S]. ``tables``: for each of ``ropes``, a rotation and the dimensions it is of, float32 cosines and sines
-    [B or 1, T, F]. ``slot``: int32 [B, T], where they go in the cache (S for padding, which is dropped), None without
-    a cache. ``causal``: they stand in the order of their positions, so that later ones can be skipped. ``uniform``:
-    besides, they are all the keys and share one segment.
+    ``id``, ``position``, ``segment``: int32 [B, T] of the new tokens. Segment 0 is padding, whose id is 0. An MTP
+    module's ids are those of its own tokens, the next ones, -1 where unknown; None where only attention asks.
+    ``key_position``, ``key_segment``: int32 [B, S]. ``tables``: for each of ``ropes``, a rotation and the dimensions it
+    is of, float32 cosines and sines [B or 1, T, F]. ``slot``: int32 [B, T], where they go in the cache (S for padding,
+    which is dropped), None without a cache. ``causal``: they stand in the order of their positions, so that later ones
+    can be skipped. ``uniform``: besides, they are all the keys and share one segment.
     """
 
+    id: jax.Array | None
     position: jax.Array
     segment: jax.Array
     key_position: jax.Array
@@ -63,15 +65,17 @@ def make_tokens(
     segment_BT: jax.Array,
     slot_BT: jax.Array | None = None,
     *,
+    id_BT: jax.Array | None = None,
     causal: bool = False,
     alike: bool = False,
     uniform: bool = False,
 ) -> Tokens:
     """Tokens that see one another; `Cache.entered` lets them see earlier ones. ``alike``: all rows have the positions
-    of the first."""
+    of the first. ``id_BT``: None where the tokens meet no router that asks for it."""
     ropes = tuple(dict.fromkeys((layer.attention.rope_dim, layer.attention.rope) for layer in cfg.layers))
     rotated = position_BT[:1] if alike else position_BT
     return Tokens(
+        id=id_BT,
         position=position_BT,
         segment=segment_BT,
         key_position=position_BT,

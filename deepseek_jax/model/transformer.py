@@ -199,7 +199,7 @@ class Transformer(nnx.Module):
         the tokens at +1 + depth, -1 where unknown; there the returned tokens' segment is 0.
         """
         known = jnp.where(token_BT >= 0, tokens.segment, 0)
-        tokens = replace(tokens, segment=known, uniform=False)
+        tokens = replace(tokens, id=token_BT, segment=known, uniform=False)
         own, mine, held = replace(tokens, key_segment=known), None, None
         if cache is not None:
             own, mine = cache.mtp[depth].entered(tokens)
@@ -228,7 +228,13 @@ class Transformer(nnx.Module):
             position = cache.length[:, None] + jnp.maximum(jnp.cumsum(segment != 0, axis=-1) - 1, 0)
         alike = positions is None and cache is None and not ctx.ops.splits_rows
         tokens = make_tokens(
-            self.cfg, position, segment, causal=positions is None, alike=alike, uniform=alike and segments is None
+            self.cfg,
+            position,
+            segment,
+            id_BT=tokens_BT.astype(jnp.int32),
+            causal=positions is None,
+            alike=alike,
+            uniform=alike and segments is None,
         )
         return (tokens, None) if cache is None else cache.entered(tokens)
 

@@ -109,6 +109,7 @@ def fold_tokens(tokens, ctx: Context):
     """The tokens of `fold_rows`'s queries among `copy_rows`'s keys."""
     return replace(
         tokens,
+        id=None,  # attention asks for none
         position=fold_rows(tokens.position, ctx),
         segment=fold_rows(tokens.segment, ctx),
         key_position=copy_rows(tokens.key_position, ctx),
