@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import deepseek_jax as dsj
-from deepseek_jax.convert.load import read_config
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.safetensors import CheckpointError, read_header
 from deepseek_jax.convert.verify import VerifyError, reference_model
 from deepseek_jax.data.tokens import TokenFile, TokenFileError

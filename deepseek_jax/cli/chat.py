@@ -69,7 +69,7 @@ class Chat:
 
         from jax import process_count
 
-        from deepseek_jax.convert.load import read_config
+        from deepseek_jax.convert.config_file import read_config
 
         if process_count() > 1:
             raise ValueError("a conversation has one keyboard: chat runs in one process; generate runs in several.")

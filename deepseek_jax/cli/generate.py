@@ -185,8 +185,8 @@ def report(counts: list[int], times: list[float], info) -> str:
 def open_tokenizer(ckpt: Path, needed: str | None):
     """The checkpoint's tokenizer, None where it has none; a ValueError where text was given instead of the option
     ``needed``, and the tokenizer is missing or has ids beyond the model's vocabulary."""
+    from deepseek_jax.convert.config_file import read_config
     from deepseek_jax.convert.folders import why_no_checkpoint
-    from deepseek_jax.convert.load import read_config
     from deepseek_jax.text.files import has_tokenizer
     from deepseek_jax.text.tokenizer import load_tokenizer
 

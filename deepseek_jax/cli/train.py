@@ -212,8 +212,8 @@ class Train:
     def _architecture(self):
         from deepseek_jax.cli.summary import find_config
         from deepseek_jax.configs.schema import ConfigError
+        from deepseek_jax.convert.config_file import read_config
         from deepseek_jax.convert.folders import why_no_checkpoint
-        from deepseek_jax.convert.load import read_config
 
         if self.source is not None:
             if (why := why_no_checkpoint(self.source)) is not None:

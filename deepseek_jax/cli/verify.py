@@ -87,7 +87,7 @@ class Verify:
 
     def _check(self) -> None:
         """What PyTorch reads is a published folder. Raises CheckpointError, ValueError."""
-        from deepseek_jax.convert.load import read_config
+        from deepseek_jax.convert.config_file import read_config
         from deepseek_jax.convert.training import is_training
 
         for path in filter(None, (self.src, self.against)):
@@ -103,7 +103,7 @@ class Verify:
         """int [1, T]."""
         import numpy as np
 
-        from deepseek_jax.convert.load import read_config
+        from deepseek_jax.convert.config_file import read_config
         from deepseek_jax.text.tokenizer import load_tokenizer
 
         if self.prompt is not None and self.tokens:

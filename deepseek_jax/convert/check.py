@@ -11,13 +11,13 @@ import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.checkpoint import Checkpoint
-from deepseek_jax.convert.formats import READ, SCALES, scale_shape
+from deepseek_jax.convert.formats import READ, SCALES, block_of, packed_shape, scale_shape
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.names import IGNORED, Tensor
 from deepseek_jax.convert.naming import layer_of
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.quant import FP8
+from deepseek_jax.core.quant import FP8, PACKED
 from deepseek_jax.notes import cut, note
 
 # So many problems of one kind are named; the rest are counted.
@@ -40,17 +40,20 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors) ->
         if entry is None:
             (shared if tensor.copy else missing).append(tensor)
             continue
-        if entry.shape != tensor.shape:
-            problems.append(f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {tensor.shape}")
+        packed = tensor.fp8 and entry.dtype == PACKED and tensor.shape[-1] % 2 == 0
+        shape = packed_shape(tensor.shape) if packed else tensor.shape
+        if entry.shape != shape:
+            problems.append(f"{entry.file}: {tensor.name} has shape {entry.shape}, the config implies {shape}")
             continue
         scale = entries.get(tensor.scale)
-        if entry.dtype == FP8 and tensor.fp8:
+        if packed or (entry.dtype == FP8 and tensor.fp8):
             expected.add(tensor.scale)
-            shape = scale_shape(tensor, block)
+            own = block_of(entry.dtype, block)
+            shape = scale_shape(tensor, own)
             if scale is None:
                 missing.append(tensor.scale)
             elif scale.shape != shape:
-                problems.append(f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {block} imply {shape}")
+                problems.append(f"{scale.file}: {scale.name} has shape {scale.shape}, blocks of {own} imply {shape}")
             elif scale.dtype not in SCALES:
                 problems.append(
                     f"{scale.file}: {scale.name} has dtype {scale.dtype}, which no scale has here: "

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from deepseek_jax.convert.check import check_copy, check_tensors
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import copy_files, new_folder
-from deepseek_jax.convert.formats import stored
+from deepseek_jax.convert.formats import block_of, is_quantized, stored
 from deepseek_jax.convert.held import Held
 from deepseek_jax.convert.layers import RECORD
-from deepseek_jax.convert.load import read_config, read_tensor
+from deepseek_jax.convert.load import read_tensor
 from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.save import Format, save_pretrained, write_published
 from deepseek_jax.convert.training import is_training, load_training
-from deepseek_jax.core.quant import FP8
 
 
 def export(source: str | Path, destination: str | Path, dtype: str | None = None) -> None:
@@ -45,7 +45,9 @@ def export(source: str | Path, destination: str | Path, dtype: str | None = None
         if tensor.copy:
             check_copy(checkpoint, tensor, tensors)
         values = read_tensor(checkpoint, tensor.name)
-        return (values, read_tensor(checkpoint, tensor.scale, scale=True), block) if values.dtype == FP8 else values
+        if not is_quantized(values.dtype):
+            return values
+        return values, read_tensor(checkpoint, tensor.scale, scale=True), block_of(values.dtype, block)
 
     written = [(t, how.of(t, stored(checkpoint.entries, t))) for t in tensors if how.written(t)]
     with new_folder(destination) as folder:

@@ -10,9 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.convert.formats import STORED, Stored, shared
 from deepseek_jax.convert.names import Leaf, Path, Tensor
 from deepseek_jax.core.params import RouterBias
-from deepseek_jax.core.quant import BLOCK, FP8, Quantized
+from deepseek_jax.core.quant import BLOCK, FP4, FP8, Quantized
 
-# An array, or FP8 values, scales and their block.
+# An array, or FP8 or FP4 values, scales and their block.
 Held = np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
@@ -24,9 +24,10 @@ def held_as(value) -> Stored:
 
 
 def model_block(values: dict[Path, nnx.Variable], leaves: dict[Path, Leaf]) -> tuple[int, int]:
-    """The block of the model's quantised leaves, as rows and columns of the published matrix."""
+    """The block of the model's leaves in FP8, as rows and columns of the published matrix."""
     held = {path: v.get_value() for path, v in values.items()}
-    blocks = {leaves[path].published_block(q.block) for path, q in held.items() if isinstance(q, Quantized)}
+    held = {path: q for path, q in held.items() if isinstance(q, Quantized) and q.dtype != FP4}
+    blocks = {leaves[path].published_block(q.block) for path, q in held.items()}
     if len(blocks) > 1:
         raise ValueError(f"the model's quantised leaves have blocks of different sizes: {sorted(blocks)}.")
     return blocks.pop() if blocks else BLOCK

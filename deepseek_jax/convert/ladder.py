@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig, MoE
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.gradients import Gradients, compare_gradients, gradients_of
 from deepseek_jax.convert.layers import RECORD
-from deepseek_jax.convert.load import load_first_layers, load_pretrained, read_config
+from deepseek_jax.convert.load import load_first_layers, load_pretrained
 from deepseek_jax.convert.pickles import weight_files
 from deepseek_jax.convert.verify import Observed, VerifyError, reference_model
 from deepseek_jax.core.params import RouterBias, is_variable

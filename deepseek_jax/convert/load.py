@@ -4,31 +4,40 @@ Tensors are read one at a time into the leaves' final, stacked arrays: memory is
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.hf import config_from_json, eos_ids, reads
-from deepseek_jax.configs.published.fields import ALIASES
-from deepseek_jax.configs.schema import ConfigError, ModelConfig
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.check import check_copy, check_tensors, some
 from deepseek_jax.convert.checkpoint import Checkpoint, stored_names
-from deepseek_jax.convert.folders import why_no_checkpoint
-from deepseek_jax.convert.formats import FLOATS, STORED, Stored, block_size, cast, check_finite, shared, stored, usual
-from deepseek_jax.convert.layers import RECORD, Layers, read_record
+from deepseek_jax.convert.config_file import read_config
+from deepseek_jax.convert.formats import (
+    FLOATS,
+    STORED,
+    Stored,
+    as_held,
+    block_of,
+    block_size,
+    cast,
+    check_finite,
+    is_quantized,
+    shared,
+    stored,
+    usual,
+)
+from deepseek_jax.convert.layers import RECORD, Layers
 from deepseek_jax.convert.names import Leaf, Tensor, check_size, layout
 from deepseek_jax.convert.naming import Prefix, find_prefix, fused_names, layer_of, published_entries
 from deepseek_jax.convert.other_config import with_config
-from deepseek_jax.convert.pickles import weight_files
-from deepseek_jax.convert.safetensors import INDEX, CheckpointError, load_json
+from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
-from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
+from deepseek_jax.core.quant import FP4, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.parallel.placement import place
@@ -36,7 +45,6 @@ from deepseek_jax.parallel.shardings import shardings
 
 ALIGNMENT = 64
 STRIP = 64
-MTP_DEPTH = "num_nextn_predict_layers"
 
 
 def load_pretrained(
@@ -51,7 +59,7 @@ def load_pretrained(
     (``RUN/checkpoints/STEP``: the weights themselves, not their moving average).
 
     ``dtype``: of all parameters; FP8 weights are dequantised in float32 (value times its block's scale) and
-    cast. None keeps every tensor as it is stored, FP8 as `Quantized` leaves. The router bias is
+    cast, and FP4 ones too. None keeps every tensor as it is stored, these as `Quantized` leaves. The router bias is
     float32 always. ``ctx``: as in a model's call. With a mesh every process reads, of each tensor of a published
     folder, the bytes that its devices' shards are made of and no others; nothing is ever whole on a device or host.
     ``cfg``: the same weights under another config, what is new drawn from ``key`` (`with_config`); every process then
@@ -165,7 +173,7 @@ def _shared(checkpoint: Checkpoint | Layers, tensors: list[Tensor], forms: tuple
     try:
         return shared(forms)
     except CheckpointError as error:
-        name = next(t.name for t, form in zip(tensors, forms, strict=True) if form.dtype not in (*FLOATS, FP8))
+        name = next(t.name for t, form in zip(tensors, forms, strict=True) if form.dtype in (np.float64, FP4))
         raise CheckpointError(f"{checkpoint.folder}: {cut(name)}: {error}.") from None
 
 
@@ -185,83 +193,24 @@ def _tell_mixed(checkpoint, by_leaf: dict[tuple, list[Tensor]], forms: dict[tupl
         )
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """A folder's config.
-
-    The tokens that end a text are those of generation_config.json, where it names any. The number of MTP layers is
-    that of the files where config.json does not say it, or announces layers of which no tensor is there; a note says
-    so then.
-    """
-    if (why := why_no_checkpoint(folder)) is not None:
-        raise CheckpointError(why)
-    data = _with_mtp_depth(folder, load_json(folder / "config.json"))
-    generation = folder / "generation_config.json"
-    stops = load_json(generation) if generation.exists() else {}
-    try:
-        cfg = config_from_json(data, name=folder.resolve().name)
-        if "eos_token_id" in stops:
-            cfg = replace(cfg, eos_ids=eos_ids(stops["eos_token_id"], generation.name))
-        return cfg
-    except ConfigError as e:
-        raise ConfigError(f"{folder}: {e}") from None
-
-
-def _with_mtp_depth(folder: Path, data: dict) -> dict:
-    """A config.json with the number of MTP layers that the folder's files have, where it has none, or a larger one."""
-    named = next((name for name in (MTP_DEPTH, ALIASES[MTP_DEPTH]) if data.get(name) is not None), None)
-    layers, announced = data.get("num_hidden_layers"), data.get(named, 0)
-    counts = all(type(n) is int and n >= 0 for n in (layers, announced))
-    if not counts or not reads(data, MTP_DEPTH) or (named is not None and not announced):
-        return data
-    names = tensor_names(folder)
-    if names is None:
-        return data
-    last = max((layer for layer in map(layer_of, names) if layer is not None), default=-1)
-    depth = max(0, last + 1 - layers)
-    if named is not None and last < layers - 1:
-        return data  # fewer layers than the model's own: the config is another's
-    if named is None:
-        what = f"{depth} MTP layers are there" if depth else "no tensor of an MTP layer is there"
-        note(f"{folder}: config.json lacks {MTP_DEPTH}: taken to be {depth}, since {what}.")
-    elif depth < announced:
-        note(
-            f"{folder}: config.json announces {announced} MTP layers ({named}), of which the files hold "
-            f"{depth or 'none'}: read with {depth}."
-        )
-    else:
-        return data
-    return {**data, named or MTP_DEPTH: depth, **({ALIASES[MTP_DEPTH]: depth} if ALIASES[MTP_DEPTH] in data else {})}
-
-
-def tensor_names(folder: Path) -> list[str] | None:
-    """The published names of a published or converted folder's tensors; None where it has none to look at."""
-    if (folder / RECORD).exists():
-        files = None if is_training(folder) else read_record(folder)["files"]
-        return None if files is None else [name for names in files.values() for name in names]
-    if not (folder / INDEX).exists() and not weight_files(folder):
-        return None
-    prefix = find_prefix(names := stored_names(folder))
-    return [prefix.published(name) for name in names]
-
-
 def read_tensor(checkpoint: Checkpoint | Layers, name: str, scale: bool = False) -> np.ndarray:
-    """A tensor's stored values, or a tensor of scales, checked to be finite."""
+    """A tensor's values, FP4 unpacked, or a tensor of scales, checked to be finite."""
     array = checkpoint.read(name)
     check_finite(checkpoint.entries[name], array, scale)
-    return array
+    return as_held(array)
 
 
 def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Leaf, form: Stored):
     """One leaf: an array of ``form``'s dtype, or with scales a `Quantized`."""
-    values, block = aligned(leaf.matrix, form.dtype), checkpoint.block
+    values, block = aligned(leaf.matrix, form.dtype), form.block(checkpoint.block)
     scales = None if form.scale is None else aligned(leaf.scale(block), form.scale)
     for tensor in tensors:
         array = read_tensor(checkpoint, tensor.name)
+        own = read_tensor(checkpoint, tensor.scale, scale=True) if is_quantized(array.dtype) else None
         if scales is not None:
-            fp8 = array.dtype == FP8
-            scales[tensor.index] = read_tensor(checkpoint, tensor.scale, scale=True).T if fp8 else 1
-        elif array.dtype == FP8:
-            array = dequantize_matrix(array, read_tensor(checkpoint, tensor.scale, scale=True), block, form.dtype)
+            scales[tensor.index] = 1 if own is None else own.T
+        elif own is not None:
+            array = dequantize_matrix(array, own, block_of(array.dtype, checkpoint.block), form.dtype)
         array = cast(checkpoint.entries[tensor.name], array, form.dtype)
         if tensor.transposed:
             _transpose_into(values[tensor.index], array)
@@ -274,12 +223,12 @@ def _load_leaf(checkpoint: Checkpoint | Layers, tensors: list[Tensor], leaf: Lea
 
 def _load_shards(checkpoint, tensors, leaf: Leaf, form: Stored, variable, ctx: Context):
     """`_load_leaf` into the leaf's shards."""
-    block = checkpoint.block
+    block = form.block(checkpoint.block)
     if form.scale is not None:
         shapes = (jax.ShapeDtypeStruct(leaf.matrix, form.dtype), jax.ShapeDtypeStruct(leaf.scale(block), form.scale))
         variable = variable.replace(Quantized(*shapes, leaf.block(block), leaf.dims))
     where = shardings(variable, ctx).get_value()
-    return load_leaf(checkpoint.entries, tensors, leaf, form, block, where)
+    return load_leaf(checkpoint.entries, tensors, leaf, form, checkpoint.block, where)
 
 
 def _transpose_into(out: np.ndarray, array: np.ndarray) -> None:

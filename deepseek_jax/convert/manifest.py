@@ -9,10 +9,11 @@ import numpy as np
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.check import check_tensors
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import nbytes
 from deepseek_jax.convert.formats import scale_shape
 from deepseek_jax.convert.layers import RECORD
-from deepseek_jax.convert.load import open_checkpoint, read_config
+from deepseek_jax.convert.load import open_checkpoint
 from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import DTYPES, NAMES
 from deepseek_jax.core.quant import BLOCK

@@ -17,16 +17,27 @@ from flax import nnx
 from deepseek_jax.configs.hf import check_carried, config_to_json, eos_ids
 from deepseek_jax.configs.published.fields import ALIASES, FOLLOWING, ROPE_FIELDS
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
-from deepseek_jax.convert.files import Spec, copy_files, index_json, new_folder, split_files, write_json
-from deepseek_jax.convert.formats import FLOATS, Stored, has_bad, scale_shape, stored
+from deepseek_jax.convert.config_file import read_config
+from deepseek_jax.convert.files import copy_files, index_json, new_folder, split_files, write_json
+from deepseek_jax.convert.formats import (
+    FLOATS,
+    Stored,
+    as_held,
+    as_stored,
+    has_bad,
+    is_quantized,
+    packed_shape,
+    scale_shape,
+    stored,
+)
 from deepseek_jax.convert.held import Held, forms_of, held_as, model_block, tensor_of
 from deepseek_jax.convert.layers import Layers
-from deepseek_jax.convert.load import open_checkpoint, read_config
+from deepseek_jax.convert.load import open_checkpoint
 from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.pickles import safetensors_name
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer, load_json
 from deepseek_jax.core.params import Adapter, map_variables, variables
-from deepseek_jax.core.quant import FP8, dequantize_matrix, quantize_matrix
+from deepseek_jax.core.quant import FP4, FP8, PACKED, dequantize_matrix, quantize_matrix
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first
 from deepseek_jax.text.files import copy_tokenizer, tokenizer_folder
@@ -99,12 +110,11 @@ class Template:
                 if tensor.copy:
                     continue
                 raise CheckpointError(f"like={self.folder} has no tensor {tensor.name}; it is another model's folder.")
-            if entry.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{entry.file}: {tensor.name} has shape {entry.shape}, the model's is {tensor.shape}."
-                )
-            if entry.dtype == FP8 and tensor.scale not in self.entries:
-                raise CheckpointError(f"{entry.file}: {tensor.name} is FP8, but {tensor.scale} is missing.")
+            shape = packed_shape(tensor.shape) if entry.dtype == PACKED else tensor.shape
+            if entry.shape != shape:
+                raise CheckpointError(f"{entry.file}: {tensor.name} has shape {entry.shape}, the model's is {shape}.")
+            if is_quantized(entry.dtype) and tensor.scale not in self.entries:
+                raise CheckpointError(f"{entry.file}: {tensor.name} is {entry.dtype}, but {tensor.scale} is missing.")
             # Scales that are not there yet go where their tensor is.
             self.file_of.setdefault(tensor.scale, self.file_of[tensor.name])
 
@@ -184,9 +194,9 @@ def write_published(
     ``held``: gives a tensor's values, one tensor at a time."""
     like, specs = how.like, {}
     for tensor, form in written:
-        specs[tensor.name] = (form.dtype, tensor.shape)
+        specs[tensor.name] = form.spec(tensor.shape)
         if form.scale is not None:
-            specs[tensor.scale] = (form.scale, scale_shape(tensor, block))
+            specs[tensor.scale] = (form.scale, scale_shape(tensor, form.block(block)))
     files = split_files(specs, like.file_of if like else None)
     if len(files) > 1 or (like and like.indexed):
         write_json(folder / INDEX, index_json(specs, files))
@@ -195,56 +205,52 @@ def write_published(
         for file, names in files.items():
             writer = stack.enter_context(Writer(folder / file, {name: specs[name] for name in names}))
             writer_of |= dict.fromkeys(names, writer)
-        for tensor, _ in written:
-            array, scale = _published(tensor, held(tensor), specs, block, like)
-            writer_of[tensor.name].write(tensor.name, array)
+        for tensor, form in written:
+            array, scale = _published(tensor, held(tensor), form, block, like)
+            writer_of[tensor.name].write(tensor.name, as_stored(array))
             if scale is not None:
                 writer_of[tensor.scale].write(tensor.scale, scale)
     write_json(folder / "config.json", _config(cfg, written, block, how))
 
 
-def _published(tensor: Tensor, held, specs: dict[str, Spec], block: tuple[int, int], like: Template | None):
-    """A tensor's values and scales (None: it has none) in the dtypes of ``specs``."""
-    name, dtype = tensor.name, specs[tensor.name][0]
+def _published(tensor: Tensor, held: Held, form: Stored, block: tuple[int, int], like: Template | None):
+    """A tensor's values and scales (None: it has none) in the dtypes of ``form``."""
+    block = form.block(block)
     if isinstance(held, tuple):
         values, scale, held_block = held
-        if dtype == FP8 and held_block == block and scale.dtype == specs[tensor.scale][0]:
+        if Stored(values.dtype, scale.dtype) == form and held_block == block:
             return values, scale
         held = dequantize_matrix(values, scale, held_block)
-    if dtype != FP8:
-        array = held.astype(dtype)
+    if form.scale is None:
+        array = held.astype(form.dtype)
         if has_bad(array):
-            raise ValueError(f"{name} holds values that are not finite as {dtype}; it is not saved.")
+            raise ValueError(f"{tensor.name} holds values that are not finite as {form.dtype}; it is not saved.")
         return array, None
     kept = None
-    if like and like.entries[name].dtype == FP8:
-        kept = like.checkpoint.read(name), like.checkpoint.read(tensor.scale)
-    scale_dtype = specs[tensor.scale][0]
-    powers = scale_dtype == E8M0 or bool(like and like.powers_of_two)
+    if like and stored(like.entries, tensor).dtype == form.dtype:
+        kept = as_held(like.checkpoint.read(tensor.name)), like.checkpoint.read(tensor.scale)
+    powers = form.scale == E8M0 or bool(like and like.powers_of_two)
     try:
-        return quantize_matrix(held, block, kept, powers, scale_dtype)
+        return quantize_matrix(held, block, kept, powers, form.scale, form.dtype)
     except ValueError as e:
-        raise ValueError(f"{name}: {e}") from None
+        raise ValueError(f"{tensor.name}: {e}") from None
 
 
 def _config(cfg: ModelConfig, written: list[tuple[Tensor, Stored]], block: tuple[int, int], how: Format) -> dict:
     """The config.json; of ``like``'s, fields that say nothing about our config are kept as they are."""
-    quantization = None
+    data, like = _config_fields(cfg, how), how.like
     scales = {form.scale for _, form in written if form.scale is not None}
-    if scales:
-        quantization = {
+    if like and how.dtype is None and "quantization_config" in like.config:
+        data["quantization_config"] = like.config["quantization_config"]
+    elif scales:
+        data["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "weight_block_size": list(block),
             "activation_scheme": "dynamic",
-        }
-        if E8M0 in scales:
-            quantization["scale_fmt"] = "ue8m0"
-    data, like = _config_fields(cfg, how), how.like
-    if quantization is not None:
-        data["quantization_config"] = quantization
-    if like and how.dtype is None and "quantization_config" in like.config:
-        data["quantization_config"] = like.config["quantization_config"]
+        } | ({"scale_fmt": "ue8m0"} if E8M0 in scales else {})
+        if any(form.dtype == FP4 for _, form in written):
+            data["expert_dtype"] = "fp4"
     if like and how.dtype is None and same_model(like.folder, cfg):
         return data
     data["torch_dtype"] = next(form.dtype.name for tensor, form in written if tensor.path == ("embed",))
@@ -257,7 +263,7 @@ def _config_fields(cfg: ModelConfig, how: Format) -> dict:
     Raises ConfigError where it would be read as another model.
     """
     data, like = config_to_json(cfg), how.like
-    replaced = set() if how.dtype is None else {"quantization_config", "torch_dtype", "dtype"}
+    replaced = set() if how.dtype is None else {"quantization_config", "expert_dtype", "torch_dtype", "dtype"}
     if like is None:
         kept = {}
     elif same_model(like.folder, cfg):

@@ -1,7 +1,7 @@
 """Reads a leaf of the model straight into its shards: of every tensor only the part that this process's devices hold.
 
-A shard's place in the leaf becomes rows and columns of the published matrices; of FP8 matrices the scales of the blocks
-that it touches are read besides. What lies on several devices of the process is read once.
+A shard's place in the leaf becomes rows and columns of the published matrices; of quantised matrices the scales of the
+blocks that it touches are read besides. What lies on several devices of the process is read once.
 """
 
 import os
@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deepseek_jax.convert.formats import Stored, cast, check_finite
+from deepseek_jax.convert.formats import Stored, block_of, cast, check_finite, is_quantized
 from deepseek_jax.convert.layers import LayerEntry
 from deepseek_jax.convert.names import Leaf, Tensor
 from deepseek_jax.convert.safetensors import CheckpointError, Entry
-from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.core.quant import PACKED, Quantized, unpack
 
 Part = tuple[slice, ...]
 Read = Callable[[Tensor, Part], np.ndarray]
@@ -31,7 +31,7 @@ def load_leaf(
     place: NamedSharding | Quantized,
 ) -> jax.Array | Quantized:
     """An array of ``form``'s dtype laid out as ``place`` says, or with scales, and a `Quantized` of shardings, such a
-    leaf.
+    leaf. ``block``: of FP8.
 
     Raises CheckpointError for values that are not finite and for a file that ends too soon.
     """
@@ -52,14 +52,14 @@ def load_leaf(
 
     def values(tensor: Tensor, part: Part) -> np.ndarray:
         entry = entries[tensor.name]
-        array = read_part(entry, part)
+        array = read_values(entry, part)
         check_finite(entry, array)
-        if array.dtype == FP8 and form.scale is None:
-            return _dequantized(array, part, block, partial(stored_scales, tensor))
+        if is_quantized(array.dtype) and form.scale is None:
+            return _dequantized(array, part, block_of(array.dtype, block), partial(stored_scales, tensor))
         return cast(entry, array, form.dtype)
 
     def scales(tensor: Tensor, part: Part) -> np.ndarray:
-        if entries[tensor.name].dtype != FP8:
+        if not is_quantized(entries[tensor.name].dtype):
             return np.ones([s.stop - s.start for s in part], form.scale)
         return stored_scales(tensor, part)
 
@@ -71,10 +71,11 @@ def load_leaf(
 
     if form.scale is None:
         return assemble(leaf.shape, form.dtype, place, values)
+    own = form.block(block)
     return Quantized(
         assemble(leaf.matrix, form.dtype, place.values, values),
-        assemble(leaf.scale(block), form.scale, place.scale, scales),
-        leaf.block(block),
+        assemble(leaf.scale(own), form.scale, place.scale, scales),
+        leaf.block(own),
         leaf.dims,
     )
 
@@ -113,12 +114,22 @@ def _fused(part: Part, leaf: Leaf) -> Part:
 def _dequantized(
     array: np.ndarray, part: Part, block: tuple[int, int], scales: Callable[[Part], np.ndarray]
 ) -> np.ndarray:
-    """float32: FP8 values that are ``part`` of a matrix, times the scales of their blocks; ``scales`` gives a part of
-    them."""
+    """float32: quantised values that are ``part`` of a matrix, times the scales of their blocks, of which ``scales``
+    gives a part."""
     blocks = tuple(slice(s.start // b, -(-s.stop // b)) for s, b in zip(part, block, strict=True))
     grid = scales(blocks)
     of_row, of_column = (np.arange(s.start, s.stop) // b - s.start // b for s, b in zip(part, block, strict=True))
     return array.astype(np.float32) * grid.astype(np.float32)[of_row[:, None], of_column[None, :]]
+
+
+def read_values(entry: Entry | LayerEntry, part: Part) -> np.ndarray:
+    """`read_part` of a tensor's values, FP4 unpacked: of its bytes those that hold the part's columns."""
+    if entry.dtype != PACKED:
+        return read_part(entry, part)
+    rows, columns = part
+    bytes_ = slice(columns.start // 2, -(-columns.stop // 2))
+    first = columns.start - 2 * bytes_.start
+    return unpack(read_part(entry, (rows, bytes_)))[:, first : first + columns.stop - columns.start]
 
 
 def read_part(entry: Entry | LayerEntry, part: Part) -> np.ndarray:

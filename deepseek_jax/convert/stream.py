@@ -21,10 +21,11 @@ from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
 from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some
 from deepseek_jax.convert.checkpoint import Checkpoint
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import check_free, copy_files, index_json, write_json
 from deepseek_jax.convert.formats import check_finite, stored, usual
 from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
-from deepseek_jax.convert.load import open_published, read_config
+from deepseek_jax.convert.load import open_published
 from deepseek_jax.convert.names import IGNORED, Tensor, layout
 from deepseek_jax.convert.pickles import safetensors_name
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer

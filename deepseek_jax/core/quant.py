@@ -1,7 +1,8 @@
 """Block-wise quantised weights, as published checkpoints store them.
 
 A block of 128 x 128 FP8 (E4M3) values shares one scale; ``w = values * scale`` (the published name
-``weight_scale_inv`` notwithstanding). Blocks at the edges are partial: the scale grid is rounded up.
+``weight_scale_inv`` notwithstanding). Blocks at the edges are partial: the scale grid is rounded up. V4's experts are
+FP4 (E2M1), of which 32 in a row share one; files hold two values a byte.
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +13,14 @@ import ml_dtypes
 import numpy as np
 
 FP8 = ml_dtypes.float8_e4m3fn
-# The rows and columns of a block in published FP8 releases.
+FP4 = ml_dtypes.float4_e2m1fn
+# What holds two FP4 values in a file: the low nibble is that of the even column.
+PACKED = np.int8
+# The rows and columns of a block in published FP8 releases, and of one of FP4, which is always this.
 BLOCK = (128, 128)
-FP8_MAX = 448.0
+FP4_BLOCK = (1, 32)
+# Rows that are dequantised at once where each has scales of its own.
+STRIP = 128
 # The smallest normal float32: a scale below it could not be divided by.
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 
@@ -24,8 +30,8 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny
 class Quantized:
     """A weight kept as low-precision values with a scale a block.
 
-    ``values``: [..., *dims], FP8, or a wider float that holds stacked matrices of both kinds exactly, the wider ones
-    under scales of 1. ``scale``: [..., *ceil(dims / block)], float32, bfloat16, float16 or float8_e8m0fnu.
+    ``values``: [..., *dims], FP8, FP4, or a wider float that holds stacked matrices of FP8 and of that kind exactly,
+    these under scales of 1. ``scale``: [..., *ceil(dims / block)], float32, bfloat16, float16 or float8_e8m0fnu.
     ``block``: the block's extent along each of the trailing ``len(block)`` axes. ``dims``: the logical shape
     of one leaf, to which ``values``'s trailing axes are reshaped (heads are fused in the stored matrix).
     Leading axes (stacked layers) stand before both.
@@ -77,17 +83,30 @@ def spread(scale, axis: int, size: int, length: int, xp):
     return scale[(slice(None),) * axis + (slice(0, length),)]
 
 
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """FP4 values [N, K], a byte each, of `PACKED` ones [N, K / 2]."""
+    raw = packed.view(np.uint8)
+    return np.stack([raw & 15, raw >> 4], -1).reshape(*packed.shape[:-1], -1).view(FP4)
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """`PACKED` values [N, K / 2] of FP4 ones [N, K]."""
+    raw = np.ascontiguousarray(values).view(np.uint8)
+    return (raw[..., 0::2] | raw[..., 1::2] << 4).view(PACKED)
+
+
 def dequantize_matrix(values: np.ndarray, scale: np.ndarray, block: tuple[int, int], dtype=np.float32) -> np.ndarray:
     """[N, K] of ``dtype`` from values [N, K] and scale [ceil(N/bn), ceil(K/bk)], on the host.
 
-    The product is taken in float32, a row of blocks at a time.
+    The product is taken in float32, some rows of blocks at a time.
     """
-    table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
+    table = np.arange(2 ** ml_dtypes.finfo(values.dtype).bits, dtype=np.uint8).view(values.dtype).astype(np.float32)
     scale = spread(scale.astype(np.float32), 1, block[1], values.shape[1], np)
     out = np.empty(values.shape, dtype)
-    for row, first in enumerate(range(0, values.shape[0], block[0])):
-        rows = slice(first, first + block[0])
-        out[rows] = table[values[rows].view(np.uint8)] * scale[row]
+    count = STRIP if block[0] == 1 else 1
+    for first in range(0, len(scale), count):
+        rows = slice(first * block[0], (first + count) * block[0])
+        out[rows] = table[values[rows].view(np.uint8)] * (scale[first] if count == 1 else scale[first : first + count])
     return out
 
 
@@ -97,22 +116,23 @@ def quantize_matrix(
     like: tuple[np.ndarray, np.ndarray] | None = None,
     powers_of_two: bool = False,
     scale_dtype=np.float32,
+    dtype=FP8,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """FP8 values [N, K] and scales of ``scale_dtype`` for a matrix w [N, K], on the host.
+    """Values [N, K] of ``dtype``, FP8 or FP4, and scales of ``scale_dtype`` for a matrix w [N, K], on the host.
 
-    A block's scale is its largest magnitude / 448, as ``scale_dtype`` has it, 1 for a block of zeros; ``powers_of_two``
-    rounds it up to one (UE8M0). ``like``: values and scales that w may have been dequantised from; a block whose stored
-    values still represent w exactly in w's dtype keeps both, any other is quantised anew.
+    A block's scale is its largest magnitude / that of ``dtype``, as ``scale_dtype`` has it, 1 for a block of zeros;
+    ``powers_of_two`` rounds it up to one (UE8M0). ``like``: values and scales that w may have been dequantised from; a
+    block whose stored values still represent w exactly in w's dtype keeps both, any other is quantised anew.
 
     Raises ValueError for values that are not finite or need a larger scale than ``scale_dtype`` holds.
     """
     n, k = w.shape
-    w32 = w.astype(np.float32)
+    w32, most = w.astype(np.float32), np.float32(ml_dtypes.finfo(dtype).max)
     if not np.isfinite(w32).all():
         raise ValueError(f"a matrix of shape {w.shape} holds values that are not finite; it cannot be quantised.")
     amax = _per_block(np.abs(w32), block, np.maximum)
     smallest = max(SMALLEST_SCALE, np.float32(jnp.finfo(scale_dtype).smallest_normal))
-    scale = np.where(amax > 0, np.maximum(amax / np.float32(FP8_MAX), smallest), np.float32(1))
+    scale = np.where(amax > 0, np.maximum(amax / most, smallest), np.float32(1))
     if powers_of_two:
         mantissa, exponent = np.frexp(scale)
         scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent))
@@ -131,7 +151,7 @@ def quantize_matrix(
         return spread(spread(grid, 0, block[0], n, np), 1, block[1], k, np)
 
     with np.errstate(all="ignore"):  # kept blocks may have a scale of 0
-        quantized = np.clip(w32 / whole(scale), -FP8_MAX, FP8_MAX).astype(FP8)
+        quantized = np.clip(w32 / whole(scale), -most, most).astype(dtype)
     if like is not None:
         quantized = np.where(whole(keep), values, quantized)
     return quantized, scale.astype(scale_dtype)

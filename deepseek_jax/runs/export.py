@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import copy_files
-from deepseek_jax.convert.load import open_checkpoint, read_config
+from deepseek_jax.convert.formats import is_quantized
+from deepseek_jax.convert.load import open_checkpoint
 from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.save import save_pretrained
 from deepseek_jax.convert.training import is_training
-from deepseek_jax.core.quant import FP8
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import is_first
 from deepseek_jax.runs.options import Options
@@ -26,7 +27,7 @@ def export_model(model: Transformer, folder: Path, options: Options, source: Pat
     how = {"quantize": "fp8"} if options.export_dtype == "fp8" else {"dtype": options.export_dtype}
     if options.export_dtype == "source":
         how = {"dtype": computed} if source is None else {}
-        if source is not None and like is None and _has_fp8(source):
+        if source is not None and like is None and _is_quantized(source):
             how = {"quantize": "fp8"}
     save_pretrained(model, folder, like=like, **how)
     if source is not None and like is None and is_first():
@@ -42,7 +43,7 @@ def _gives_all(source: Path, cfg: ModelConfig) -> bool:
     return ours <= theirs
 
 
-def _has_fp8(source: Path) -> bool:
+def _is_quantized(source: Path) -> bool:
     if is_training(source):
         return False
-    return any(entry.dtype == FP8 for entry in open_checkpoint(source, read_config(source)).entries.values())
+    return any(is_quantized(entry.dtype) for entry in open_checkpoint(source, read_config(source)).entries.values())

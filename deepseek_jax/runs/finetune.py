@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.adapter import load_adapter, merge, save_adapter
-from deepseek_jax.convert.load import load_pretrained, read_config
+from deepseek_jax.convert.config_file import read_config
+from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.params import map_variables

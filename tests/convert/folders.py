@@ -1,15 +1,18 @@
 """Published folders for the tests of this package, and ways to damage them."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from tiny import random_model, tiny_config
 
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import Writer
+from deepseek_jax.core.quant import PACKED
 
 # Every FP8 matrix of this model has blocks at its edges: 160 and 144 rows, 136 columns.
 EDGES = tiny_config(dim=136, ffn_dim=160, vocab_size=144)
@@ -46,6 +49,20 @@ def edit_json(path: Path, change) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+def with_fp4_experts(source: Path, folder: Path) -> Path:
+    """The same folder with any routed experts in FP4, as V4 has them."""
+    shutil.copytree(source, folder)
+    tensors, rng = arrays(folder), np.random.default_rng(6)
+    for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
+        rows, columns = tensors[name].shape
+        tensors[name] = rng.integers(-128, 128, (rows, columns // 2)).astype(PACKED)
+        scale = rng.integers(100, 130, (rows, -(-columns // 32))).astype(np.uint8)
+        tensors[f"{name}_scale_inv"] = scale.view(ml_dtypes.float8_e8m0fnu)
+    write_arrays(folder, tensors)
+    edit_json(folder / "config.json", lambda config: config.update(expert_dtype="fp4"))
+    return folder
 
 
 def fuse(tensors: dict) -> None:

@@ -8,8 +8,8 @@ from tiny import tiny_config
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.hf import config_to_json
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.folders import why_no_checkpoint
-from deepseek_jax.convert.load import read_config
 from deepseek_jax.convert.safetensors import CheckpointError
 
 GIVE = "give a folder with config.json and safetensors files"

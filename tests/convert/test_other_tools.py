@@ -18,8 +18,9 @@ import deepseek_jax as dsj
 from deepseek_jax.cli.main import main
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.checkpoint import Checkpoint
+from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.layers import RECORD
-from deepseek_jax.convert.load import load_first_layers, read_config
+from deepseek_jax.convert.load import load_first_layers
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, read_header
 from deepseek_jax.convert.stream import convert
 from deepseek_jax.core.params import is_variable
@@ -289,6 +290,24 @@ def test_a_record_of_what_stands_apart_is_checked(fp8, tmp_path):
     edit_json(tmp_path / "orbax" / RECORD, lambda r: r.update(apart=["x"]))
     with pytest.raises(CheckpointError, match=r"apart must list tensors of its files, not \['x'\]"):
         dsj.load_pretrained(tmp_path / "orbax")
+
+
+def test_one_expert_in_fp4(fp8, tmp_path):
+    """Beside others in FP8: converted in its bytes and read with a dtype; no leaf holds both as they are stored."""
+    rng = np.random.default_rng(0)
+
+    def change(tensors: dict) -> None:
+        rows, columns = tensors[EXPERT].shape
+        tensors[EXPERT] = rng.integers(-128, 128, (rows, columns // 2)).astype(np.int8)
+        tensors[EXPERT + "_scale_inv"] = np.ones((rows, -(-columns // 32)), np.float32)
+
+    folder = edited(fp8, tmp_path / "model", change)
+    noted(lambda: convert(folder, tmp_path / "orbax"))
+    convert(tmp_path / "orbax", tmp_path / "again")
+    assert_same_tensors(folder, tmp_path / "again")
+    assert_same_model(*(dsj.load_pretrained(tmp_path / name, F32) for name in ("orbax", "again")))
+    with pytest.raises(CheckpointError, match=f"{EXPERT}: FP4 stands beside another form in one leaf"):
+        dsj.load_pretrained(folder, dtype=None)
 
 
 def test_float64(fp32, tmp_path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import EDGES, arrays, assert_same_tensors, edge_model, edit_json, write_arrays
+from folders import EDGES, arrays, assert_same_tensors, edge_model, edit_json, with_fp4_experts, write_arrays
 from tiny import random_model
 
 import deepseek_jax as dsj
@@ -21,8 +21,10 @@ from deepseek_jax.convert import save as save_module
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.names import layout
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Writer
+from deepseek_jax.convert.shards import read_values
 from deepseek_jax.core.params import RouterBias, is_variable
-from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix, quantize_matrix
+from deepseek_jax.core.quant import FP8, PACKED, Quantized, dequantize_matrix, quantize_matrix, unpack
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -102,7 +104,7 @@ def test_quantised_round_trip(fp8, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("scales", ["float32", "powers", "e8m0"])
+@pytest.mark.parametrize("scales", ["float32", "powers", "e8m0", "fp4"])
 def test_dequantised_round_trip(fp8, tmp_path, dtype, scales):
     """Blocks that the values still represent keep their scales, also where a new scale would differ."""
     source = rescaled(fp8, tmp_path / "source", scales)
@@ -115,10 +117,25 @@ def test_dequantised_round_trip(fp8, tmp_path, dtype, scales):
     assert_same_tensors(source, tmp_path / "stored")
 
 
+def test_fp4_is_read_in_parts(fp8, tmp_path):
+    """As on a mesh, where a device reads of a matrix what its shard holds; FP4 has two columns a byte."""
+    source = with_fp4_experts(fp8, tmp_path / "source")
+    ctx = dsj.Context(mesh=make_mesh(devices=jax.devices()[:1]))
+    for dtype in (None, jnp.float32):
+        assert_same_model(dsj.load_pretrained(source, dtype, ctx), dsj.load_pretrained(source, dtype))
+    checkpoint = Checkpoint(source)
+    entry = checkpoint.entries["model.layers.1.mlp.experts.5.up_proj.weight"]
+    whole = unpack(checkpoint.read(entry.name))
+    for rows, columns in ((slice(3, 9), slice(0, 136)), (slice(0, 48), slice(68, 136)), (slice(1, 2), slice(5, 12))):
+        np.testing.assert_array_equal(read_values(entry, (rows, columns)), whole[rows, columns])
+
+
 def rescaled(fp8: Path, folder: Path, scales: str) -> Path:
-    """The same folder with scales that are powers of two, larger than a block needs."""
+    """The same folder with scales that are powers of two, larger than a block needs; "fp4": with experts in FP4."""
     if scales == "float32":
         return fp8
+    if scales == "fp4":
+        return with_fp4_experts(fp8, folder)
     shutil.copytree(fp8, folder)
     tensors = arrays(folder)
     for name, array in tensors.items():
@@ -396,6 +413,7 @@ DAMAGE = {
         r"scale_inv has shape \(1, 1\), blocks of \(128, 128\) imply \(1, 2\)",
     ),
     "scale dtype": (put(KV_A + "_scale_inv", np.ones((1, 2))), "dtype float64, which no scale has here: float32, bf"),
+    "FP4 shape": (put(EXPERT, np.ones((48, 136), PACKED)), rf"{EXPERT} has shape .*the config implies \(48, 68\)"),
     "integers": (put(NORM, np.ones(136, np.int32)), f"{NORM} has dtype int32"),
     "FP8 norm": (put(NORM, np.ones(136, FP8)), f"{NORM} has dtype float8_e4m3fn"),
     "NaN": (poke(NORM, 7, np.nan), rf"{NORM} is nan at \[7\]"),

@@ -73,7 +73,7 @@ FOLLOWING = ("num_key_value_heads", "qk_head_dim", "layer_types")
 # transformers; of generation, which older ones wrote here.
 _IDLE = """
 architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
-quantization_config deepseek_jax_version unsloth_version unsloth_fixed ep_size pretraining_tp seq_aux
+quantization_config expert_dtype deepseek_jax_version unsloth_version unsloth_fixed ep_size pretraining_tp seq_aux
 aux_loss_alpha router_aux_loss_coef output_router_logits use_cache attention_dropout hidden_dropout head_dim
 return_dict use_return_dict output_hidden_states output_attentions _output_attentions torchscript
 use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder
