@@ -107,9 +107,9 @@ def decays(variable: nnx.Variable, name: str = "a parameter") -> bool:
 
 
 def is_looked_up(variable: nnx.Variable) -> bool:
-    """Whether a map's inputs are tokens, whose rows are looked up: an embedding."""
+    """Whether a map's inputs are tokens, or places in a window, whose rows are looked up: an embedding."""
     inputs = matrix_of(variable).inputs
-    return bool(inputs) and variable.get_metadata()["axes"][inputs[0]] == "vocab"
+    return bool(inputs) and variable.get_metadata()["axes"][inputs[0]] in ("vocab", "place")
 
 
 def _declaration(variable: nnx.Variable, name: str, what: str):

@@ -30,10 +30,14 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
         return model
     leaves, structure = jax.tree.flatten(model)
     result = jax.tree.unflatten(structure, leaves)
+    where = {
+        number: (stack, i)
+        for stack, kind in zip(model.stacks, model.cfg.stacks, strict=True)
+        for i, number in enumerate(kind.numbers)
+    }
     result.stacks = nnx.List(
         jax.tree.map(lambda a, i=i: jax.device_put(np.asarray(a)[i : i + 1], device), stack)
-        for stack, kind in zip(model.stacks, model.cfg.stacks, strict=True)
-        for i in range(len(kind.numbers))
+        for stack, i in (where[number] for number in range(model.cfg.n_layers))
     )
     for stack in result.stacks:
         if isinstance(stack.attn, MLA):

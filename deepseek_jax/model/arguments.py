@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import Compressed, ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.block import CAPTURABLE
 from deepseek_jax.model.cache import Cache
@@ -152,6 +152,45 @@ def check_knock_out(cfg: ModelConfig, without: KnockOut) -> None:
             f"KnockOut leaves a layer {max(0, cfg.moe.n_experts - out - without.top)} of {cfg.moe.n_experts} experts, "
             f"fewer than the top_k={cfg.moe.top_k} that a token takes: knock out fewer."
         )
+
+
+def check_windows(cfg: ModelConfig, positions, segments, cache, ctx: Context) -> None:
+    """Raises ValueError for what compressed attention cannot do: its windows are runs of tokens from a segment's start
+    on, which a row's device has to have whole."""
+    if not isinstance(cfg.attention, Compressed):
+        return
+    if ctx.ops.splits_rows and cache is None:
+        raise ValueError(
+            f"the mesh splits rows over its axis 'context', but {cfg.name} compresses runs of a row's tokens, for "
+            "which this is not built: give that axis size 1."
+        )
+    if positions is not None:
+        raise ValueError(
+            f"positions are given, but {cfg.name} compresses runs of tokens: they are counted from the start of each "
+            "segment; leave positions out."
+        )
+    if ctx.attention == "kernel" and cache is None:
+        raise ValueError(
+            f'Context(attention="kernel"): no kernel is built for the compressed attention of {cfg.name}; choose '
+            '"auto" or "xla".'
+        )
+    if segments is None or not known(segments):
+        return
+    segments = np.asarray(segments)
+    if cache is not None and segments.max() > 1:
+        raise ValueError(
+            f"segments go up to {segments.max()}, but in a cache {cfg.name} holds entries of one segment a row: give "
+            "each text a row of its own."
+        )
+    if cache is None:
+        begins = np.diff(segments, axis=1, prepend=0) != 0
+        runs = (begins & (segments != 0)).sum(-1)
+        for row, count in zip(segments, runs, strict=True):
+            if count != len(set(row[row != 0].tolist())):
+                raise ValueError(
+                    f"a segment stands in several runs of a row, but {cfg.name} compresses runs of tokens: give every "
+                    "run a segment of its own, and put padding before or behind it."
+                )
 
 
 def check_cache(cache, expected, tokens, segments) -> None:

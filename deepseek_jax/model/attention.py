@@ -3,6 +3,7 @@
 Suffixes: B batch, T queries, S keys, N heads, G key heads, J query heads a key head, K key dim, V value dim.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -134,7 +135,6 @@ def attend_whole(
         return attend_chosen(q_BTNK, k_BSGK[:, :, 0], v_BSGV[:, :, 0], tokens, scale, seeking, index_BSI)
     q = rearrange(q_BTNK, "B T (G J) K -> B G J T K", G=G)
     k, v = (rearrange(a, "B S G X -> B G S X") for a in (k_BSGK, v_BSGV))
-    size = max(MIN_BLOCK, -(-T // UNROLLED_BLOCKS))
     block = partial(attend_block, scale=scale)
     if T * S > KEPT_PROBABILITIES:
         block = jax.checkpoint(block)
@@ -154,19 +154,30 @@ def attend_whole(
             return attend_tiles(rows, k, v, tokens, start, scale)
         return block(rows, k[:, :, :keys], v[:, :, :keys], visible(start, count, keys))
 
-    outputs = []
+    def keys_of(start, count: int, stop: int):
+        return piece(start, count, stop if tokens.causal and tokens.slot is None else S)
+
+    o = in_blocks(keys_of, T, axis=3)
+    return checkpoint_name(rearrange(o, "B G J T V -> B T (G J) V"), "core")
+
+
+def in_blocks(piece: Callable[[int | jax.Array, int, int], jax.Array], T: int, axis: int) -> jax.Array:
+    """The results for T queries, some at a time, one after the other along ``axis``.
+
+    ``piece(start, count, stop)``: of ``count`` queries from ``start`` on, which is traced in long blocks; ``stop`` is
+    not, and no query of the piece stands at or after it.
+    """
+    size, outputs = max(MIN_BLOCK, -(-T // UNROLLED_BLOCKS)), []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        keys = stop if tokens.causal and tokens.slot is None else S
         pieces = (stop - start) // MAX_PIECE if stop - start > MAX_PIECE else 0
         if pieces:
             starts = start + MAX_PIECE * jnp.arange(pieces)
-            many = jax.lax.map(lambda first, keys=keys: piece(first, MAX_PIECE, keys), starts)
-            outputs.append(rearrange(many, "n B G J T V -> B G J (n T) V"))
+            many = jnp.moveaxis(jax.lax.map(lambda first, stop=stop: piece(first, MAX_PIECE, stop), starts), 0, axis)
+            outputs.append(many.reshape(*many.shape[:axis], -1, *many.shape[axis + 2 :]))
         if (rest := stop - start - pieces * MAX_PIECE) > 0:
-            outputs.append(piece(stop - rest, rest, keys))
-    o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
-    return checkpoint_name(rearrange(o, "B G J T V -> B T (G J) V"), "core")
+            outputs.append(piece(stop - rest, rest, stop))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=axis)
 
 
 def attend_chosen(q_BTNK, k_BSK, v_BSV, tokens: Tokens, scale: float, seeking: Seeking, index_BSI) -> jax.Array:

@@ -12,6 +12,7 @@ from deepseek_jax.configs.layers import Layer
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.norm import RMSNorm
+from deepseek_jax.model.compressed import Compressed
 from deepseek_jax.model.ffn import FFN
 from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.mla import MLA
@@ -32,7 +33,10 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: schema.ModelConfig, layer: Layer, dtype):
         self.attn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.attn = ATTENTION[type(layer.attention)](layer.attention, cfg.dim, dtype)
+        if isinstance(layer.attention, schema.Compressed):
+            self.attn = Compressed(layer.attention, cfg.dim, dtype, cfg.norm_eps)
+        else:
+            self.attn = ATTENTION[type(layer.attention)](layer.attention, cfg.dim, dtype)
         self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.ffn = MoE(layer.ffn, cfg.dim, dtype) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
 

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.configs.schema import Compressed, ModelConfig
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
-from deepseek_jax.model.tokens import Tokens
+from deepseek_jax.model.tokens import Tokens, make_tokens, place_in_segment
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +22,8 @@ class Cache:
     """What decoding keeps. A token's slot is its index in its row; what stands at slots from ``length`` on is stale:
     nothing sees it, and later tokens overwrite it.
 
-    ``held``: what the attention of each stack keeps (`MLA.held`, `GQA.held`), leaves [layers, B, ...]. ``position``,
+    ``held``: what the attention of each stack keeps (`MLA.held`, `GQA.held`, `Compressed.held`), leaves
+    [layers, B, ...]. ``position``,
     ``segment``: int32 [B, S]. ``length``: int32 [B], tokens held. ``mtp``: a cache for each MTP module, whose rows are
     the tokens it has seen: those whose next one was known. ``place``: int32 [B, S], in a module's cache the slots of
     its tokens in the model's; None in the model's own. ``max_rewind``: tokens of each row that `rewind` may take back.
@@ -76,7 +78,8 @@ class Cache:
         place = None if self.place is None else _write(self.place, tokens.slot, slot)
         cache = replace(self, position=position, segment=segment, length=length, place=place)
         seen = jnp.where(jnp.arange(self.capacity) < length[:, None], segment, 0)
-        return replace(tokens, slot=slot, key_position=position, key_segment=seen, uniform=False), cache
+        tokens = replace(tokens, slot=slot, length=self.length, key_position=position, key_segment=seen, uniform=False)
+        return tokens, cache
 
 
 def make_cache(
@@ -100,6 +103,37 @@ def make_cache(
         place=slots[2] if of_module else None,
         max_rewind=rewind,
     )
+
+
+def seen_tokens(
+    cfg: ModelConfig,
+    id_BT: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+    cache: Cache | None,
+    ctx: Context,
+) -> tuple[Tokens, Cache | None]:
+    """Who sees whom in a call, and the cache with the new tokens' positions and segments entered."""
+    B, T = id_BT.shape
+    segment = jnp.ones((B, T), jnp.int32) if segments is None else segments.astype(jnp.int32)
+    # Of windows the first begins where a segment does.
+    counted = isinstance(cfg.attention, Compressed) and segments is not None
+    position = positions
+    if positions is None and cache is None:
+        position = place_in_segment(segment) if counted else jnp.broadcast_to(jnp.arange(T), (B, T))
+    elif positions is None:
+        position = cache.length[:, None] + jnp.maximum(jnp.cumsum(segment != 0, axis=-1) - 1, 0)
+    alike = positions is None and cache is None and not ctx.ops.splits_rows and not counted
+    tokens = make_tokens(
+        cfg,
+        position,
+        segment,
+        id_BT=id_BT.astype(jnp.int32),
+        causal=positions is None,
+        alike=alike,
+        uniform=alike and segments is None,
+    )
+    return (tokens, None) if cache is None else cache.entered(tokens)
 
 
 def _write(held_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:

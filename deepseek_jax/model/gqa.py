@@ -56,7 +56,7 @@ class GQA(nnx.Module):
         o_BTNH = ctx.ops.rows(self._attend, (q_BTNH,), (k_BSGH, v_BSGH), tokens, ctx)
         return linear("BTNH,NHD->BTD", o_BTNH, self.o, ctx), held, {}
 
-    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> jax.Array:
+    def held(self, layers: int, batch: int, length: int, rewind: int, dtype, ctx: Context) -> jax.Array:
         """[layers, B, S, 2 G H] for a cache: each token's rotated keys, then its values, of all key heads."""
         return ctx.ops.zeros((layers, batch, length, self.cfg.cache_width), dtype, (None, BATCH, None, None))
 

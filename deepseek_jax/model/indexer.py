@@ -1,6 +1,7 @@
-"""The lightning indexer of DeepSeek sparse attention (V3.2, 2512.02556 §2.1): which earlier tokens a query sees.
+"""The lightning indexer of DeepSeek sparse attention (V3.2, 2512.02556 §2.1): which earlier tokens a query sees, and
+V4's (2606.19348 §2.3.1): which entries.
 
-A few light heads score every earlier token; a query attends to the best of them only. The indexer's inputs are cut off
+A few light heads score every earlier key; a query attends to the best of them only. The indexer's inputs are cut off
 from the gradient, and so is its choice: a loss of the model does not reach it, and no weight decay moves it. It learns
 by `divergence`.
 
@@ -20,6 +21,7 @@ from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, LayerNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.product import product
+from deepseek_jax.model.compressor import Compressor
 from deepseek_jax.model.tokens import Tokens
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -58,14 +60,37 @@ class Indexer(nnx.Module):
         x_BTD, q_BTQ = jax.lax.stop_gradient((x_BTD, q_BTQ))
         q_BTHI = self._rotated(linear("BTQ,QHI->BTHI", q_BTQ, self.q, ctx), tokens)
         k_BTI = self._rotated(self.k_norm(linear("BTD,DI->BTI", x_BTD, self.k, ctx)), tokens)
-        weight_BTH = linear("BTD,DH->BTH", x_BTD.astype(jnp.float32), self.weight, ctx, precision=HIGHEST)
-        scale = (self.cfg.indexer.index_heads * self.cfg.indexer.index_dim) ** -0.5
-        return Seeking(q_BTHI, weight_BTH * scale, self.cfg.indexer.index_top_k), k_BTI
+        return _seeking(q_BTHI, x_BTD, self.weight, self.cfg.indexer, ctx), k_BTI
 
     def _rotated(self, x, tokens: Tokens) -> jax.Array:
         rotated, rest = jnp.split(x, [self.cfg.rope_dim], axis=-1)
         rotated = tokens.rotated(rotated, self.cfg.rope_dim, self.cfg.rope, interleaved=False)
         return jnp.concatenate([rotated, rest], axis=-1)
+
+
+class EntryIndexer(nnx.Module):
+    """V4's, of ``score(t, e)``, whose keys are entries of a compressor of its own, over the windows of attention's.
+
+    Of a head, as of attention's, the last R dimensions are rotated.
+    """
+
+    def __init__(self, cfg: schema.Compressed, dim: int, dtype, eps: float):
+        self.cfg = cfg.indexer
+        H, I = cfg.indexer.index_heads, cfg.indexer.index_dim  # noqa: E741
+        self.q = param(dtype, (cfg.q_rank, H, I), ("q_rank", None, None), inputs=1, decay=False)
+        self.weight = param(dtype, (dim, H), ("embed", None), inputs=1, decay=False)
+        self.compressor = Compressor(I, cfg.ratio, True, dim, dtype, eps)
+
+    def __call__(self, x_BTD: jax.Array, q_BTQ: jax.Array, ctx: Context) -> tuple[Seeking, jax.Array]:
+        """What tokens ask with, not rotated yet, and what of each goes into its compressor's entries."""
+        x_BTD, q_BTQ = jax.lax.stop_gradient((x_BTD, q_BTQ))
+        q_BTHI = linear("BTQ,QHI->BTHI", q_BTQ, self.q, ctx)
+        return _seeking(q_BTHI, x_BTD, self.weight, self.cfg, ctx), self.compressor.parts(x_BTD, ctx)
+
+
+def _seeking(q_BTHI, x_BTD, weight, cfg: schema.Indexer, ctx: Context) -> Seeking:
+    weight_BTH = linear("BTD,DH->BTH", x_BTD.astype(jnp.float32), weight, ctx, precision=HIGHEST)
+    return Seeking(q_BTHI, weight_BTH * (cfg.index_heads * cfg.index_dim) ** -0.5, cfg.index_top_k)
 
 
 def index_scores(seeking: Seeking, k_BSI: jax.Array) -> jax.Array:
@@ -96,7 +121,7 @@ def divergence(q_BTNK, k_BSGK, tokens: Tokens, scale: float, seeking: Seeking, i
     q_BTNK, k_BSGK = jax.lax.stop_gradient((q_BTNK, k_BSGK))
     T, size = q_BTNK.shape[1], max(MIN_BLOCK, -(-q_BTNK.shape[1] // BLOCKS))
     # Computed again in the backward pass: memory does not grow with T x S.
-    block = jax.checkpoint(partial(_divergence, scale=scale))
+    block = jax.checkpoint(partial(divergence_of, scale=scale))
     pieces = []
     for start in range(0, T, size):
         stop = min(start + size, T)
@@ -107,7 +132,8 @@ def divergence(q_BTNK, k_BSGK, tokens: Tokens, scale: float, seeking: Seeking, i
     return jnp.concatenate(pieces, axis=1)
 
 
-def _divergence(q_BTNK, seeking: Seeking, k_BSGK, index_BSI, seen_BTS, scale: float) -> jax.Array:
+def divergence_of(q_BTNK, seeking: Seeking, k_BSGK, index_BSI, seen_BTS, scale: float) -> jax.Array:
+    """`divergence` of some queries, over the keys that each sees, bool [B, T, S]."""
     if seeking.top_k < seen_BTS.shape[-1]:
         seen_BTS = only_chosen(seen_BTS, chosen_keys(seeking, index_BSI, seen_BTS))
     B, T, N, K = q_BTNK.shape

@@ -93,7 +93,9 @@ class MLA(nnx.Module):
         o_BTNV, kl_BT = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
         return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held, {} if kl_BT is None else {"index_kl": kl_BT}
 
-    def held(self, layers: int, batch: int, length: int, dtype, ctx: Context) -> tuple[jax.Array, jax.Array | None]:
+    def held(
+        self, layers: int, batch: int, length: int, rewind: int, dtype, ctx: Context
+    ) -> tuple[jax.Array, jax.Array | None]:
         """For a cache, [layers, B, S, C + R]: each token's normalised latent, then its rotated key, shared by all heads
         (V2 §2.1.2; 576 numbers for V3); and [layers, B, S, I], the indexer's keys, where there is one."""
         cfg, rows = self.cfg, (layers, batch, length)

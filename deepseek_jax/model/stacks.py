@@ -1,4 +1,4 @@
-"""The layers one after the other: a scan over each stack of equal ones, and what the backward pass keeps of a layer.
+"""The layers one after the other: a scan over each run of a pattern, and what the backward pass keeps of a layer.
 
 Suffixes: B batch, T tokens, D width.
 """
@@ -36,30 +36,34 @@ def run_stacks(
     ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing, or those to choose without. ``capture``:
     names of activations (`block.CAPTURABLE`).
     """
+    stacks, held = iter(stacks), None if held is None else iter(held)
     first_moe, statistics, kept, seen = 0, [], [], {name: [] for name in capture}
-    # One stack a segment: no config here repeats a longer pattern.
-    for number, (stack, (kind,)) in enumerate(zip(stacks, segments, strict=True)):
-        size, moe = len(kind.numbers), kind.layer.is_moe
-        rows = slice(first_moe, first_moe + size)
-        given = jax.tree.map(lambda a, rows=rows: a[rows], routing) if moe else None
-        carry = (x_BTD, None if held is None else held[number])
+    for kinds in segments:
+        size, moe = len(kinds[0].numbers), [kind.layer.is_moe for kind in kinds]
+        # The rows of ``routing`` of each stack with experts: every so many-th.
+        last_moe, firsts = first_moe + size * sum(moe), iter(range(first_moe, first_moe + sum(moe)))
+        rows = [slice(next(firsts), last_moe, sum(moe)) if has else None for has in moe]
+        given = [None if mine is None else jax.tree.map(lambda a, mine=mine: a[mine], routing) for mine in rows]
+        blocks = [next(stacks) for _ in kinds]
+        carry = (x_BTD, None if held is None else [next(held) for _ in kinds])
         if size == 1:
             # A scan of one layer would copy its weights. Generation has every layer here: of those that are of one
             # kind one is traced.
-            layer = _layer if held is None else _traced_once
-            inputs = (unstack(stack, 0), 0, jax.tree.map(lambda a: a[0], given))
-            carry, outputs = layer(carry, inputs, tokens, ctx, capture)
+            layers = _layers if held is None else _traced_once
+            inputs = ([unstack(block, 0) for block in blocks], 0, jax.tree.map(lambda a: a[0], given))
+            carry, outputs = layers(carry, inputs, tokens, ctx, capture)
             outputs = jax.tree.map(lambda a: a[None], outputs)
         else:
-            layer = partial(_layer, tokens=tokens, ctx=ctx, capture=capture)
-            carry, outputs = jax.lax.scan(layer, carry, (stack, jnp.arange(size), given))
-        (x_BTD, mine), (aux, activations) = carry, outputs
-        kept.append(mine)
-        if aux is not None:
-            statistics.append(aux)
-        for name, value in activations.items():
-            seen[name].append(value)
-        first_moe += size if moe else 0
+            layers = partial(_layers, tokens=tokens, ctx=ctx, capture=capture)
+            carry, outputs = jax.lax.scan(layers, carry, (blocks, jnp.arange(size), given))
+        x_BTD, mine = carry
+        kept += mine or []
+        if any(moe):
+            statistics.append(_in_layer_order([aux for aux, _ in outputs if aux is not None]))
+        for name in capture:
+            if values := [activations[name] for _, activations in outputs if name in activations]:
+                seen[name].append(_in_layer_order(values))
+        first_moe = last_moe
     aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
     return (
         x_BTD,
@@ -69,19 +73,32 @@ def run_stacks(
     )
 
 
-def _layer(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]):
-    """A scan's step: carry (stream, held), inputs (block, its number in the stack, given), outputs (statistics,
-    activations)."""
+def _in_layer_order(of_stacks: list) -> Any:
+    """Rows of a segment's layers, of which every stack has every so many-th."""
+    if len(of_stacks) == 1:
+        return of_stacks[0]
+    return jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *of_stacks)
+
+
+def _layers(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]):
+    """A scan's step, one layer of each stack of a segment: carry (stream, held of each), inputs (blocks, their number
+    in their stacks, given of each), outputs (statistics, activations) of each."""
+    (x_BTD, held), (blocks, i, given), outputs, kept = carry, inputs, [], []
 
     def run(carry, inputs):
         (x_BTD, held), (block, i, given) = carry, inputs
         x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, given, capture)
         return (x_BTD, held), (aux, {name: activations[name] for name in capture if name in activations})
 
-    return remat(run, ctx)(carry, inputs)
+    for j, block in enumerate(blocks):
+        carry = (x_BTD, None if held is None else held[j])
+        (x_BTD, mine), output = remat(run, ctx)(carry, (block, i, given[j]))
+        kept.append(mine)
+        outputs.append(output)
+    return (x_BTD, None if held is None else kept), outputs
 
 
-_traced_once = jax.jit(_layer, static_argnames=("ctx", "capture"), inline=True)
+_traced_once = jax.jit(_layers, static_argnames=("ctx", "capture"), inline=True)
 
 
 def remat(f, ctx: Context):

@@ -25,14 +25,15 @@ from deepseek_jax.model.arguments import (
     check_context,
     check_init,
     check_new_config,
+    check_windows,
 )
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.cache import Cache, make_cache
+from deepseek_jax.model.cache import Cache, make_cache, seen_tokens
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.stacks import remat, run_stacks
-from deepseek_jax.model.tokens import Tokens, make_tokens
+from deepseek_jax.model.tokens import Tokens
 
 
 class Transformer(nnx.Module):
@@ -71,10 +72,13 @@ class Transformer(nnx.Module):
         check_cache_size(batch, length, rewind)
         ctx, dtype = ctx or DEFAULT, self.compute_dtype(ctx)
         make = partial(make_cache, batch=batch, length=length, rewind=rewind, ctx=ctx)
-        modules = [module.block.attn.held(1, batch, length, dtype, ctx) for module in self.mtp]
+        # Modules see tokens again while they draft.
+        again = rewind + self.cfg.mtp_depth if rewind else 0
+        modules = [module.block.attn.held(1, batch, length, again, dtype, ctx) for module in self.mtp]
+        kinds = (kind for segment in self.segments for kind in segment)
         held = [
-            stack.attn.held(len(kind.numbers), batch, length, dtype, ctx)
-            for stack, (kind,) in zip(self.stacks, self.segments, strict=True)
+            stack.attn.held(len(kind.numbers), batch, length, rewind, dtype, ctx)
+            for stack, kind in zip(self.stacks, kinds, strict=True)
         ]
         return make(held, mtp=tuple(make([own], of_module=True) for own in modules))
 
@@ -110,6 +114,8 @@ class Transformer(nnx.Module):
         "all", "last" (of each row's last real token; MTP logits stay whole) or "none" (MTP logits neither).
         ``capture``: names of activations to return.
 
+        A model that compresses (V4) takes no ``positions``, has a segment in one run, and one segment a row of a cache.
+
         Raises ValueError for arguments that do not fit the model, ids outside the vocabulary (padding apart), experts
         that there are not, and for more tokens than the cache has room for. Under jit values cannot be checked: an id
         outside the vocabulary makes its row NaN, and tokens beyond the cache's room are lost.
@@ -118,13 +124,14 @@ class Transformer(nnx.Module):
         tokens_BT, positions, segments, next_tokens, routing = check_call(
             self.cfg, tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture
         )
+        check_windows(self.cfg, positions, segments, cache, ctx)
         if segments is not None:
             # What stands at padding is never looked up.
             tokens_BT = jnp.where(segments != 0, tokens_BT, 0)
         if cache is not None:
             check_cache(cache, self._empty(tokens_BT.shape[0], cache), tokens_BT, segments)
             ctx = ctx.whole_rows()
-        tokens, cache = self._tokens(tokens_BT, positions, segments, cache, ctx)
+        tokens, cache = seen_tokens(self.cfg, tokens_BT, positions, segments, cache, ctx)
         x_BTD = ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx))
         held = None if cache is None else cache.held
         x_BTD, held, aux, captured = run_stacks(
@@ -216,27 +223,6 @@ class Transformer(nnx.Module):
             mine = replace(mine, held=(held,))
             cache = replace(cache, mtp=(*cache.mtp[:depth], mine, *cache.mtp[depth + 1 :]))
         return hidden_BTD, tokens, cache, aux, captured
-
-    def _tokens(self, tokens_BT, positions, segments, cache: Cache | None, ctx: Context) -> tuple[Tokens, Cache | None]:
-        """Who sees whom, and the cache with the new tokens' positions and segments entered."""
-        B, T = tokens_BT.shape
-        segment = jnp.ones((B, T), jnp.int32) if segments is None else segments.astype(jnp.int32)
-        position = positions
-        if positions is None and cache is None:
-            position = jnp.broadcast_to(jnp.arange(T), (B, T))
-        elif positions is None:
-            position = cache.length[:, None] + jnp.maximum(jnp.cumsum(segment != 0, axis=-1) - 1, 0)
-        alike = positions is None and cache is None and not ctx.ops.splits_rows
-        tokens = make_tokens(
-            self.cfg,
-            position,
-            segment,
-            id_BT=tokens_BT.astype(jnp.int32),
-            causal=positions is None,
-            alike=alike,
-            uniform=alike and segments is None,
-        )
-        return (tokens, None) if cache is None else cache.entered(tokens)
 
     def _select(self, hidden, segment, logits: str, ctx: Context):
         if logits == "none":
