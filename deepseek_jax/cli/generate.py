@@ -112,7 +112,7 @@ class Generate:
                         "prompt_ids": prompt,
                         "ids": new,
                         "text": None if tokenizer is None else tokenizer.decode(new, skip_special_tokens=True),
-                        **{name: values[row] for name, values in vars(info).items()},
+                        **{name: values[row] for name, values in vars(info).items() if values is not None},
                     }
                     for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
                 ]

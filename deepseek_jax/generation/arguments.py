@@ -47,9 +47,20 @@ def check_ids(name: str, ids, vocab_size: int) -> list[int]:
     return [_check_id(name, i, vocab_size) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
 
 
-def check_stops(stop_ids, vocab_size: int) -> list[int]:
+def check_stops(stop_ids, vocab_size: int, rows: int) -> list[list[int]]:
+    """The ids of each row, of ids for all or a list of ids for each."""
     ids = list(stop_ids) if hasattr(stop_ids, "__iter__") else [stop_ids]
-    return [_check_id("stop_ids", i, vocab_size) for i in ids]
+    if not any(hasattr(i, "__iter__") and not isinstance(i, str) for i in ids):
+        ids = [ids] * rows
+    elif len(ids) != rows:
+        raise ValueError(f"stop_ids has {len(ids)} lists; give ids for all, or a list of ids for each of {rows} rows.")
+    return [[_check_id("stop_ids", i, vocab_size) for i in _each("stop_ids", row)] for row in ids]
+
+
+def _each(name: str, ids) -> list:
+    if isinstance(ids, str) or not hasattr(ids, "__iter__"):
+        raise ValueError(f"{name} holds {shown(ids)} beside lists: give ids for all rows, or a list of ids for each.")
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
 
 
 def _check_id(where: str, i, vocab_size: int) -> int:
@@ -69,15 +80,44 @@ def check_count(name: str, value) -> None:
         raise ValueError(f"{name}={value!r}: must be an integer of at least 1.")
 
 
-def check_drafts(cfg, use_mtp: bool) -> int:
-    """MTP modules in use, 0 or all; raises ValueError where there are none to use."""
-    if use_mtp and not cfg.mtp_depth:
+def check_counts(name: str, value, rows: int) -> np.ndarray:
+    """int64 [rows], of one count or one for each row."""
+    each = list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value] * rows
+    if len(each) != rows:
+        raise ValueError(f"{name} has {len(each)} values; give one, or one for each of {rows} rows.")
+    for one in each:
+        check_count(name, one)
+    return np.asarray([min(one, 1 << 40) for one in each])
+
+
+def check_drafts(cfg, use_mtp, rows: int) -> np.ndarray:
+    """int32 [rows]: the MTP modules that draft for each row, 0 or all, of one bool or one for each row.
+
+    Raises ValueError where there are none to use.
+    """
+    try:
+        use = np.broadcast_to(np.asarray(use_mtp, bool), (rows,))
+    except ValueError:
+        raise ValueError(f"use_mtp={use_mtp!r}: give one bool, or one for each of {rows} rows.") from None
+    if use.any() and not cfg.mtp_depth:
         raise ValueError(f"use_mtp=True, but {cfg.name} has no MTP modules (mtp_depth=0).")
-    return cfg.mtp_depth if use_mtp else 0
+    return np.where(use, cfg.mtp_depth, 0).astype(np.int32)
+
+
+def check_records(cfg, record, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What a generation is to record. Raises ValueError for what there is not, and for routing without experts."""
+    names = (record,) if isinstance(record, str) else tuple(record)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"record holds {name!r}: choose among {', '.join(known)}.")
+    if "routing" in names and cfg.moe is None:
+        raise ValueError(f"record holds 'routing', but {cfg.name} has no experts.")
+    return names
 
 
 def check_length(cfg, longest: int, new: int, cache_length: int | None = None) -> None:
     """Raises ValueError for more tokens than the model, or the cache where its length is given, has room for."""
+    longest, new = int(longest), int(new)
     needed = longest + new
     if needed > cfg.max_length:
         raise ValueError(

@@ -3,7 +3,14 @@
 import numpy as np
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.generation.arguments import check_count, check_drafts, check_length, check_model, check_prompts
+from deepseek_jax.generation.arguments import (
+    check_count,
+    check_counts,
+    check_drafts,
+    check_length,
+    check_model,
+    check_prompts,
+)
 from deepseek_jax.generation.running import Generation, begun, filled, prepared, stops
 from deepseek_jax.generation.sampling import make_sampling
 from deepseek_jax.model.transformer import Transformer
@@ -24,7 +31,7 @@ class Conversation:
         self._ctx = ctx = check_model(model, ctx).whole_rows()
         check_count("length", length)
         check_length(model.cfg, 1, length - 1)
-        self.length, self._depth = length, check_drafts(model.cfg, use_mtp)
+        self.length, self._drafts = length, check_drafts(model.cfg, use_mtp, 1)
         self._model = prepared(model, ctx)
         self._before: Generation | None = None
 
@@ -39,9 +46,9 @@ class Conversation:
         seed: int = 0,
     ) -> Generation:
         """As `engine.stream`, of one prompt. It ends the stream before it, whose ``result()`` stays."""
-        cfg, ctx, depth = self._model.cfg, self._ctx, self._depth
+        cfg, ctx, depth = self._model.cfg, self._ctx, int(self._drafts[0])
         prompts = check_prompts([prompt], cfg.vocab_size)
-        check_count("max_new_tokens", max_new_tokens)
+        new = check_counts("max_new_tokens", max_new_tokens, 1)
         check_length(cfg, len(prompts[0]), max_new_tokens, self.length)
         sampling = make_sampling(1, temperature, top_k, top_p, min_p, seed)
         rows, capacity = filled(1, ctx), self.length + depth
@@ -54,9 +61,8 @@ class Conversation:
             # the place of tokens, or not at all where a text has ended.
             fed = max(0, min(_shared(known, prompts[0]), held, len(prompts[0]) - 1) - 2 * depth)
             cache = cache.rewind(np.pad(np.array([held - fed], np.int32), (0, rows - 1)))
-        self._before = begun(
-            self._model, cache, prompts, max_new_tokens, sampling, stops(cfg, None), depth, ctx, fed=fed
-        )
+        stop_BN = stops(cfg, None, 1)
+        self._before = begun(self._model, cache, prompts, new, sampling, stop_BN, self._drafts, ctx, fed=fed)
         return self._before
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.generation.sampling import DRAFT, Sampling, distribution, draw, verify
+from deepseek_jax.generation.sampling import DRAFT, Sampling, distribution, draw, packed, verify
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.tokens import make_tokens
 from deepseek_jax.model.transformer import Transformer
@@ -27,24 +27,36 @@ from deepseek_jax.model.transformer import Transformer
 class State:
     """Everything a row's continuation depends on; donated to every call.
 
-    ``tokens``: int32 [B, S], known tokens, then drafts. ``logprob``: float32 [B, S], of each generated token.
-    ``known``, ``limit``: int32 [B], known tokens, and how many there may be. ``done``: bool [B].
-    ``offered``: int32 scalar, drafts that the next step verifies: none in the first step.
+    ``tokens``: int32 [B, S], known tokens, then drafts. ``logprob``, ``behaviour``: float32 [B, S], of each generated
+    token by the model, and by the distribution that it was drawn from. ``known``, ``limit``: int32 [B], known tokens,
+    and how many there may be. ``stop``: int32 [B, N], tokens that end the row, filled up with -1. ``done``: bool [B].
+    ``drafts``, ``offered``: int32 [B], drafts that a row takes, all or 0, and those that the next step verifies: none
+    in a row's first.
     ``q``: float32 [B, P, V], what they were drawn from. ``recent``: [B, P - 1, D], the hidden states before
     the last known token, which deeper modules need again. ``drafted``, ``accepted``: int32 [B].
+    ``records``: what is kept beside the tokens, of `RECORDS` those asked for, arrays [B, S, ...].
     """
 
     cache: Cache
     tokens: jax.Array
     logprob: jax.Array
+    behaviour: jax.Array
     known: jax.Array
     limit: jax.Array
+    stop: jax.Array
     done: jax.Array
+    drafts: jax.Array
     offered: jax.Array
     q: jax.Array
     recent: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    records: dict[str, jax.Array]
+
+
+# "routing": int32 [B, S, L, K], the experts of every token that was fed, -1 elsewhere. Of every generated token's
+# distribution, "kept_size": int32 [B, S], tokens that the filters leave; "kept_mask": uint32 [B, S, V / 32], which.
+RECORDS = ("routing", "kept_size", "kept_mask")
 
 
 def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context) -> State:
@@ -67,24 +79,28 @@ def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, d
         logits="none",
         ctx=ctx,
     )
-    return replace(state, cache=out.cache, recent=_latest(state.recent, out.hidden, real_BT.sum(-1)))
+    return replace(
+        state,
+        cache=out.cache,
+        recent=_latest(state.recent, out.hidden, real_BT.sum(-1)),
+        records=_recorded(state.records, out, position_BT, real_BT),
+    )
 
 
 def decode(
     model: Transformer,
     state: State,
     sampling: Sampling,
-    stop_V: jax.Array,
     steps: jax.Array,
     *,
     depth: int,
     ctx: Context,
 ) -> State:
-    """Up to ``steps`` steps, fewer when every row is done. ``stop_V``: bool [V], tokens that end a row."""
+    """Up to ``steps`` steps, fewer when every row is done."""
 
     def body(carry):
         i, state = carry
-        return i + 1, _step(model, state, sampling, stop_V, depth, ctx)
+        return i + 1, _step(model, state, sampling, depth, ctx)
 
     def more(carry):
         i, state = carry
@@ -102,13 +118,13 @@ def compiled(structure=None, places=None):
     return jit(prefill, static_argnames=("chunk", "depth", "ctx")), jit(decode, static_argnames=("depth", "ctx"))
 
 
-def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Context) -> State:
+def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> State:
     """Verifies the drafts, draws one token more, takes rejected ones back, drafts again."""
     active_B, first_B = ~state.done, state.cache.length
     ahead_T = jnp.arange(depth + 1)
     position_BT = first_B[:, None] + ahead_T
     tokens_BT = jnp.take_along_axis(state.tokens, position_BT, axis=1, mode="clip")
-    segment_BT = (active_B[:, None] & (ahead_T <= state.offered)).astype(jnp.int32)
+    segment_BT = (active_B[:, None] & (ahead_T <= state.offered[:, None])).astype(jnp.int32)
     out = model(tokens_BT, segments=segment_BT, cache=state.cache, logits="all", ctx=ctx)
 
     p_BTV = distribution(out.logits, sampling)
@@ -117,12 +133,12 @@ def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Cont
     new_BT = jnp.pad(drafts_BP, ((0, 0), (0, 1)))
     new_BT = jnp.where(ahead_T == accepted_B[:, None], last_B[:, None], new_BT)
     # A stop token ends the row; what was accepted after it is dropped.
-    stops_BT = stop_V[new_BT]
+    stops_BT = (new_BT[..., None] == state.stop[:, None]).any(-1)
     ended_BT = jnp.cumsum(stops_BT, axis=-1) - stops_BT > 0
     kept_BT = (ahead_T <= accepted_B[:, None]) & (position_BT + 1 < state.limit[:, None]) & ~ended_BT
     kept_BT &= active_B[:, None]
 
-    logit_BT = jnp.take_along_axis(out.logits, new_BT[..., None], axis=-1)[..., 0]
+    logit_BT, p_BT = (jnp.take_along_axis(a, new_BT[..., None], axis=-1)[..., 0] for a in (out.logits, p_BTV))
     known_B = state.known + kept_BT.sum(-1)
     rejected_B = jnp.where(active_B, state.offered - accepted_B, 0)
     state = replace(
@@ -130,10 +146,12 @@ def _step(model, state: State, sampling: Sampling, stop_V, depth: int, ctx: Cont
         cache=out.cache.rewind(rejected_B) if depth else out.cache,
         tokens=_put(state.tokens, new_BT, position_BT + 1, kept_BT),
         logprob=_put(state.logprob, logit_BT - jax.nn.logsumexp(out.logits, axis=-1), position_BT + 1, kept_BT),
+        behaviour=_put(state.behaviour, jnp.log(p_BT), position_BT + 1, kept_BT),
         known=known_B,
         done=state.done | (kept_BT & stops_BT).any(-1) | (known_B >= state.limit),
         drafted=state.drafted + jnp.where(active_B, state.offered, 0),
         accepted=state.accepted + (kept_BT & (ahead_T < accepted_B[:, None])).sum(-1),
+        records=_recorded(state.records, out, position_BT, segment_BT != 0, p_BTV, kept_BT),
     )
     return _draft(model, state, out.hidden, first_B, accepted_B, sampling, depth, ctx) if depth else state
 
@@ -167,8 +185,21 @@ def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampl
         tokens=tokens,
         recent=recent,
         q=jnp.stack(q, axis=1),
-        offered=jnp.full_like(state.offered, depth),
+        offered=state.drafts,
     )
+
+
+def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> dict[str, jax.Array]:
+    """The records with those of the tokens fed, and of the tokens kept, which stand one further on. A rejected draft's
+    are overwritten when its position is fed again."""
+    result = dict(records)
+    if "routing" in records:
+        index_BTLK = out.aux.expert_index.transpose(1, 2, 0, 3)
+        result["routing"] = _put(records["routing"], index_BTLK, position_BT, fed_BT)
+    found = {"kept_size": lambda: (p_BTV > 0).sum(-1, dtype=jnp.int32), "kept_mask": lambda: packed(p_BTV > 0)}
+    for name in found.keys() & records.keys() if p_BTV is not None else ():
+        result[name] = _put(records[name], found[name](), position_BT + 1, kept_BT)
+    return result
 
 
 def _tokens_at(tokens_BS, position_BT, known_B, missing: int = -1):

@@ -23,19 +23,22 @@ class Sampling:
     """How each row samples, arrays [B]: changing a value compiles nothing.
 
     ``temperature``: float32, 0 for greedy. ``top_k``: int32, 0 for all. ``top_p``, ``min_p``: float32.
-    ``key``: typed random keys, ``fold_in(key(seed), row)``; the numbers of a position are
-    ``fold_in(fold_in(key, position), purpose)``, whatever the other rows are.
+    ``seed``: uint32, of a row's random numbers; those of a position are keyed by ``fold_in(fold_in(key(seed),
+    position), purpose)``: by the row's place in the batch or its neighbours nothing is decided.
     """
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
-    key: jax.Array
+    seed: jax.Array
 
 
 def make_sampling(batch: int, temperature, top_k, top_p, min_p, seed) -> Sampling:
     """Checks the settings, each a number or one for each row.
+
+    One ``seed`` is the first row's; the others get seeds that follow from it (NumPy's `SeedSequence`), so that equal
+    prompts are continued differently.
 
     Raises ValueError that names the setting and the row for a value out of range.
     """
@@ -47,12 +50,9 @@ def make_sampling(batch: int, temperature, top_k, top_p, min_p, seed) -> Samplin
         "min_p": _rows("min_p", min_p, batch, np.float32, 0, 1.5, "in [0, 1]", last=1),
     }
     seeds = _rows("seed", seed, batch, np.uint32, 0, 2**32, "an integer in [0, 2**32)")
-    return Sampling(key=_keys(seeds), **values)
-
-
-@jax.jit
-def _keys(seed_B: jax.Array) -> jax.Array:
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_B, jnp.arange(len(seed_B)))
+    if np.ndim(seed) == 0:
+        seeds[1:] = np.random.SeedSequence(int(seeds[0])).generate_state(batch)[1:]
+    return Sampling(seed=seeds, **values)
 
 
 def _rows(name: str, value, batch: int, dtype, low, below, meaning: str, last=None) -> np.ndarray:
@@ -113,17 +113,34 @@ def _filter(scaled_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(kept, scaled_BTV, -jnp.inf)
 
 
-def keys_at(key_B: jax.Array, position_BT: jax.Array, purpose: int) -> jax.Array:
+def packed(kept_BTV: jax.Array) -> jax.Array:
+    """uint32 [B, T, V / 32, rounded up]: which tokens are kept, token i at bit i % 32 of number i // 32."""
+    words = -(-kept_BTV.shape[-1] // 32)
+    padded = jnp.pad(kept_BTV, ((0, 0), (0, 0), (0, 32 * words - kept_BTV.shape[-1])))
+    bits = padded.reshape(*padded.shape[:-1], words, 32).astype(jnp.uint32)
+    return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+
+def unpacked(mask: np.ndarray, vocab_size: int) -> np.ndarray:
+    """bool [..., V] of `packed`'s numbers [..., V / 32]."""
+    bits = np.asarray(mask)[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    return bits.reshape(*mask.shape[:-1], -1)[..., :vocab_size].astype(bool)
+
+
+def keys_at(seed_B: jax.Array, position_BT: jax.Array, purpose: int) -> jax.Array:
     """Random keys [B, T] of positions."""
-    one = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)  # noqa: E731
-    return jax.vmap(jax.vmap(one, (None, 0)))(key_B, position_BT)
+
+    def one(seed, position):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), purpose)
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(seed_B, position_BT)
 
 
 def draw(p_BV: jax.Array, sampling: Sampling, position_B: jax.Array, purpose: int) -> jax.Array:
     """int32 [B]: one token a row from (unnormalised) probabilities."""
 
     def random():
-        keys = keys_at(sampling.key, position_B[:, None], purpose)[:, 0]
+        keys = keys_at(sampling.seed, position_B[:, None], purpose)[:, 0]
         return jax.vmap(jax.random.categorical)(keys, jnp.log(p_BV)).astype(jnp.int32)
 
     # Greedy rows have a single token to draw; without any other row the noise is not made.
@@ -135,29 +152,29 @@ def verify(
     p_BTV: jax.Array,
     q_BPV: jax.Array,
     draft_BP: jax.Array,
-    offered: jax.Array,
+    offered_B: jax.Array,
     sampling: Sampling,
     position_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Speculative sampling (Leviathan et al. 2211.17192, algorithm 1), each row by itself.
 
     ``p_BTV``: the model's distributions at the T = P + 1 positions ``position_BT``; ``q_BPV``: those that the
-    drafts were drawn from; ``offered``: int32 scalar, how many drafts there are (0 or P). Returns int32 [B]:
-    how many drafts are accepted, and the token after them: from the residual max(p - q, 0) where a draft was
+    drafts were drawn from; ``offered_B``: int32, how many drafts each row has, 0..P. Returns int32 [B]: how
+    many drafts are accepted, and the token after them: from the residual max(p - q, 0) where a draft was
     rejected, from p where none was.
     """
     P = draft_BP.shape[1]
     if P == 0:
         return jnp.zeros(p_BTV.shape[0], jnp.int32), draw(p_BTV[:, 0], sampling, position_BT[:, 0], DRAW)
-    uniform_BP = jax.vmap(jax.vmap(jax.random.uniform))(keys_at(sampling.key, position_BT[:, :P], ACCEPT))
+    uniform_BP = jax.vmap(jax.vmap(jax.random.uniform))(keys_at(sampling.seed, position_BT[:, :P], ACCEPT))
     p_BP, q_BP = (jnp.take_along_axis(a[:, :P], draft_BP[..., None], -1)[..., 0] for a in (p_BTV, q_BPV))
-    accept_BP = (uniform_BP * q_BP < p_BP) & (jnp.arange(P) < offered)
+    accept_BP = (uniform_BP * q_BP < p_BP) & (jnp.arange(P) < offered_B[:, None])
     accepted_B = jnp.cumprod(accept_BP.astype(jnp.int32), axis=-1).sum(-1)
 
     at = accepted_B[:, None, None]
     p_BV = jnp.take_along_axis(p_BTV, at, axis=1)[:, 0]
     q_BV = jnp.take_along_axis(jnp.pad(q_BPV, ((0, 0), (0, 1), (0, 0))), at, axis=1)[:, 0]
-    residual_BV = jnp.where((accepted_B < offered)[:, None], jnp.maximum(p_BV - q_BV, 0.0), p_BV)
+    residual_BV = jnp.where((accepted_B < offered_B)[:, None], jnp.maximum(p_BV - q_BV, 0.0), p_BV)
     # p = q up to rounding can leave nothing after a rejection, which then happens about once in 1e7 drafts.
     residual_BV = jnp.where(residual_BV.sum(-1, keepdims=True) > 0, residual_BV, p_BV)
     position_B = jnp.take_along_axis(position_BT, accepted_B[:, None], axis=1)[:, 0]

@@ -74,6 +74,8 @@ def test_prompts_are_continued_in_order_and_recorded(capsys, folder, expected, t
     assert [row["finish_reason"] for row in record["rows"]] == info.finish_reason
     for row, logprobs in zip(record["rows"], info.logprobs, strict=True):
         np.testing.assert_allclose(row["logprobs"], logprobs, atol=2e-5)
+        assert row["behaviour_logprobs"] == [0.0] * len(logprobs)
+    assert [row["seed"] for row in record["rows"]] == info.seed
     assert record["rows"][0]["prompt_ids"][0] == tokenizer.bos_id
 
 

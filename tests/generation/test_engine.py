@@ -247,6 +247,13 @@ def test_weights_that_are_not_finite_are_one_error(model, prompts, plain):
         ({"min_p": 1.1}, "min_p=1.1"),
         ({"seed": -1}, "seed=-1"),
         ({"stop_ids": (256,)}, "stop_ids holds id 256"),
+        ({"stop_ids": [(1,), (2,)]}, "stop_ids has 2 lists"),
+        ({"prompts": [[1], [2]], "stop_ids": [(1,), 2]}, "stop_ids holds 2 beside lists"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 values"),
+        ({"prompts": [[1], [2]], "max_new_tokens": [1, 0]}, "max_new_tokens=0"),
+        ({"max_new_tokens": 10**20}, "beyond the 256"),
+        ({"use_mtp": [True, False]}, "one for each of 1 rows"),
+        ({"record": ("text",)}, "record holds 'text': choose among routing, kept_size, kept_mask"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(model, changes, message):
@@ -258,6 +265,11 @@ def test_bad_arguments_are_one_clear_error(model, changes, message):
 def test_what_is_no_model_is_named(model):
     with pytest.raises(ValueError, match=r"must be one that dsj\.init or dsj\.load_pretrained gave, not"):
         dsj.generate(model, [[1, 2]])
+
+
+def test_routing_needs_experts():
+    with pytest.raises(ValueError, match="has no experts"):
+        dsj.generate(random_model(config(0, n_dense_layers=2, moe=None)), [[1]], record="routing")
 
 
 def test_drafts_need_mtp_modules():

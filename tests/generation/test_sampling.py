@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation.rigged import CHUNK, PROMPT_LENGTHS, config, full_forward, random_prompts
+from generation.rigged import CHUNK, PROMPT_LENGTHS, config, full_forward, padded, random_prompts
 from scipy.stats import chi2
 from tiny import random_model
 
 import deepseek_jax as dsj
-from deepseek_jax.generation.sampling import distribution, make_sampling
+from deepseek_jax.generation.sampling import distribution, make_sampling, packed, unpacked
 
 V = 6
 SETTINGS = (
@@ -122,18 +122,81 @@ def test_the_smallest_settings_are_greedy_below_float32s_range_too(temperature, 
 
 
 @pytest.mark.parametrize("use_mtp", [False, True])
-def test_a_rows_randomness_depends_on_its_seed_place_and_position_only(use_mtp):
+def test_a_rows_randomness_depends_on_its_seed_and_position_only(use_mtp):
+    """Not on its place in the batch, which in a server or a pool of rollouts is any."""
     model = random_model(config(1))
     mine = [4, 7, 1]
 
-    def run(seeds, neighbours, temperature=1.0):
-        prompts = [*neighbours[:3], mine, *neighbours[3:]]
+    def run(seeds, neighbours, place=3, temperature=1.0):
+        prompts = [*neighbours[:place], mine, *neighbours[place:]]
         common = {"stop_ids": (), "chunk": CHUNK, "use_mtp": use_mtp}
-        return dsj.generate(model, prompts, 20, temperature, seed=seeds, **common)[0]
+        tokens, info = dsj.generate(model, prompts, 20, temperature, seed=seeds, **common)
+        return tokens[place], info
 
     others = random_prompts(model.cfg, PROMPT_LENGTHS[1:])
-    base = run([1, 2, 3, 4, 5, 6, 7], others)
-    assert run([9, 9, 9, 4, 0, 0, 9], others[::-1], [0.0, 1.0, 3.0, 1.0, 2.0, 1.0, 0.5])[3] == base[3]
-    assert run([1, 2, 3, 8, 5, 6, 7], others)[3] != base[3]
-    same = run(7, [mine] * 6)
-    assert len({tuple(row) for row in same}) == 7
+    base = run([1, 2, 3, 4, 5, 6, 7], others)[0]
+    assert run([9, 9, 9, 4, 0, 0, 9], others[::-1], temperature=[0.0, 1.0, 3.0, 1.0, 2.0, 1.0, 0.5])[0] == base
+    assert run([9, 9, 9, 0, 0, 9, 4], others[::-1], place=6)[0] == base
+    assert run([4, 9, 9, 0, 0, 9, 9], others, place=0)[0] == base
+    assert run([1, 2, 3, 8, 5, 6, 7], others)[0] != base
+    same, info = run(7, [mine] * 6)
+    assert info.seed[0] == 7
+    assert len(set(info.seed)) == 7
+    assert run([1, 2, info.seed[3], 4, 5, 6, 7], others, place=2)[0] == same
+
+
+def test_what_is_recorded_is_what_a_full_forward_pass_says():
+    """With rows that draft and rows that do not, limits and stop ids a row. Draws of rows without drafts are those of
+    plain decoding."""
+    model = random_model(config(1))
+    cfg, prompts, rows = model.cfg, random_prompts(config(1)), len(PROMPT_LENGTHS)
+    asked = {
+        "temperature": [1.0, 0.0, 0.7, 1.4, 1.2, 1.0, 0.7],
+        "top_k": [0, 0, 3, 0, 40, 0, 0],
+        "top_p": [1.0, 1.0, 1.0, 0.8, 0.95, 0.5, 1.0],
+        "min_p": [0.0, 0.0, 0.0, 0.0, 0.02, 0.0, 0.0],
+    }
+    common = {**asked, "seed": list(range(rows)), "chunk": CHUNK}
+    drafts = [True, True, True, True, True, False, False]
+    record = ("routing", "kept_size", "kept_mask")
+    free, _ = dsj.generate(model, prompts, 20, stop_ids=(), use_mtp=drafts, record=record, **common)
+    limits, stops = [20, 9, 1, 20, 20, 13, 20], [()] * 4 + [(free[4][6], 3, free[4][5])] + [()] * 2
+    tokens, info = dsj.generate(model, prompts, limits, stop_ids=stops, use_mtp=drafts, record=record, **common)
+    assert tokens[4] == free[4][: 1 + min(free[4].index(stop) for stop in (free[4][5], free[4][6]))]
+    assert [len(row) for i, row in enumerate(tokens) if i != 4] == [n for i, n in enumerate(limits) if i != 4]
+    assert all(row == whole[: len(row)] for row, whole in zip(tokens, free, strict=True))
+    assert info.finish_reason == ["stop" if i == 4 else "length" for i in range(rows)]
+    assert [n > 0 for n in info.drafted] == [i in (0, 1, 3, 4) for i in range(rows)]
+    assert sum(info.accepted) > 0
+    plain, plain_info = dsj.generate(model, prompts, 20, stop_ids=(), **common)
+    assert free[5:] == plain[5:]
+    assert plain_info.routing is plain_info.kept_size is plain_info.kept_mask is None
+
+    whole = padded([p + t for p, t in zip(prompts, tokens, strict=True)], max(PROMPT_LENGTHS) + 20)
+    out = jax.jit(lambda model, tokens: (model(tokens).logits, model(tokens).aux.expert_index))(model, whole)
+    logits, routing = (np.asarray(a) for a in out)
+    filters = 0
+    for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
+        first, last = len(prompt), len(prompt) + len(new)
+        np.testing.assert_array_equal(info.routing[row], routing[:, row, : last - 1])
+        settings = {name: values[row] for name, values in asked.items()}
+        found = logits[row, first - 1 : last - 1].astype(np.float64)
+        at = np.arange(len(new)), new
+        raw = found - np.logaddexp.reduce(found, axis=-1, keepdims=True)
+        np.testing.assert_allclose(info.logprobs[row], raw[at], atol=2e-5)
+        if settings["temperature"] == 0:
+            p = np.eye(cfg.vocab_size)[found.argmax(-1)]
+        else:
+            p = np.array([filtered(step, **settings) for step in found])
+        np.testing.assert_allclose(info.behaviour_logprobs[row], np.log(p[at]), atol=5e-5)
+        assert info.kept_size[row] == (p > 0).sum(-1).tolist()
+        np.testing.assert_array_equal(unpacked(info.kept_mask[row], cfg.vocab_size), p > 0)
+        filters += (p == 0).any() and settings["temperature"] > 0
+    assert filters >= 3
+
+
+def test_bits_come_back_as_they_were_packed():
+    kept = np.random.default_rng(0).random((2, 3, 70)) < 0.5
+    mask = np.asarray(packed(jnp.asarray(kept)))
+    assert (mask.shape, mask.dtype) == ((2, 3, 3), np.uint32)
+    np.testing.assert_array_equal(unpacked(mask, 70), kept)
