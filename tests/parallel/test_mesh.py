@@ -171,8 +171,9 @@ def check_text(found: dict) -> None:
     for name in ("tokens", "calls", "finish_reason", "drafted", "accepted"):
         assert ours[name] == theirs[name], name
     assert sum(ours["accepted"]) > 0
-    for mine, reference in zip(ours["logprobs"], theirs["logprobs"], strict=True):
-        assert mine == pytest.approx(reference, abs=2e-5)
+    for name in ("logprobs", "behaviour_logprobs"):
+        for mine, reference in zip(ours[name], theirs[name], strict=True):
+            assert mine == pytest.approx(reference, abs=2e-5)
     # Several calls ran each of the two programs.
     assert ours["calls"] > 1
     assert ours["programs"] == [1, 1]
