@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.core.params import RouterBias, is_looked_up, map_variables, matrix_of
@@ -50,7 +49,7 @@ def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32
             value = rng.normal(0, 1, shape)
         else:
             value = rng.normal(0, math.prod(shape[a] for a in inputs) ** -0.5, shape)
-        return nnx.Param(jnp.asarray(value, dtype), **variable.get_metadata())
+        return variable.replace(jnp.asarray(value, variable.get_value().dtype))
 
     return map_variables(fill, abstract(cfg, dtype))
 

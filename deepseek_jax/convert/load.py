@@ -157,16 +157,17 @@ def _load(
         _tell_mixed(checkpoint, by_leaf, forms)
 
     def fill(path, variable):
-        if isinstance(variable, RouterBias):
-            form = Stored(np.dtype(np.float32))
+        if dtype is not None or isinstance(variable, RouterBias):
+            # What is float32 whatever the model's dtype says so where it is made.
+            form = Stored(np.dtype(variable.get_value().dtype))
         else:
-            form = Stored(dtype) if dtype is not None else _shared(checkpoint, by_leaf[path], forms[path])
+            form = _shared(checkpoint, by_leaf[path], forms[path])
         arguments = (checkpoint, by_leaf[path], leaves[path], form)
         value = _load_leaf(*arguments) if ctx.mesh is None else _load_shards(*arguments, variable, ctx)
         kept = {} if dtype is not None or set(forms[path]) == {form} else {STORED: forms[path]}
         return type(variable)(value, **variable.get_metadata(), **kept)
 
-    return map_variables(fill, abstract(cfg))
+    return map_variables(fill, abstract(cfg, np.float32 if dtype is None else dtype))
 
 
 def _shared(checkpoint: Checkpoint | Layers, tensors: list[Tensor], forms: tuple[Stored, ...]) -> Stored:

@@ -166,7 +166,8 @@ def load_training(folder: Path, cfg: ModelConfig, dtype: np.dtype | None) -> Tra
     """
     record = read_record(folder)
     check_files(folder, record)
-    held, model, wanted = record["leaves"], abstract(cfg), {}
+    held, wanted = record["leaves"], {}
+    model = abstract(cfg, np.float32 if dtype is None else dtype)
     if any(name.startswith("rest.") and not name.endswith("router.bias.value") for name in held):
         raise CheckpointError(
             f"{folder} belongs to a run that trains adapters or a part of a model, and is no model by itself: end the "
@@ -186,8 +187,8 @@ def load_training(folder: Path, cfg: ModelConfig, dtype: np.dtype | None) -> Tra
 
     def fill(path, variable):
         value = values[_model_leaf(path, variable)]
-        kept = isinstance(variable, RouterBias) or dtype is None
-        return type(variable)(value if kept else value.astype(dtype), **variable.get_metadata())
+        value = value if dtype is None else value.astype(variable.get_value().dtype)
+        return type(variable)(value, **variable.get_metadata())
 
     return map_variables(fill, model)
 

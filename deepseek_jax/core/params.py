@@ -192,8 +192,9 @@ def unstack(module: Tree, layer: int) -> Tree:
 
 
 def parameter_dtype(model) -> jnp.dtype:
-    """The dtype of the first floating-point leaf that is not quantised."""
-    return next(v.get_value().dtype for v in jax.tree.leaves(model, is_leaf=is_variable) if is_trained(v))
+    """The dtype of the first parameter that is not quantised."""
+    values = (v.get_value() for v in variables(model) if isinstance(v, nnx.Param))
+    return next(value.dtype for value in values if not isinstance(value, Quantized))
 
 
 def named_variables(params) -> dict[str, nnx.Variable]:

@@ -87,8 +87,8 @@ class Transformer(nnx.Module):
         return jax.eval_shape(partial(self.init_cache, batch, cache.capacity, cache.max_rewind))
 
     def compute_dtype(self, ctx: Context | None = None):
-        """The dtype of activations: the context's, else that of the parameters."""
-        return (ctx or DEFAULT).dtype or parameter_dtype(self)
+        """The dtype of activations: the context's, else that of the embedding: some parameters are float32 always."""
+        return (ctx or DEFAULT).dtype or parameter_dtype((self.embed, self.norm))
 
     def __call__(
         self,
