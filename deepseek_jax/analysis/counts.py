@@ -6,7 +6,14 @@ parameters on the real model's tree.
 
 from dataclasses import asdict, dataclass
 
-from deepseek_jax.analysis.forms import attended, cache_values, parameters, products, scored
+from deepseek_jax.analysis.forms import (
+    attended,
+    cache_values,
+    collapse_parameters,
+    parameters,
+    products,
+    scored,
+)
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -19,7 +26,8 @@ class Counts:
 
     Parameters, in elements. Like published totals, ``total`` leaves out router biases and MTP modules:
 
-    - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its own norms and biases.
+    - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its own norms and biases;
+      ``hyper_connections`` are what a residual of several streams has.
     - ``activated``: what one token multiplies with, input embedding and output head included.
       ``activated_no_embedding``: the same without the input embedding, which is a lookup.
     - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one
@@ -98,6 +106,7 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         "dense_ffn": cfg.n_dense_layers * 3 * cfg.dim * cfg.ffn_dim,
         **_moe(cfg, cfg.n_moe_layers),
         "norms": (2 * cfg.n_layers + 1) * cfg.dim,
+        "hyper_connections": _streams(cfg, cfg.n_layers, 1),
         "head": 0 if cfg.tie_embeddings else embedding,
     }
     total = sum(components.values())
@@ -112,9 +121,12 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         "dense_ffn": (depth - mtp_moe) * 3 * cfg.dim * cfg.ffn_dim,
         **_moe(cfg, mtp_moe),
         "norms": depth * 5 * cfg.dim,
+        "hyper_connections": _streams(cfg, depth, depth),
     }
     mtp = sum(mtp_components.values())
-    mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding
+    # Each stream is multiplied with its half of the projection.
+    again = 0 if cfg.residual is None else (cfg.residual.n_streams - 1) * depth * cfg.dim * cfg.dim
+    mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding + again
     biases = moe.n_experts if moe and moe.bias else 0
     mtp_stored = mtp + depth * 2 * embedding
 
@@ -154,6 +166,12 @@ def _causal(a, context: int) -> int:
     where an indexer leaves at most k with k - k^2 / (2 context)."""
     k = attended(a, context)
     return (2 * k * context - k * k) * products(a) // context + context * scored(a)
+
+
+def _streams(cfg: ModelConfig, layers: int, collapses: int) -> int:
+    if cfg.residual is None:
+        return 0
+    return 2 * layers * parameters(cfg.residual, cfg.dim) + collapses * collapse_parameters(cfg.residual, cfg.dim)
 
 
 def _moe(cfg: ModelConfig, layers: int) -> dict[str, int]:

@@ -1,11 +1,12 @@
-"""What a form of attention costs, by the class of its config: parameters, cache and products. A form is added here.
+"""What a form of attention costs, by the class of its config: parameters, cache and products; and a residual of several
+streams. A form is added here.
 
 All are exact integers of one layer. Products are multiply-adds of one token with one key, softmax's two matrices.
 """
 
 from functools import singledispatch
 
-from deepseek_jax.configs.schema import GQA, MLA
+from deepseek_jax.configs.schema import GQA, MLA, HyperConnections
 
 
 @singledispatch
@@ -35,6 +36,20 @@ def _indexer(a: MLA, dim: int) -> int:
 def _(a: GQA, dim: int) -> int:
     heads = a.n_heads + 2 * a.n_kv_heads
     return (heads + a.n_heads) * a.head_dim * dim + (heads * a.head_dim if a.bias else 0)
+
+
+@parameters.register
+def _(a: HyperConnections, dim: int) -> int:
+    """Of one sublayer's: the weights of reading, writing and mixing, a bias each and three scales."""
+    H = a.n_streams
+    made = 2 * H + H * H
+    return (H * dim * made if a.constrained else dim * (2 + H)) + made + 3
+
+
+def collapse_parameters(a: HyperConnections, dim: int) -> int:
+    """Of what makes one stream of several at the end: a weight each with a bias, and a scale; a sum has none."""
+    H = a.n_streams
+    return H * dim * H + H + 1 if a.constrained else 0
 
 
 @singledispatch

@@ -54,6 +54,8 @@ def _component(path: tuple, variable) -> str:
         return "router"
     if "ffn" in path:
         return "routed_experts" if "expert" in variable.get_metadata()["axes"] else "dense_ffn"
-    if path[-1] == "proj":
+    if {"attn_streams", "ffn_streams", "collapse"} & set(path):
+        return "hyper_connections"
+    if path[-1] in ("proj", "embed_proj", "hidden_proj"):
         return "projection"
     return "norms"

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.analysis.counts import Counts, counts
+from deepseek_jax.analysis.forms import parameters
 from deepseek_jax.analysis.published.costs import COSTS, Cost
 from deepseek_jax.analysis.published.figure import CONTEXT, Figure, outcome
 from deepseek_jax.analysis.published.table import of_release, release_of
@@ -81,6 +82,9 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
         shared = 3 * cfg.dim * cfg.moe.shared_width // max(1, cfg.moe.n_shared)
         made_of["shared_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_shared} x {shared:,}"
         made_of["router"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {cfg.dim:,}"
+    if cfg.residual is not None:
+        sublayer = parameters(cfg.residual, cfg.dim)
+        made_of["hyper_connections"] = f"{2 * cfg.n_layers} x {sublayer:,}, and what collapses"
     for name, count in c.components.items():
         if count or name == "head":
             table.add_row(name.replace("_", " "), made_of[name], f"{count:,}")

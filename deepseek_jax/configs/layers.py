@@ -118,14 +118,16 @@ class MoE:
 
 @dataclass(frozen=True)
 class HyperConnections:
-    """A residual of several streams (2409.19606), by default with mixing matrices that keep their sum (mHC,
-    2512.24880 §4; V4).
+    """A residual of several streams, as mHC (2512.24880 §4) and V4 have it, or its unconstrained baseline (2409.19606).
 
-    ``n_streams``: parallel streams. ``sinkhorn_steps``: how often the rows and columns of the matrix that mixes streams
-    are made to add up to one. ``eps``: what is added to gates and denominators.
+    ``n_streams``: parallel streams. ``constrained``: the matrix that mixes streams has rows and columns that add up to
+    one, and reading and writing have positive weights; else a tanh of what is read is added to each weight.
+    ``sinkhorn_steps``: how often columns and rows are made to add up to one. ``eps``: what is added to the weights of
+    reading, to the matrix and to its sums.
     """
 
     n_streams: int = 4
+    constrained: bool = True
     sinkhorn_steps: int = 20
     eps: float = 1e-6
 
@@ -134,6 +136,13 @@ class HyperConnections:
         for name in ("n_streams", "sinkhorn_steps"):
             require(getattr(self, name) > 0, f"HyperConnections {name} must be positive, not {getattr(self, name)}.")
         require_number(self, "eps")
+        for name in ("sinkhorn_steps", "eps"):
+            value = getattr(self, name)
+            require(
+                self.constrained or value == getattr(HyperConnections, name),
+                f"HyperConnections {name}={value} belongs to the constraint, but constrained is False: leave one of "
+                "them out.",
+            )
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ class ModelConfig:
         return tuple(number for number, layer in enumerate(self.layers) if layer.is_moe)
 
     @property
+    def stream_shape(self) -> tuple[int, ...]:
+        """What layers hand on of a token: (dim,), of several streams (n_streams, dim)."""
+        return (self.dim,) if self.residual is None else (self.residual.n_streams, self.dim)
+
+    @property
     def n_moe_layers(self) -> int:
         return self.n_layers - self.n_dense_layers
 

@@ -33,8 +33,8 @@ class State:
     ``drafts``, ``offered``: int32 [B], drafts that a row takes, all or 0, and those that the next step verifies: none
     in a row's first.
     ``q``: float32 [B, P, V], what they were drawn from. ``recent``: [B, P - 1, D], the hidden states before
-    the last known token, which deeper modules need again. ``drafted``, ``accepted``: int32 [B].
-    ``records``: what is kept beside the tokens, of `RECORDS` those asked for, arrays [B, S, ...].
+    the last known token (of several streams, these), which deeper modules need again. ``drafted``, ``accepted``: int32
+    [B]. ``records``: what is kept beside the tokens, of `RECORDS` those asked for, arrays [B, S, ...].
     """
 
     cache: Cache
@@ -82,7 +82,7 @@ def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, d
     return replace(
         state,
         cache=out.cache,
-        recent=_latest(state.recent, out.hidden, real_BT.sum(-1)),
+        recent=_latest(state.recent, out.carry, real_BT.sum(-1)),
         records=_recorded(state.records, out, position_BT, real_BT),
     )
 
@@ -153,16 +153,16 @@ def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> 
         accepted=state.accepted + (kept_BT & (ahead_T < accepted_B[:, None])).sum(-1),
         records=_recorded(state.records, out, position_BT, segment_BT != 0, p_BTV, kept_BT),
     )
-    return _draft(model, state, out.hidden, first_B, accepted_B, sampling, depth, ctx) if depth else state
+    return _draft(model, state, out.carry, first_B, accepted_B, sampling, depth, ctx) if depth else state
 
 
-def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampling, depth: int, ctx) -> State:
+def _draft(model, state: State, carry_BT, first_B, accepted_B, sampling: Sampling, depth: int, ctx) -> State:
     """One draft a module, each module reading the one before and its draft.
 
     The modules see the new positions, and the ``depth - 1`` before them again: there the deeper ones had
     drafts in place of tokens that are known now.
     """
-    hidden_BWD = jnp.concatenate([state.recent, hidden_BTD], axis=1)
+    carry_BW = jnp.concatenate([state.recent, carry_BT], axis=1)
     place_W = jnp.arange(2 * depth)
     position_BW = first_B[:, None] - (depth - 1) + place_W
     at_B = depth - 1 + accepted_B
@@ -170,11 +170,11 @@ def _draft(model, state: State, hidden_BTD, first_B, accepted_B, sampling: Sampl
     seen = make_tokens(model.cfg, jnp.maximum(position_BW, 0), real_BW.astype(jnp.int32), position_BW)
     again = jnp.maximum(position_BW[:, 0], 0)
     cache = replace(state.cache, mtp=tuple(module.up_to(again) for module in state.cache.mtp))
-    recent, tokens, q = _latest(state.recent, hidden_BTD, accepted_B + 1), state.tokens, []
+    recent, tokens, q = _latest(state.recent, carry_BT, accepted_B + 1), state.tokens, []
     for d in range(depth):
         next_BW = jnp.take_along_axis(tokens, position_BW + 1 + d, axis=1, mode="clip")
-        hidden_BWD, seen, cache, *_ = model.predict_depth(d, hidden_BWD, next_BW, seen, cache, ctx)
-        hidden_B1D = jnp.take_along_axis(hidden_BWD, at_B[:, None, None], axis=1)
+        carry_BW, seen, cache, *_ = model.predict_depth(d, carry_BW, next_BW, seen, cache, ctx)
+        hidden_B1D = model.mtp[d].hidden(_taken(carry_BW, at_B), ctx)
         q.append(distribution(model.unembed(hidden_B1D, ctx), sampling)[:, 0])
         position_B = first_B + accepted_B + 2 + d
         token_B = draw(q[-1], sampling, position_B, DRAFT)
@@ -214,8 +214,13 @@ def _put(held_BS, new_BT, position_BT, kept_BT):
     return held_BS.at[rows, slots].set(new_BT, mode="drop")
 
 
-def _latest(recent_BXD, hidden_BTD, real_B):
-    """The last X hidden states of each row after ``real_B`` more."""
-    index = real_B[:, None] + jnp.arange(recent_BXD.shape[1])
-    both = jnp.concatenate([recent_BXD, hidden_BTD.astype(recent_BXD.dtype)], axis=1)
-    return jnp.take_along_axis(both, index[..., None], axis=1)
+def _latest(recent_BX, carry_BT, real_B):
+    """The last X hidden states, or streams, of each row after ``real_B`` more."""
+    index = real_B[:, None] + jnp.arange(recent_BX.shape[1])
+    both = jnp.concatenate([recent_BX, carry_BT.astype(recent_BX.dtype)], axis=1)
+    return _taken(both, index)
+
+
+def _taken(a_BT, index):
+    """[B, X, ...]: what stands at X places of each row; ``index``: [B, X], or [B] for one place."""
+    return jnp.take_along_axis(a_BT, jnp.expand_dims(index, range(index.ndim, a_BT.ndim)), axis=1)

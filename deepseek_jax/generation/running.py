@@ -121,7 +121,7 @@ def begun(
         drafts=drafts,
         offered=np.zeros(batch, np.int32),
         q=np.zeros((batch, depth, cfg.vocab_size), np.float32),
-        recent=np.zeros((batch, max(depth - 1, 0), cfg.dim), dtype),
+        recent=np.zeros((batch, max(depth - 1, 0), *cfg.stream_shape), dtype),
         drafted=np.zeros(batch, np.int32),
         accepted=np.zeros(batch, np.int32),
         records={name: _empty(name, batch, capacity, cfg) for name in record},

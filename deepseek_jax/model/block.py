@@ -1,4 +1,7 @@
-"""A pre-norm transformer layer: attention, then a dense or MoE network, each on the residual stream."""
+"""A pre-norm transformer layer: attention, then a dense or MoE network, each on the residual stream or streams.
+
+Suffixes: B batch, T tokens, D width.
+"""
 
 from typing import Any
 
@@ -18,20 +21,24 @@ from deepseek_jax.model.gqa import GQA
 from deepseek_jax.model.mla import MLA
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.outputs import Aux
+from deepseek_jax.model.residual import PLAIN, Streams
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.tokens import Tokens
 
-# "block_norm" is the root mean square of "block", a float32 number a token; "index_kl", another, how far the indexer is
-# from attention.
+# "block" is what the layer hands on, [L, B, T, D], of several streams [L, B, T, H, D]; "block_norm" its root mean
+# square, a float32 number a token; "index_kl", another, how far the indexer is from attention.
 CAPTURABLE = ("block", "attn", "ffn", "router_scores", "block_norm", "index_kl")
 
 ATTENTION = {schema.MLA: MLA, schema.GQA: GQA}
 
 
 class Block(nnx.Module):
-    """``x + attn(norm(x))``, then ``x + ffn(norm(x))``."""
+    """``x + attn(norm(x))``, then ``x + ffn(norm(x))``; of several streams, what `residual.Streams` reads and writes.
 
-    def __init__(self, cfg: schema.ModelConfig, layer: Layer, dtype):
+    ``number``: which layer of the model it is.
+    """
+
+    def __init__(self, cfg: schema.ModelConfig, layer: Layer, dtype, number: jax.Array | int):
         self.attn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         if isinstance(layer.attention, schema.Compressed):
             self.attn = Compressed(layer.attention, cfg.dim, dtype, cfg.norm_eps)
@@ -39,10 +46,12 @@ class Block(nnx.Module):
             self.attn = ATTENTION[type(layer.attention)](layer.attention, cfg.dim, dtype)
         self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         self.ffn = MoE(layer.ffn, cfg.dim, dtype) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
+        self.attn_streams = Streams(cfg, 2 * number) if cfg.residual else None
+        self.ffn_streams = Streams(cfg, 2 * number + 1) if cfg.residual else None
 
     def __call__(
         self,
-        x_BTD: jax.Array,
+        x: jax.Array,
         tokens: Tokens,
         ctx: Context,
         held: Any = None,
@@ -50,20 +59,25 @@ class Block(nnx.Module):
         given: jax.Array | KnockOut | None = None,
         capture: tuple[str, ...] = (),
     ) -> tuple[jax.Array, Any, Aux | None, dict[str, jax.Array]]:
-        """The stream, what attention holds (this is layer ``i`` of those held together), router statistics (None for a
-        dense layer), activations; ``capture``: those of them that would not be computed otherwise."""
-        x_BTD = checkpoint_name(x_BTD, "stream")
-        attn, held, report = self.attn(self.attn_norm(x_BTD), tokens, ctx, held, i, capture)
+        """The stream [B, T, D] or streams [B, T, H, D] after the layer, what attention holds (this is layer ``i`` of
+        those held together), router statistics (None for a dense layer), activations; ``capture``: those of them that
+        would not be computed otherwise."""
+        x = checkpoint_name(x, "stream")
+        residual = self.attn_streams or PLAIN
+        y_BTD, back = residual.read(x, ctx)
+        attn, held, report = self.attn(self.attn_norm(y_BTD), tokens, ctx, held, i, capture)
         attn = checkpoint_name(ctx.ops.constrain(attn, (BATCH, SEQUENCE, None)), "attn")
-        x_BTD = x_BTD + attn
-        aux = None
+        x = residual.write(x, attn, back, ctx)
+
+        residual, aux = self.ffn_streams or PLAIN, None
+        y_BTD, back = residual.read(x, ctx)
         if isinstance(self.ffn, MoE):
-            ffn, aux, score_BTE = self.ffn(self.ffn_norm(x_BTD), tokens.segment, ctx, given)
+            ffn, aux, score_BTE = self.ffn(self.ffn_norm(y_BTD), tokens.segment, ctx, given)
             report = report | {"router_scores": score_BTE}
         else:
-            network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(x_BTD)))
+            network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(y_BTD)))
             ffn = network(y_BTD, ctx)
         ffn = checkpoint_name(ctx.ops.constrain(ffn, (BATCH, SEQUENCE, None)), "ffn")
-        x_BTD = x_BTD + ffn
-        norm_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), axis=-1))
-        return x_BTD, held, aux, {"block": x_BTD, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **report}
+        x = residual.write(x, ffn, back, ctx)
+        norm_BT = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=tuple(range(2, x.ndim))))
+        return x, held, aux, {"block": x, "attn": attn, "ffn": ffn, "block_norm": norm_BT, **report}

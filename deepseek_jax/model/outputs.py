@@ -1,6 +1,7 @@
 """What a forward pass returns. Nothing is stored on the side.
 
-Suffixes: L MoE layers (or MTP modules), B rows, T tokens, K chosen experts, E experts, D width, V vocabulary.
+Suffixes: L MoE layers (or MTP modules), B rows, T tokens, K chosen experts, E experts, H streams, D width,
+V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ class Aux:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """``hidden``: [B, T, D] after the final norm. ``logits``: float32 [B, T, V], [B, 1, V] or None.
+    """``hidden``: [B, T, D] after the final norm. ``logits``: float32 [B, T, V], [B, 1, V] or None. ``streams``:
+    [B, T, H, D] after the last layer, None where the residual is one stream.
 
     ``mtp_hidden`` and ``mtp_logits``: one a depth, [B, T, D] and float32 [B, T, V]. ``captured``: name ->
     [L, B, T, ...] in layer order; ``mtp_captured``: the same of the MTP modules. ``aux`` and ``mtp_aux``: None where
@@ -41,6 +43,7 @@ class Output:
 
     hidden: jax.Array
     logits: jax.Array | None
+    streams: jax.Array | None = None
     mtp_hidden: tuple[jax.Array, ...] = ()
     mtp_logits: tuple[jax.Array, ...] = ()
     cache: Cache | None = None
@@ -49,3 +52,8 @@ class Output:
     mtp_aux: Aux | None = None
     mtp_captured: dict[str, jax.Array] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def carry(self) -> jax.Array:
+        """What the first MTP module reads: the streams where there are several, else the final hidden states."""
+        return self.hidden if self.streams is None else self.streams

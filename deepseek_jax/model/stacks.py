@@ -1,6 +1,6 @@
 """The layers one after the other: a scan over each run of a pattern, and what the backward pass keeps of a layer.
 
-Suffixes: B batch, T tokens, D width.
+Suffixes: B batch, T tokens, D width, H streams.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ from deepseek_jax.model.tokens import Tokens
 def run_stacks(
     stacks: Sequence[Block],
     segments: tuple[tuple[Stack, ...], ...],
-    x_BTD: jax.Array,
+    x: jax.Array,
     tokens: Tokens,
     ctx: Context,
     held: Sequence[Any] | None = None,
     routing: jax.Array | KnockOut | None = None,
     capture: tuple[str, ...] = (),
 ) -> tuple[jax.Array, tuple[Any, ...] | None, Aux | None, dict[str, jax.Array]]:
-    """The stream after all layers, what each stack's attention holds, router statistics and activations, a row a layer
-    that has them.
+    """The stream [B, T, D] or streams [B, T, H, D] after all layers, what each stack's attention holds, router
+    statistics and activations, a row a layer that has them.
 
     ``stacks``: blocks whose leaves have a leading layer axis; ``segments``: which layers they are. ``held``: a cache's.
     ``routing``: int32 [L_moe, B, T, K], experts to use instead of choosing, or those to choose without. ``capture``:
@@ -45,7 +45,7 @@ def run_stacks(
         rows = [slice(next(firsts), last_moe, sum(moe)) if has else None for has in moe]
         given = [None if mine is None else jax.tree.map(lambda a, mine=mine: a[mine], routing) for mine in rows]
         blocks = [next(stacks) for _ in kinds]
-        carry = (x_BTD, None if held is None else [next(held) for _ in kinds])
+        carry = (x, None if held is None else [next(held) for _ in kinds])
         if size == 1:
             # A scan of one layer would copy its weights. Generation has every layer here: of those that are of one
             # kind one is traced.
@@ -56,7 +56,7 @@ def run_stacks(
         else:
             layers = partial(_layers, tokens=tokens, ctx=ctx, capture=capture)
             carry, outputs = jax.lax.scan(layers, carry, (blocks, jnp.arange(size), given))
-        x_BTD, mine = carry
+        x, mine = carry
         kept += mine or []
         if any(moe):
             statistics.append(_in_layer_order([aux for aux, _ in outputs if aux is not None]))
@@ -66,7 +66,7 @@ def run_stacks(
         first_moe = last_moe
     aux = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics) if statistics else None
     return (
-        x_BTD,
+        x,
         None if held is None else tuple(kept),
         aux,
         {name: jnp.concatenate(values) for name, values in seen.items()},
@@ -83,19 +83,19 @@ def _in_layer_order(of_stacks: list) -> Any:
 def _layers(carry, inputs, tokens: Tokens, ctx: Context, capture: tuple[str, ...]):
     """A scan's step, one layer of each stack of a segment: carry (stream, held of each), inputs (blocks, their number
     in their stacks, given of each), outputs (statistics, activations) of each."""
-    (x_BTD, held), (blocks, i, given), outputs, kept = carry, inputs, [], []
+    (x, held), (blocks, i, given), outputs, kept = carry, inputs, [], []
 
     def run(carry, inputs):
-        (x_BTD, held), (block, i, given) = carry, inputs
-        x_BTD, held, aux, activations = block(x_BTD, tokens, ctx, held, i, given, capture)
-        return (x_BTD, held), (aux, {name: activations[name] for name in capture if name in activations})
+        (x, held), (block, i, given) = carry, inputs
+        x, held, aux, activations = block(x, tokens, ctx, held, i, given, capture)
+        return (x, held), (aux, {name: activations[name] for name in capture if name in activations})
 
     for j, block in enumerate(blocks):
-        carry = (x_BTD, None if held is None else held[j])
-        (x_BTD, mine), output = remat(run, ctx)(carry, (block, i, given[j]))
+        carry = (x, None if held is None else held[j])
+        (x, mine), output = remat(run, ctx)(carry, (block, i, given[j]))
         kept.append(mine)
         outputs.append(output)
-    return (x_BTD, None if held is None else kept), outputs
+    return (x, None if held is None else kept), outputs
 
 
 _traced_once = jax.jit(_layers, static_argnames=("ctx", "capture"), inline=True)

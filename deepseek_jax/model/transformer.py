@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.configs.layers import Stack
@@ -31,6 +32,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache, make_cache, seen_tokens
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
+from deepseek_jax.model.residual import Collapse, spread
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.stacks import remat, run_stacks
 from deepseek_jax.model.tokens import Tokens
@@ -47,9 +49,10 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         self.embed = param(dtype, (cfg.vocab_size, cfg.dim), ("vocab", "embedding"), inputs=1)
         self.stacks = nnx.List(
-            jax.vmap(lambda _, layer=stack.layer: Block(cfg, layer, dtype), axis_size=len(stack.numbers))(None)
+            jax.vmap(lambda number, layer=stack.layer: Block(cfg, layer, dtype, number))(np.asarray(stack.numbers))
             for stack in cfg.stacks
         )
+        self.collapse = None if cfg.residual is None else Collapse(cfg)
         self.norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
         shape, axes = (cfg.dim, cfg.vocab_size), ("embed", "vocab")
         self.head = None if cfg.tie_embeddings else param(dtype, shape, axes, inputs=1)
@@ -132,12 +135,11 @@ class Transformer(nnx.Module):
             check_cache(cache, self._empty(tokens_BT.shape[0], cache), tokens_BT, segments)
             ctx = ctx.whole_rows()
         tokens, cache = seen_tokens(self.cfg, tokens_BT, positions, segments, cache, ctx)
-        x_BTD = ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx))
+        x = spread(ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx)), self.cfg, ctx)
         held = None if cache is None else cache.held
-        x_BTD, held, aux, captured = run_stacks(
-            self.stacks, self.segments, x_BTD, tokens, ctx, held, routing, tuple(capture)
-        )
-        hidden = self.norm(x_BTD)
+        x, held, aux, captured = run_stacks(self.stacks, self.segments, x, tokens, ctx, held, routing, tuple(capture))
+        streams = None if self.collapse is None else x
+        hidden = self.norm(x if streams is None else self.collapse(streams, ctx))
         if cache is not None:
             cache = replace(cache, held=held)
 
@@ -146,10 +148,11 @@ class Transformer(nnx.Module):
             if next_tokens is None:
                 next_tokens = shifted(tokens_BT, tokens.segment, self.cfg.mtp_depth)
             mtp_hidden, cache, mtp_aux, mtp_captured = self.predict(
-                hidden, next_tokens, tokens, cache, ctx, tuple(capture)
+                hidden if streams is None else streams, next_tokens, tokens, cache, ctx, tuple(capture)
             )
         return Output(
             hidden=hidden,
+            streams=streams,
             logits=self._select(hidden, tokens.segment, logits, ctx),
             mtp_hidden=mtp_hidden,
             mtp_logits=() if logits == "none" else tuple(self.unembed(h, ctx) for h in mtp_hidden),
@@ -169,7 +172,7 @@ class Transformer(nnx.Module):
 
     def predict(
         self,
-        hidden_BTD: jax.Array,
+        carry: jax.Array,
         next_tokens_BTP: jax.Array,
         tokens: Tokens,
         cache: Cache | None,
@@ -177,14 +180,14 @@ class Transformer(nnx.Module):
         capture: tuple[str, ...] = (),
     ) -> tuple[tuple[jax.Array, ...], Cache | None, Aux | None, dict[str, jax.Array]]:
         """The MTP modules' hidden states for known next tokens (-1: unknown), one a depth; router statistics and
-        activations, a row a module."""
+        activations, a row a module. ``carry``: `Output.carry`."""
         outputs, statistics, seen = [], [], []
         for depth in range(self.cfg.mtp_depth):
             token_BT = next_tokens_BTP[..., depth]
-            hidden_BTD, tokens, cache, aux, captured = self.predict_depth(
-                depth, hidden_BTD, token_BT, tokens, cache, ctx, capture
+            carry, tokens, cache, aux, captured = self.predict_depth(
+                depth, carry, token_BT, tokens, cache, ctx, capture
             )
-            outputs.append(hidden_BTD)
+            outputs.append(self.mtp[depth].hidden(carry, ctx))
             statistics.append(aux)
             seen.append(captured)
         aux, captured = jax.tree.map(lambda *a: jnp.stack(a), *zip(statistics, seen, strict=True))
@@ -193,7 +196,7 @@ class Transformer(nnx.Module):
     def predict_depth(
         self,
         depth: int,
-        hidden_BTD: jax.Array,
+        carry: jax.Array,
         token_BT: jax.Array,
         tokens: Tokens,
         cache: Cache | None,
@@ -202,8 +205,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Tokens, Cache | None, Aux | None, dict[str, jax.Array]]:
         """MTP module ``depth`` alone, for drafts, where each module's token is the one before's prediction.
 
-        ``hidden_BTD``: what the module before returned, the final hidden states for module 0. ``token_BT``:
-        the tokens at +1 + depth, -1 where unknown; there the returned tokens' segment is 0.
+        ``carry``: what the module before returned, `Output.carry` for module 0; `MTP.hidden` makes hidden states of
+        what this one returns. ``token_BT``: the tokens at +1 + depth, -1 where unknown; there the returned tokens'
+        segment is 0.
         """
         known = jnp.where(token_BT >= 0, tokens.segment, 0)
         tokens = replace(tokens, id=token_BT, segment=known, uniform=False)
@@ -211,18 +215,18 @@ class Transformer(nnx.Module):
         if cache is not None:
             own, mine = cache.mtp[depth].entered(tokens)
             (held,) = mine.held
-        embedding = ctx.ops.lookup(self.embed, jnp.maximum(token_BT, 0), hidden_BTD.dtype)
+        embedding = ctx.ops.lookup(self.embed, jnp.maximum(token_BT, 0), carry.dtype)
 
-        module, hidden_BTD, embedding = ctx.ops.fence((self.mtp[depth], hidden_BTD, embedding))
+        module, carry, embedding = ctx.ops.fence((self.mtp[depth], carry, embedding))
 
-        def run(module, hidden_BTD, embedding, own, held):
-            return module(hidden_BTD, embedding, own, ctx, held, capture)
+        def run(module, carry, embedding, own, held):
+            return module(carry, embedding, own, ctx, held, capture)
 
-        hidden_BTD, held, aux, captured = remat(run, ctx)(module, hidden_BTD, embedding, own, held)
+        carry, held, aux, captured = remat(run, ctx)(module, carry, embedding, own, held)
         if cache is not None:
             mine = replace(mine, held=(held,))
             cache = replace(cache, mtp=(*cache.mtp[:depth], mine, *cache.mtp[depth + 1 :]))
-        return hidden_BTD, tokens, cache, aux, captured
+        return carry, tokens, cache, aux, captured
 
     def _select(self, hidden, segment, logits: str, ctx: Context):
         if logits == "none":

@@ -13,6 +13,7 @@ from deepseek_jax.analysis.published.costs import COSTS
 from deepseek_jax.analysis.published.figure import CONTEXT
 from deepseek_jax.analysis.published.table import release_of
 from deepseek_jax.analysis.shapes import disagreements, shape_counts
+from deepseek_jax.configs.schema import HyperConnections
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.names import layout
 
@@ -174,6 +175,8 @@ def test_the_full_size_model_holds_what_is_counted(name):
         {"moe": replace(tiny_config().moe, n_shared=0)},
         {"moe": replace(tiny_config().moe, n_shared=2, shared_dim=20)},
         {"attention": replace(tiny_config().attention, q_rank=None)},
+        {"residual": HyperConnections(n_streams=3), "mtp_depth": 2},
+        {"residual": HyperConnections(constrained=False), "mtp_depth": 2},
     ],
     ids=str,
 )
@@ -209,6 +212,17 @@ def test_a_tied_embedding_is_multiplied_with():
     assert tied.total == untied.total - untied.embedding
     assert tied.activated_no_embedding == untied.activated_no_embedding
     assert tied.flops_per_token == untied.flops_per_token
+
+
+def test_streams_add_what_mhc_has():
+    """The tensors of V4-Flash's width: 2 x [24, 16384], biases and scales a layer, and [4, 16384] at the end."""
+    plain, streams = (counts(tiny_config(dim=4096, residual=r)) for r in (None, HyperConnections()))
+    sublayer, collapse = 24 * 16384 + 24 + 3, 4 * 16384 + 4 + 1
+    assert streams.components["hyper_connections"] == streams.total - plain.total == 3 * 2 * sublayer + collapse
+    assert streams.mtp_components["hyper_connections"] == 2 * sublayer + collapse
+    # A module's map of streams is used for each of four.
+    more = streams.mtp_components["hyper_connections"] + 3 * 4096 * 4096
+    assert streams.flops_per_token_mtp == plain.flops_per_token_mtp + 6 * more
 
 
 def test_context_must_be_positive():

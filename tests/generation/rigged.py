@@ -26,6 +26,8 @@ def agreeing_model(cfg, mixing: float, seed: int = 0):
         elif path[-1] == "proj":
             D = cfg.dim
             value = jax.numpy.concatenate([jax.numpy.eye(D), 0 * value[D:]])
+        elif path[-1] in ("embed_proj", "hidden_proj"):
+            value = jax.numpy.eye(cfg.dim) if path[-1] == "embed_proj" else 0 * value
         elif path[-1] == "weight" and "router" not in path:
             value = jax.numpy.ones_like(value)
         return type(variable)(value, **variable.get_metadata())

@@ -16,6 +16,7 @@ from generation.rigged import (
 from tiny import random_model
 
 import deepseek_jax as dsj
+from deepseek_jax.configs.schema import HyperConnections
 from deepseek_jax.generation import loop
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.layers import unstacked
@@ -81,9 +82,12 @@ def test_nothing_is_compiled_again_for_other_lengths_settings_and_stops(model, p
     assert (prefill._cache_size(), decode._cache_size()) == before
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+DEPTHS = {"1": config(1), "2": config(2), "2, on streams": config(2, residual=HyperConnections())}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_greedy_with_drafts_gives_the_plain_tokens(depth, capsys):
-    model = agreeing_model(config(depth), mixing=0.35)
+    model = agreeing_model(DEPTHS[depth], mixing=0.35)
     prompts = random_prompts(model.cfg)
     plain, plain_info = dsj.generate(model, prompts, NEW, stop_ids=(), chunk=CHUNK)
     tokens, info = dsj.generate(model, prompts, NEW, stop_ids=(), chunk=CHUNK, use_mtp=True)
@@ -123,10 +127,11 @@ def mtp_probabilities(model, temperature, tokens_BT):
     return [jax.nn.softmax(x / temperature) for x in model(tokens_BT, with_mtp=True).mtp_logits]
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_drafts_come_from_the_mtp_modules_on_true_tokens(depth):
+@pytest.mark.parametrize("case", DEPTHS)
+def test_drafts_come_from_the_mtp_modules_on_true_tokens(case):
     """After acceptances and rejections, the caches of all modules hold what a full pass computes."""
-    model = random_model(config(depth))
+    model = random_model(DEPTHS[case])
+    depth = model.cfg.mtp_depth
     prompts = random_prompts(model.cfg)
     run = stream(model, prompts, NEW, 3.0, stop_ids=(), chunk=CHUNK, use_mtp=True, steps=5)
     next(run)

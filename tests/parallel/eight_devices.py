@@ -22,6 +22,7 @@ from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
+from deepseek_jax.configs.schema import HyperConnections
 from deepseek_jax.convert import shards
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import Writer
@@ -154,7 +155,8 @@ def generated(model, ctx) -> tuple:
 
 def compare_other(case: str, name: str) -> dict:
     """Three steps, a prefill and two tokens of another architecture, on a mesh and on one device."""
-    model = random_model(replace(ARCHITECTURES[name], n_layers=2, n_dense_layers=0 if ARCHITECTURES[name].moe else 2))
+    cfg = {**ARCHITECTURES, "streams": tiny_config(residual=HyperConnections())}[name]
+    model = random_model(replace(cfg, n_layers=2, n_dense_layers=0 if cfg.moe else 2))
     ctx = dsj.Context(mesh=mesh_of(case), expert_chunks=2, loss_chunk=12)
     ours, theirs = steps(place(model, ctx), ctx, "sgd"), steps(model, dsj.Context(), "sgd")
     ctx = dsj.Context(mesh=mesh_of(case))

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
 WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
-# Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA.
+# Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA; streams.
 OTHERS = (
     "data=2,tensor=2,context=2|distill-qwen",
     "fsdp=8|distill-qwen",
@@ -35,6 +35,8 @@ OTHERS = (
     "expert=8|v2-lite",
     "fsdp=2,tensor=2,context=2|v3.2",
     "data=8|deepseek-llm",
+    "fsdp=2,tensor=2,context=2|streams",
+    "data=2,expert=4|streams",
 )
 DEFAULT = [
     *(f"sgd|{axis}" for axis in AXES),
