@@ -12,7 +12,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from deepseek_jax.configs.checks import ConfigError
-from deepseek_jax.configs.published import deepseek, llama
+from deepseek_jax.configs.published import deepseek, llama, v4
 from deepseek_jax.configs.published.fields import COMMON, IDLE, MODEL, MOST_LAID_OUT, Fields
 from deepseek_jax.configs.published.tradition import written
 from deepseek_jax.configs.schema import ModelConfig
@@ -22,11 +22,13 @@ TRADITIONS = {
     "deepseek_v3": deepseek.V3,
     "kimi_k2": deepseek.V3,
     "deepseek_v32": deepseek.V32,
+    "deepseek_v4": v4.V4,
     "deepseek_v2": deepseek.V2,
     "deepseek": deepseek.V1,
     "llama": llama.LLAMA,
     "qwen2": llama.QWEN2,
 }
+NOT_BUILT = {"deepseek_v41": "DeepSeek-V4.1, another architecture (a causal encoder-decoder with Engram tables)"}
 
 
 def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
@@ -38,6 +40,8 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     """
     fields = Fields(data)
     model_type = fields.value("model_type", None)
+    if isinstance(model_type, str) and model_type in NOT_BUILT:
+        raise ConfigError(f"config.json: model_type {model_type} is {NOT_BUILT[model_type]}, which is not built.")
     if not isinstance(model_type, str) or model_type not in TRADITIONS:
         raise ConfigError(
             f"config.json: model_type {shown(model_type)} is not supported; supported: {', '.join(TRADITIONS)}."
@@ -58,7 +62,7 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         dim=fields.integer("hidden_size"),
         n_layers=layers,
         n_dense_layers=networks.dense,
-        ffn_dim=fields.integer("intermediate_size"),
+        ffn_dim=fields.integer(tradition.ffn),
         attention=attention,
         moe=networks.moe,
         mtp_depth=networks.mtp_depth,
@@ -69,6 +73,7 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         model_type=model_type,
         bos_id=fields.integer("bos_token_id", None) if "bos_token_id" in data else default["bos_token_id"],
         eos_ids=eos_ids(fields.value("eos_token_id", default["eos_token_id"]), "config.json"),
+        residual=networks.residual,
     )
 
 
@@ -105,7 +110,7 @@ def config_to_json(cfg: ModelConfig, quantization: dict | None = None) -> dict:
             f"{tradition.kind.__name__}, not {type(cfg.attention).__name__}; give the config another model_type."
         )
     data: dict[str, Any] = {"architectures": [tradition.architecture]}
-    data |= written(cfg, MODEL) | tradition.write(cfg) | tradition.fixed
+    data |= written(cfg, MODEL | {"ffn_dim": tradition.ffn}) | tradition.write(cfg) | tradition.fixed
     data["eos_token_id"] = cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None
     if quantization is not None:
         data["quantization_config"] = quantization

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 from deepseek_jax.configs.releases.dense import dense
 from deepseek_jax.configs.releases.v2 import softmax_moe
-from deepseek_jax.configs.schema import GQA, MLA, Indexer, Llama3, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.schema import (
+    GQA,
+    MLA,
+    Compressed,
+    HyperConnections,
+    Indexer,
+    Llama3,
+    ModelConfig,
+    MoE,
+    Rope,
+    Yarn,
+)
 
 
 def tiny_v3(name: str) -> ModelConfig:
@@ -76,3 +87,35 @@ def tiny_v32(name: str) -> ModelConfig:
     base = tiny_v3(name)
     indexer = Indexer(index_heads=16, index_dim=32, index_top_k=64)
     return replace(base, attention=replace(base.attention, indexer=indexer), model_type="deepseek_v32")
+
+
+def tiny_v4(name: str) -> ModelConfig:
+    """V4's mechanisms: recent tokens, entries of 4 tokens that an indexer chooses and of 16 that all are seen, two
+    RoPEs, four residual streams, experts chosen by a hash in the first three layers."""
+    moe = MoE(16, 4, 64, scale=1.5, score="sqrtsoftplus", n_hash=3, limit=10.0)
+    return ModelConfig(
+        name=name,
+        vocab_size=2048,
+        dim=256,
+        n_layers=7,
+        n_dense_layers=0,
+        ffn_dim=moe.expert_dim,
+        attention=Compressed(
+            n_heads=4,
+            head_dim=64,
+            rope_dim=16,
+            q_rank=128,
+            o_groups=2,
+            o_rank=64,
+            window=32,
+            ratios=(0, 0, 4, 16, 4, 16, 4),
+            indexer=Indexer(index_heads=16, index_dim=32, index_top_k=16),
+            entry_rope=Rope(160000.0, Yarn(factor=4.0, original_length=512)),
+        ),
+        moe=moe,
+        mtp_depth=1,
+        max_length=2048,
+        init_std=0.02,
+        model_type="deepseek_v4",
+        residual=HyperConnections(),
+    )

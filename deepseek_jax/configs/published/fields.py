@@ -47,6 +47,19 @@ MOE = {
     "score": "scoring_func",
     "group_score": "topk_method",
 }
+# Of V4's attention, experts and residual.
+COMPRESSED = {
+    "n_heads": "num_attention_heads",
+    "head_dim": "head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "q_rank": "q_lora_rank",
+    "o_groups": "o_groups",
+    "o_rank": "o_lora_rank",
+    "window": "sliding_window",
+    "ratios": "compress_ratios",
+}
+HASHED = {"n_hash": "num_hash_layers", "limit": "swiglu_limit"}
+STREAMS = {"n_streams": "hc_mult", "sinkhorn_steps": "hc_sinkhorn_iters", "eps": "hc_eps"}
 ROPE = {"theta": "rope_theta", "interleaved": "rope_interleave"}
 YARN = {
     "factor": "factor",
@@ -62,21 +75,21 @@ LLAMA3 = {
     "low_turns": "low_freq_factor",
     "high_turns": "high_freq_factor",
 }
-NAMES = MODEL | DEPTHS | MLA | INDEXER | GQA | MOE | ROPE | YARN | LLAMA3
+NAMES = MODEL | DEPTHS | MLA | INDEXER | GQA | MOE | COMPRESSED | HASHED | STREAMS | ROPE | YARN | LLAMA3
 # Another spelling of the same, that of transformers 5.
 ALIASES = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_local_experts"}
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 # Fields that follow from others; a file in which they do not is refused.
-FOLLOWING = ("num_key_value_heads", "qk_head_dim", "layer_types")
+FOLLOWING = ("num_key_value_heads", "qk_head_dim", "layer_types", "mlp_layer_types", "partial_rotary_factor")
 # What stands in released files, or is written by transformers 4 and 5, and changes neither a tensor nor a number of the
 # forward pass: it is neither used nor spoken of. Of training, running and the file itself; of every model of
 # transformers; of generation, which older ones wrote here.
 _IDLE = """
 architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
 quantization_config expert_dtype deepseek_jax_version unsloth_version unsloth_fixed ep_size pretraining_tp seq_aux
-aux_loss_alpha router_aux_loss_coef output_router_logits use_cache attention_dropout hidden_dropout head_dim
-return_dict use_return_dict output_hidden_states output_attentions _output_attentions torchscript
-use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder
+aux_loss_alpha router_aux_loss_coef router_jitter_noise output_router_logits use_cache attention_dropout
+hidden_dropout head_dim return_dict use_return_dict output_hidden_states output_attentions _output_attentions
+torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder
 cross_attention_hidden_size add_cross_attention tie_encoder_decoder per_layer_config finetuning_task id2label
 label2id num_labels problem_type tokenizer_class prefix pad_token_id sep_token_id decoder_start_token_id
 task_specific_params _attn_implementation attn_implementation _attn_implementation_autoset

@@ -6,16 +6,18 @@ from typing import Any
 
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.published.fields import Fields
-from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, HyperConnections, ModelConfig, MoE
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a model's layers: the first ``dense`` are dense, the others ``moe``; ``mtp_depth`` follow."""
+    """The networks of a model's layers: the first ``dense`` are dense, the others ``moe``; ``mtp_depth`` follow.
+    ``residual``: what they read from and write to."""
 
     dense: int
     moe: MoE | None = None
     mtp_depth: int = 0
+    residual: HyperConnections | None = None
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,19 @@ class Tradition:
     ``architecture``: the class that it names. ``attention``: reads that. ``networks``: reads these, given the number of
     layers. ``write``: the fields that these two read, of a model whose attention is of ``kind``. ``fixed``: fields with
     one value that is built; any other is refused. ``known``: what is read besides, and need not be spoken of.
-    ``defaults``: of fields that may be missing, as the reference has them.
+    ``defaults``: of fields that may be missing, as the reference has them. ``ffn``: the field of the dense networks'
+    width.
     """
 
     architecture: str
     kind: type
-    attention: Callable[[Fields], MLA | GQA]
+    attention: Callable[[Fields], MLA | GQA | Compressed]
     networks: Callable[[Fields, int], Networks]
     write: Callable[[ModelConfig], dict[str, Any]]
     fixed: dict[str, Any]
     known: frozenset[str]
     defaults: dict[str, Any]
+    ffn: str = "intermediate_size"
 
 
 def check_following(fields: Fields, follows: dict[str, tuple[Any, str]]) -> None:
