@@ -6,14 +6,7 @@ parameters on the real model's tree.
 
 from dataclasses import asdict, dataclass
 
-from deepseek_jax.analysis.forms import (
-    attended,
-    cache_values,
-    collapse_parameters,
-    parameters,
-    products,
-    scored,
-)
+from deepseek_jax.analysis.forms import cache_values, collapse_parameters, parameters, reads
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -24,29 +17,33 @@ BF16_BYTES = 2
 class Counts:
     """What `counts` returns; every figure is an exact integer.
 
-    Parameters, in elements. Like published totals, ``total`` leaves out router biases and MTP modules:
+    Parameters, in elements. Like published totals, ``total`` leaves out the state of routers and MTP modules:
 
     - ``components``: component -> parameters; they add up to ``total``. ``attention`` has its own norms and biases;
       ``hyper_connections`` are what a residual of several streams has.
     - ``activated``: what one token multiplies with, input embedding and output head included.
       ``activated_no_embedding``: the same without the input embedding, which is a lookup.
-    - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, one routed expert, one
+    - ``attention_per_layer``, ``expert``, ``embedding``: one attention layer, of V4 the largest, one routed expert, one
       embedding.
-    - ``router_bias``: selection biases of the main model's routers, state rather than parameters.
+    - ``router_bias``, ``hash_tables``: selection biases of the main model's routers and the entries of their tables,
+      state rather than parameters.
     - ``mtp_components``, ``mtp``: what the MTP modules add. ``mtp_stored``: as published files hold them,
-      each with its copies of the embedding and the head. ``stored``: all weights of the published files,
-      biases included, FP8 scales not.
+      each with its copies of the embedding and the head, which V4's lack. ``stored``: all weights of the published
+      files, the state of routers included, scales not.
 
-    Cache, in bytes for each token held, in bfloat16: ``kv_bytes_per_token`` for the main model,
+    Cache, in bytes, in bfloat16: ``kv_bytes`` of the main model after ``context`` tokens, ``kv_bytes_per_token`` for
+    each
+    of them, rounded up where they do not leave the same (V4's recent tokens and entries),
     ``kv_bytes_per_token_mtp`` more when MTP modules draft; ``kv_bytes_per_token_mha`` and
     ``kv_bytes_per_token_gqa8`` for the same layers and head sizes with as many key heads as query heads, and
-    with 8. ``kv_values_per_token_layer``: elements (576 for V3).
+    with 8. ``kv_values_per_token_layer``: elements (576 for V3), of V4 on average over layers, rounded up.
 
     FLOPs for each token, a multiply-add being two:
 
     - ``flops_per_token``: training. ``6 * activated_no_embedding`` plus causal attention, which sees half of
-      ``context`` on average, or what an indexer chooses of it, whose scores count too; MTP modules, which a run may
-      drop, are not counted.
+      ``context`` on average, or what an indexer chooses of it, whose scores count too, and in V4 the recent tokens
+      and half of the entries; MTP modules, which a run may drop, and what is not a matrix (norms, the forming of
+      entries, the mixing of streams) are not counted.
     - ``flops_per_token_mtp``: what training the MTP modules adds, their use of the head included.
     - ``forward_flops_per_token``: a third of the training figure: prefill, averaged over ``context`` tokens.
     - ``decode_flops_per_token``: one more token after ``context`` cached ones, of MLA in its absorbed form.
@@ -62,12 +59,14 @@ class Counts:
     expert: int
     embedding: int
     router_bias: int
+    hash_tables: int
     mtp: int
     mtp_components: dict[str, int]
     mtp_router_bias: int
     mtp_stored: int
     stored: int
     kv_values_per_token_layer: int
+    kv_bytes: int
     kv_bytes_per_token: int
     kv_bytes_per_token_mtp: int
     kv_bytes_per_token_mha: int
@@ -94,15 +93,15 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         raise ValueError(f"counts are of a ModelConfig, such as dsj.zoo('deepseek-v3'), not {shown(cfg)}.")
     if not isinstance(context, int) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {shown(context)}.")
-    a, moe = cfg.attention, cfg.moe
+    moe, layers, mtp_layer = cfg.moe, cfg.layers, cfg.mtp_layer
     embedding = cfg.vocab_size * cfg.dim
-    attention = parameters(a, cfg.dim)
+    attention = [parameters(layer.attention, cfg.dim) for layer in layers]
     expert = 3 * cfg.dim * moe.expert_dim if moe else 0
     idle_layer = (moe.n_experts - moe.top_k) * expert if moe else 0
 
     components = {
         "embedding": embedding,
-        "attention": cfg.n_layers * attention,
+        "attention": sum(attention),
         "dense_ffn": cfg.n_dense_layers * 3 * cfg.dim * cfg.ffn_dim,
         **_moe(cfg, cfg.n_moe_layers),
         "norms": (2 * cfg.n_layers + 1) * cfg.dim,
@@ -114,10 +113,10 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     # A tied embedding is also the head, and as that it is multiplied with.
     no_embedding = activated if cfg.tie_embeddings else activated - embedding
 
-    depth, mtp_moe = cfg.mtp_depth, cfg.mtp_depth if cfg.mtp_layer.is_moe else 0
+    depth, mtp_moe = cfg.mtp_depth, cfg.mtp_depth if mtp_layer.is_moe else 0
     mtp_components = {
         "projection": depth * 2 * cfg.dim * cfg.dim,
-        "attention": depth * attention,
+        "attention": depth * parameters(mtp_layer.attention, cfg.dim),
         "dense_ffn": (depth - mtp_moe) * 3 * cfg.dim * cfg.ffn_dim,
         **_moe(cfg, mtp_moe),
         "norms": depth * 5 * cfg.dim,
@@ -127,12 +126,21 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
     # Each stream is multiplied with its half of the projection.
     again = 0 if cfg.residual is None else (cfg.residual.n_streams - 1) * depth * cfg.dim * cfg.dim
     mtp_activated = mtp - mtp_moe * idle_layer + depth * embedding + again
-    biases = moe.n_experts if moe and moe.bias else 0
-    mtp_stored = mtp + depth * 2 * embedding
+    hashed = [layer.ffn.n_hash for layer in layers if layer.is_moe]
+    biases, mtp_biases = (
+        sum(layer.ffn.n_experts for layer in some if layer.is_moe and layer.ffn.bias)
+        for some in (layers, depth * (mtp_layer,))
+    )
+    hash_tables = sum(hashed) * cfg.vocab_size * moe.top_k if moe else 0
+    # MTP modules on streams are published without copies of the embedding and the head.
+    mtp_stored = mtp + (depth * 2 * embedding if cfg.residual is None else 0)
 
-    width, attention_flops = cache_values(a), _causal(a, context)
-    forward = 2 * no_embedding + cfg.n_layers * attention_flops
-    decoding = attended(a, context) * products(a, cached=True) + context * scored(a)
+    def cache(some, heads: int | None = None) -> int:
+        return sum(cache_values(layer.attention, context, heads) for layer in some) * BF16_BYTES
+
+    kv_bytes, n_heads = cache(layers), cfg.attention.n_heads
+    forward = 2 * no_embedding + _causal(layers, context)
+    decoding = sum(read.after(context) for layer in layers for read in reads(layer.attention, cached=True))
     return Counts(
         model=cfg.name,
         context=context,
@@ -140,32 +148,32 @@ def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
         activated=activated,
         activated_no_embedding=no_embedding,
         components=components,
-        attention_per_layer=attention,
+        attention_per_layer=max(attention),
         expert=expert,
         embedding=embedding,
-        router_bias=cfg.n_moe_layers * biases,
+        router_bias=biases,
+        hash_tables=hash_tables,
         mtp=mtp,
         mtp_components=mtp_components,
-        mtp_router_bias=mtp_moe * biases,
+        mtp_router_bias=mtp_biases,
         mtp_stored=mtp_stored,
-        stored=total + mtp_stored + (cfg.n_moe_layers + mtp_moe) * biases,
-        kv_values_per_token_layer=width,
-        kv_bytes_per_token=cfg.n_layers * width * BF16_BYTES,
-        kv_bytes_per_token_mtp=depth * width * BF16_BYTES,
-        kv_bytes_per_token_mha=cfg.n_layers * cache_values(a, a.n_heads) * BF16_BYTES,
-        kv_bytes_per_token_gqa8=cfg.n_layers * cache_values(a, min(8, a.n_heads)) * BF16_BYTES,
+        stored=total + mtp_stored + biases + mtp_biases + hash_tables,
+        kv_values_per_token_layer=-(-kv_bytes // (BF16_BYTES * cfg.n_layers * context)),
+        kv_bytes=kv_bytes,
+        kv_bytes_per_token=-(-kv_bytes // context),
+        kv_bytes_per_token_mtp=-(-cache(depth * (mtp_layer,)) // context),
+        kv_bytes_per_token_mha=cache(layers, n_heads) // context,
+        kv_bytes_per_token_gqa8=cache(layers, min(8, n_heads)) // context,
         flops_per_token=3 * forward,
-        flops_per_token_mtp=3 * (2 * mtp_activated + depth * attention_flops),
+        flops_per_token_mtp=3 * (2 * mtp_activated + _causal(depth * (mtp_layer,), context)),
         forward_flops_per_token=forward,
-        decode_flops_per_token=2 * no_embedding + 2 * cfg.n_layers * decoding,
+        decode_flops_per_token=2 * no_embedding + 2 * decoding,
     )
 
 
-def _causal(a, context: int) -> int:
-    """FLOPs of a token with the keys before it, over ``context`` tokens on average, rounded down: with half of them, or
-    where an indexer leaves at most k with k - k^2 / (2 context)."""
-    k = attended(a, context)
-    return (2 * k * context - k * k) * products(a) // context + context * scored(a)
+def _causal(layers, context: int) -> int:
+    """FLOPs of a token with the keys before it in all layers, over ``context`` tokens on average."""
+    return sum(read.flops(context) for layer in layers for read in reads(layer.attention))
 
 
 def _streams(cfg: ModelConfig, layers: int, collapses: int) -> int:

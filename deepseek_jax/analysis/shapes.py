@@ -4,20 +4,23 @@ import math
 
 from deepseek_jax.analysis.counts import Counts
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.params import map_variables
 from deepseek_jax.model.transformer import abstract
+
+# What ends the paths of leaves that are no parameters.
+STATE = {("router", "bias"): "router_bias", ("router", "table"): "hash_tables"}
 
 
 def shape_counts(cfg: ModelConfig) -> dict[str, dict[str, int]]:
     """component -> parameters, for "main" and "mtp", from `jax.eval_shape` of the model; allocates nothing.
 
-    Components are named as in `Counts`; "router_bias" stands beside them.
+    Components are named as in `Counts`; "router_bias" and "hash_tables" stand beside them.
     """
     found: dict[str, dict[str, int]] = {"main": {}, "mtp": {}}
 
     def count(path, variable):
         part = found["mtp" if path[0] == "mtp" else "main"]
-        name = "router_bias" if isinstance(variable, RouterBias) else _component(path, variable)
+        name = STATE.get(path[-2:]) or _component(path, variable)
         part[name] = part.get(name, 0) + math.prod(variable.get_value().shape)
         return variable
 
@@ -29,7 +32,7 @@ def disagreements(cfg: ModelConfig, figures: Counts) -> list[str]:
     """A line for each component in which ``figures`` and the model's own tree differ; empty: they agree."""
     found = shape_counts(cfg)
     expected = {
-        "main": {**figures.components, "router_bias": figures.router_bias},
+        "main": {**figures.components, "router_bias": figures.router_bias, "hash_tables": figures.hash_tables},
         "mtp": {**figures.mtp_components, "router_bias": figures.mtp_router_bias},
     }
     lines = []

@@ -13,7 +13,7 @@ from deepseek_jax.analysis.published.costs import COSTS, Cost
 from deepseek_jax.analysis.published.figure import CONTEXT, Figure, outcome
 from deepseek_jax.analysis.published.table import of_release, release_of
 from deepseek_jax.cli.tables import Output, show
-from deepseek_jax.configs.schema import GQA, MLA, ModelConfig
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, ModelConfig
 
 
 def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -> None:
@@ -61,6 +61,17 @@ def _(a: GQA) -> str:
     return f"{a.n_heads} heads of {a.head_dim}, {kind}{', with biases' if a.bias else ''}"
 
 
+@heads.register
+def _(a: Compressed) -> str:
+    chosen = a.indexer
+    kinds = ", ".join(f"{sum(ratio == m for ratio in a.ratios)} x {m or 'none'}" for m in dict.fromkeys(a.ratios))
+    return (
+        f"{a.n_heads} heads of {a.head_dim} on one key, query rank {a.q_rank}, {a.window} recent tokens; entries of so "
+        f"many tokens: {kinds}; {chosen.index_top_k} of the {a.sparse_ratio}s chosen by {chosen.index_heads} heads of "
+        f"{chosen.index_dim}"
+    )
+
+
 def _table(title: str, *columns: tuple[str, str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in columns:
@@ -77,6 +88,8 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
         "norms": f"{2 * cfg.n_layers + 1} x {cfg.dim:,}",
         "head": "tied to the embedding" if cfg.tie_embeddings else f"{cfg.dim:,} x {cfg.vocab_size:,}",
     }
+    if c.components["attention"] != cfg.n_layers * c.attention_per_layer:
+        made_of["attention"] = f"{cfg.n_layers} layers, up to {c.attention_per_layer:,}"
     if cfg.moe is not None:
         made_of["routed_experts"] = f"{cfg.n_moe_layers} x {cfg.moe.n_experts} x {c.expert:,}"
         shared = 3 * cfg.dim * cfg.moe.shared_width // max(1, cfg.moe.n_shared)
@@ -93,7 +106,12 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
     table.add_row("activated", "by one token, input embedding left out", f"{c.activated_no_embedding:,}")
     table.add_row("activated", "input embedding and head included", f"{c.activated:,}")
     if c.router_bias:
-        table.add_row("router biases", f"{cfg.n_moe_layers} x {cfg.moe.n_experts}, state", f"{c.router_bias:,}")
+        routers = c.router_bias // cfg.moe.n_experts
+        table.add_row("router biases", f"{routers} x {cfg.moe.n_experts}, state", f"{c.router_bias:,}")
+    if c.hash_tables:
+        table.add_row(
+            "hash tables", f"{cfg.moe.n_hash} x {cfg.vocab_size:,} x {cfg.moe.top_k}, state", f"{c.hash_tables:,}"
+        )
     return table
 
 
@@ -104,10 +122,17 @@ def _mtp(cfg: ModelConfig, c: Counts) -> Table:
     table.add_row("projection", f"{2 * cfg.dim:,} x {cfg.dim:,}", f"{projection:,}")
     table.add_section()
     table.add_row("total", "embedding and head are the model's own", f"{c.mtp:,}", style="bold")
-    table.add_row("as stored", "with its copies of embedding and head", f"{c.mtp_stored:,}")
+    copies = "with its copies of embedding and head" if c.mtp_stored > c.mtp else "without copies of them"
+    table.add_row("as stored", copies, f"{c.mtp_stored:,}")
     table.add_row("router biases", "state", f"{c.mtp_router_bias:,}")
     table.add_row("whole checkpoint", "all weights and biases, no FP8 scales", f"{c.stored:,}")
     return table
+
+
+def _form(a) -> str:
+    if isinstance(a, Compressed):
+        return "recent tokens and entries"
+    return "MLA" if isinstance(a, MLA) else f"GQA, {a.n_kv_heads} key heads"
 
 
 def _cache(cfg: ModelConfig, c: Counts) -> Table:
@@ -118,15 +143,15 @@ def _cache(cfg: ModelConfig, c: Counts) -> Table:
         (f"{c.context:,} tokens", "right"),
         ("to this", "right"),
     )
-    form = "MLA" if isinstance(cfg.attention, MLA) else f"GQA, {cfg.attention.n_kv_heads} key heads"
+    form = _form(cfg.attention)
     rows = [
         (f"{form} ({c.kv_values_per_token_layer} values a token and layer)", c.kv_bytes_per_token),
         ("GQA, 8 key heads", c.kv_bytes_per_token_gqa8),
         (f"MHA, {cfg.attention.n_heads} key heads", c.kv_bytes_per_token_mha),
     ]
     for name, size in rows:
-        mebibytes = f"{size * c.context / 2**20:,.1f} MiB"
-        table.add_row(name, f"{size:,}", mebibytes, f"{size / c.kv_bytes_per_token:.2f}x")
+        whole = c.kv_bytes if size == c.kv_bytes_per_token else size * c.context
+        table.add_row(name, f"{size:,}", f"{whole / 2**20:,.1f} MiB", f"{size / c.kv_bytes_per_token:.2f}x")
     if c.kv_bytes_per_token_mtp:
         extra = c.kv_bytes_per_token_mtp
         mebibytes = f"{extra * c.context / 2**20:,.1f} MiB"

@@ -9,10 +9,12 @@ import pytest
 from tiny import tiny_config
 
 from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.forms import reads
 from deepseek_jax.analysis.published.costs import COSTS
 from deepseek_jax.analysis.published.figure import CONTEXT
 from deepseek_jax.analysis.published.table import release_of
 from deepseek_jax.analysis.shapes import disagreements, shape_counts
+from deepseek_jax.configs.releases.v4 import deepseek_v4_flash, deepseek_v4_pro
 from deepseek_jax.configs.schema import HyperConnections
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.names import layout
@@ -124,6 +126,45 @@ def test_v32():
     )
 
 
+def test_v4_parameters():
+    """284B and 13B, 1.6T and 49B; as counted on transformers' classes without weights."""
+    flash, pro = counts(deepseek_v4_flash("flash")), counts(deepseek_v4_pro("pro"))
+    assert (flash.total, flash.router_bias) == (284_332_230_231, 40 * 256)
+    assert (pro.total, pro.router_bias) == (1_572_997_179_491, 58 * 384)
+    assert flash.hash_tables == pro.hash_tables == 3 * 129_280 * 6
+    assert [round(c.activated_no_embedding / 1e9, 3) for c in (flash, pro)] == [13.270, 48.852]
+    assert [round(c.activated / 1e9, 3) for c in (flash, pro)] == [13.800, 49.779]
+    assert [round(c.mtp / 1e9, 2) for c in (flash, pro)] == [6.61, 25.84]
+    # Their files hold no copies of the embedding and the head.
+    assert flash.stored == flash.total + flash.mtp + flash.hash_tables + 41 * 256
+
+
+def test_v4_cache_and_flops():
+    """Of a token 128 recent keys, a quarter of an entry and of its key for the indexer in 21 layers, a 128th in 20."""
+    cfg, length = deepseek_v4_flash("flash"), 2**20
+    c = counts(cfg, context=length)
+    entries = 21 * length // 4 * (512 + 128) + 20 * length // 128 * 512
+    assert c.kv_bytes == 2 * (43 * 128 * 512 + entries)
+    assert c.kv_bytes_per_token == 2 * (21 * 160 + 20 * 4) + 6  # of which the recent tokens are the rest, rounded up
+    assert c.kv_bytes_per_token_gqa8 == 43 * 2 * 8 * 512 * 2
+    core, scores = 64 * 2 * 512, 64 * 129
+    attention = 43 * 128 * core + 21 * (512 * core + length // 4 * scores) + 20 * length // 128 * core
+    assert c.decode_flops_per_token == 2 * c.activated_no_embedding + 2 * attention
+    # In a short row everything is recent, and no entry is complete.
+    short = counts(cfg, context=3)
+    assert short.kv_bytes == 2 * 43 * 3 * 512
+    assert short.forward_flops_per_token == 2 * short.activated_no_embedding + 43 * 3 * core
+
+
+def test_what_is_read_on_average_is_the_sum_over_a_row():
+    """Window, all entries of 128, and of those of 4 the chosen ones, after each token of a row."""
+    length = 4096
+    for layer in (0, 3, 4):
+        for read in reads(deepseek_v4_flash("flash").layers[layer].attention):
+            exact = 2 * sum(read.after(n) for n in range(1, length + 1)) / length
+            assert read.flops(length) == pytest.approx(exact, rel=0.05)
+
+
 def test_activated_parameters_of_v1_and_v2():
     # 2.619/2.829, 2.451/2.661 and 20.852/21.376 billion; V2's claim is 21B, V2-Lite's 2.4B, DeepSeekMoE's 2.8B.
     found = {}
@@ -160,7 +201,7 @@ def test_the_full_size_model_holds_what_is_counted(name):
     c = counts(cfg)
     assert disagreements(cfg, c) == []
     main = shape_counts(cfg)["main"]
-    assert sum(main.values()) == c.total + c.router_bias
+    assert sum(main.values()) == c.total + c.router_bias + c.hash_tables
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LLAMA_405B = (GQA(n_heads=128, n_kv_heads=8, head_dim=128), 126)
 
 
 def _bytes(attention: GQA, layers: int) -> int:
-    return layers * cache_values(attention) * BF16_BYTES
+    return layers * cache_values(attention, 1) * BF16_BYTES
 
 
 def _v3_bytes() -> int:
