@@ -34,6 +34,11 @@ def tiny_config(**changes) -> ModelConfig:
 
 def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32) -> Transformer:
     """Norm weights 1 +- 0.1, biases of both signs, those of routers around ``bias_offset``, logits of deviation ~1."""
+    return fill_randomly(abstract(cfg, dtype), seed, bias_offset)
+
+
+def fill_randomly(module, seed: int = 0, bias_offset: float = 0.0):
+    """The module, or a tree of its shapes, with such values."""
     rng = np.random.default_rng(seed)
 
     def fill(path, variable):
@@ -51,7 +56,7 @@ def random_model(cfg, seed: int = 0, bias_offset: float = 0.0, dtype=jnp.float32
             value = rng.normal(0, math.prod(shape[a] for a in inputs) ** -0.5, shape)
         return variable.replace(jnp.asarray(value, variable.get_value().dtype))
 
-    return map_variables(fill, abstract(cfg, dtype))
+    return map_variables(fill, module)
 
 
 def random_tokens(cfg, batch: int, length: int, seed: int = 0) -> jax.Array:
