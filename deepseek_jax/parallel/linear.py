@@ -31,7 +31,8 @@ class _Split:
     def __init__(self, equation: str, x, w, axes, ctx: Context):
         self.of_x, self.of_w, self.of_y = equation.replace("->", ",").split(",")
         self.rest, self.use = (parameter_sharding(axes, w.shape, ctx, in_use).spec for in_use in (False, True))
-        over = dict(zip(self.of_w, parts(self.use), strict=True))
+        # What is the weight's in none of its axes, and neither rows nor tokens, is not split: streams.
+        over = dict.fromkeys(self.of_x, ()) | dict(zip(self.of_w, parts(self.use), strict=True))
         rows = spec((BATCH, SEQUENCE), x.shape[:2], ctx.layout.use, ctx.mesh, "an activation")
         over |= dict(zip(self.of_x[:2], parts(rows), strict=True))
         self.over, self.mesh = over, ctx.mesh

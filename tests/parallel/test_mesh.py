@@ -36,7 +36,6 @@ OTHERS = (
     "fsdp=2,tensor=2,context=2|v3.2",
     "data=8|deepseek-llm",
     "fsdp=2,tensor=2,context=2|streams",
-    "data=2,expert=4|streams",
 )
 DEFAULT = [
     *(f"sgd|{axis}" for axis in AXES),
