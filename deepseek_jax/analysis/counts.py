@@ -32,8 +32,7 @@ class Counts:
       files, the state of routers included, scales not.
 
     Cache, in bytes, in bfloat16: ``kv_bytes`` of the main model after ``context`` tokens, ``kv_bytes_per_token`` for
-    each
-    of them, rounded up where they do not leave the same (V4's recent tokens and entries),
+    each of them, rounded up where they do not leave the same (V4's recent tokens and entries),
     ``kv_bytes_per_token_mtp`` more when MTP modules draft; ``kv_bytes_per_token_mha`` and
     ``kv_bytes_per_token_gqa8`` for the same layers and head sizes with as many key heads as query heads, and
     with 8. ``kv_values_per_token_layer``: elements (576 for V3), of V4 on average over layers, rounded up.

@@ -4,18 +4,17 @@ What the reference loads with the same meaning passes, and a note says what was 
 missing, contradicts itself or would change a number is refused by name.
 """
 
-import re
-
 import jax
 import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.checkpoint import Checkpoint
-from deepseek_jax.convert.formats import READ, SCALES, block_of, packed_shape, scale_shape
+from deepseek_jax.convert.formats import INTEGERS, READ, SCALES, block_of, packed_shape, scale_shape
 from deepseek_jax.convert.layers import Layers
 from deepseek_jax.convert.names import IGNORED, Tensor
 from deepseek_jax.convert.naming import layer_of
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
+from deepseek_jax.convert.tables import names_of
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.quant import FP8, PACKED
 from deepseek_jax.notes import cut, note
@@ -59,6 +58,8 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors) ->
                     f"{scale.file}: {scale.name} has dtype {scale.dtype}, which no scale has here: "
                     f"{', '.join(map(str, SCALES))} are read"
                 )
+        elif tensor.fixed is not None and tensor.fixed.kind == "i":
+            problems += _table_problems(checkpoint, tensor, cfg)
         elif entry.dtype not in READ:
             problems.append(f"{entry.file}: {tensor.name} has dtype {entry.dtype}, which is not read here")
         elif scale is not None and tensor.fp8:
@@ -85,6 +86,22 @@ def check_tensors(checkpoint: Checkpoint | Layers, cfg: ModelConfig, tensors) ->
     _tell(checkpoint, cfg, [t for t in shared if t.written], left, [t.scale for t in scaled])
 
 
+def _table_problems(checkpoint: Checkpoint | Layers, tensor: Tensor, cfg: ModelConfig) -> list[str]:
+    """What is wrong with a hash router's table: each of its values is an expert."""
+    entry = checkpoint.entries[tensor.name]
+    if entry.dtype not in INTEGERS:
+        return [f"{entry.file}: {tensor.name} has dtype {entry.dtype}, not one of {', '.join(map(str, INTEGERS))}"]
+    table = checkpoint.read(tensor.name)
+    bad = (table < 0) | (table >= cfg.moe.n_experts)
+    if not bad.any():
+        return []
+    token, place = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+    return [
+        f"{entry.file}: {tensor.name} is {table[token, place]} at [{token}, {place}], which is none of the "
+        f"{cfg.moe.n_experts} experts"
+    ]
+
+
 def _left_out(checkpoint: Checkpoint | Layers, cfg: ModelConfig, expected: set[str]) -> set[str]:
     """What is no weight (buffers of older tools, empty tensors, states of modules), and whole MTP layers that the
     config does not have."""
@@ -93,15 +110,22 @@ def _left_out(checkpoint: Checkpoint | Layers, cfg: ModelConfig, expected: set[s
     return {
         name
         for name in others
-        if name.endswith(IGNORED) or 0 in checkpoint.entries[name].shape or layer_of(name) in layers
+        if name.endswith(IGNORED) or 0 in checkpoint.entries[name].shape or layer_of(name, cfg.n_layers) in layers
     }
 
 
 def extra_layers(checkpoint: Checkpoint | Layers, cfg: ModelConfig) -> list[int]:
     """The numbers of MTP layers in the files beyond those that the config has."""
     last = cfg.n_layers + cfg.mtp_depth
-    marks = (re.fullmatch(rf"model\.layers\.(\d+)\.{re.escape(MTP_MARK)}", name) for name in checkpoint.entries)
-    return sorted(int(mark[1]) for mark in marks if mark and int(mark[1]) >= last)
+    marked = (name for name in checkpoint.entries if name.endswith(f".{MTP_MARK}") or name.startswith("mtp."))
+    found = {layer_of(name, cfg.n_layers) for name in marked} - {None}
+    return sorted(layer for layer in found if layer >= last)
+
+
+def stored_as(cfg: ModelConfig, layers: list[int]) -> str:
+    """The names of MTP layers in files: model.layers.61, 62."""
+    first, *others = (names_of(cfg).of_mtp(layer - cfg.n_layers, cfg.n_layers).rstrip(".") for layer in layers)
+    return ", ".join([first, *(other.rsplit(".", 1)[1] for other in others)])
 
 
 def _is_quantised(checkpoint: Checkpoint | Layers) -> bool:
@@ -112,13 +136,15 @@ def _tell(checkpoint, cfg: ModelConfig, shared: list[Tensor], left: set[str], sc
     if shared:
         names = ", ".join(some([t.name for t in shared]))
         note(f"{checkpoint.folder}: {names} are not stored: the main model's embedding and head are taken for them.")
-    layers = [layer for layer in extra_layers(checkpoint, cfg) if any(layer_of(name) == layer for name in left)]
+    layers = [
+        layer for layer in extra_layers(checkpoint, cfg) if any(layer_of(name, cfg.n_layers) == layer for name in left)
+    ]
     if layers:
         note(
-            f"{checkpoint.folder}: config.json has {cfg.mtp_depth} MTP layers: those stored as model.layers."
-            f"{', '.join(map(str, layers))} are left out."
+            f"{checkpoint.folder}: config.json has {cfg.mtp_depth} MTP layers: those stored as "
+            f"{stored_as(cfg, layers)} are left out."
         )
-    rest = sorted(name for name in left if layer_of(name) not in layers)
+    rest = sorted(name for name in left if layer_of(name, cfg.n_layers) not in layers)
     if rest:
         note(f"{checkpoint.folder}: {len(rest)} tensors that are no weights are left out: {', '.join(some(rest))}.")
     if scaled:

@@ -1,10 +1,12 @@
 """A folder's config: its config.json, and what its other files say where that leaves something open."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from deepseek_jax.configs.hf import config_from_json, eos_ids, reads
 from deepseek_jax.configs.published.fields import ALIASES
+from deepseek_jax.configs.published.v4 import DSPARK
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.convert.checkpoint import stored_names
 from deepseek_jax.convert.folders import why_no_checkpoint
@@ -49,7 +51,11 @@ def _with_mtp_depth(folder: Path, data: dict) -> dict:
     names = tensor_names(folder)
     if names is None:
         return data
-    last = max((layer for layer in map(layer_of, names) if layer is not None), default=-1)
+    if has_dspark(folder, names):
+        if not any(name.startswith(DSPARK) for name in data):  # which has its own note
+            note(f"{folder}: the drafts in these files are DSpark's, which is not built: read without drafts.")
+        return {**data, named or MTP_DEPTH: 0}
+    last = max((layer for layer in (layer_of(name, layers) for name in names) if layer is not None), default=-1)
     depth = max(0, last + 1 - layers)
     if named is not None and last < layers - 1:
         return data  # fewer layers than the model's own: the config is another's
@@ -64,6 +70,12 @@ def _with_mtp_depth(folder: Path, data: dict) -> dict:
     else:
         return data
     return {**data, named or MTP_DEPTH: depth, **({ALIASES[MTP_DEPTH]: depth} if ALIASES[MTP_DEPTH] in data else {})}
+
+
+def has_dspark(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the ``mtp.`` layers of a folder are the draft model of V4's later files, and no MTP."""
+    fields = load_json(folder / "config.json")
+    return any(name.startswith(DSPARK) for name in fields) or any(".markov_head." in name for name in names)
 
 
 def tensor_names(folder: Path) -> list[str] | None:

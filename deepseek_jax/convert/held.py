@@ -17,7 +17,9 @@ Held = np.ndarray | tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
 def held_as(value) -> Stored:
-    """The dtypes of a leaf's value."""
+    """The dtypes of a leaf's value; those of a hash router's table, int32 here, in files."""
+    if value.dtype == np.int32:
+        return Stored(np.dtype(np.int64))
     if isinstance(value, Quantized):
         return Stored(np.dtype(value.values.dtype), np.dtype(value.scale.dtype))
     return Stored(np.dtype(value.dtype))

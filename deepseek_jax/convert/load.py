@@ -28,9 +28,10 @@ from deepseek_jax.convert.formats import (
     stored,
     usual,
 )
+from deepseek_jax.convert.held import held_as
 from deepseek_jax.convert.layers import RECORD, Layers
 from deepseek_jax.convert.names import Leaf, Tensor, check_size, layout
-from deepseek_jax.convert.naming import Prefix, find_prefix, fused_names, layer_of, published_entries
+from deepseek_jax.convert.naming import find_prefix, fused_names, layer_of, published_entries
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.shards import load_leaf
@@ -39,7 +40,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.quant import FP4, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
-from deepseek_jax.notes import cut, note, shown
+from deepseek_jax.notes import cut, note
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.shardings import shardings
 
@@ -99,7 +100,7 @@ def load_first_layers(path: str | Path, n_layers: int, dtype=jnp.float32) -> Tra
     cut = cfg.first_layers(n_layers)
 
     def wanted(name: str) -> bool:
-        layer = layer_of(name)
+        layer = layer_of(name, cfg.n_layers)
         return layer is None or layer < n_layers
 
     return _load(open_checkpoint(folder, cut, wanted), cut, np.dtype(dtype))
@@ -123,8 +124,8 @@ def open_published(folder: Path, cfg: ModelConfig, wanted: Callable[[str], bool]
     names, block = stored_names(folder), block_size(folder, cfg)
     prefix = find_prefix(names)
     checkpoint = Checkpoint(folder, lambda name: wanted(prefix.published(name)), block)
-    if prefix != Prefix():
-        note(f"{folder}: the names begin with {shown(prefix.trunk)}: read as if with 'model.'.")
+    if prefix.said:
+        note(f"{folder}: {prefix.said}")
     fused = fused_names(map(prefix.published, checkpoint.entries))
     if fused:
         note(
@@ -164,7 +165,7 @@ def _load(
             form = _shared(checkpoint, by_leaf[path], forms[path])
         arguments = (checkpoint, by_leaf[path], leaves[path], form)
         value = _load_leaf(*arguments) if ctx.mesh is None else _load_shards(*arguments, variable, ctx)
-        kept = {} if dtype is not None or set(forms[path]) == {form} else {STORED: forms[path]}
+        kept = {} if dtype is not None or set(forms[path]) == {held_as(value)} else {STORED: forms[path]}
         return type(variable)(value, **variable.get_metadata(), **kept)
 
     return map_variables(fill, abstract(cfg, np.float32 if dtype is None else dtype))

@@ -8,13 +8,16 @@ stands: the leaf with fused heads, for instance q_b [L, Q, N * X], experts' gate
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, singledispatch
 from pathlib import Path as FilePath
 
-from deepseek_jax.configs.schema import GQA, ModelConfig
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, ModelConfig
 from deepseek_jax.convert.naming import layer_of
 from deepseek_jax.convert.safetensors import CheckpointError
-from deepseek_jax.convert.tables import HALVES, Names, names_of
+from deepseek_jax.convert.tables import Names, names_of
 from deepseek_jax.core.params import Matrix, is_looked_up, map_variables, matrix_of
 from deepseek_jax.model.transformer import abstract
 
@@ -34,7 +37,8 @@ class Tensor:
     ``path``: the leaf. ``index``: the part of the leaf's matrix form, stacked axes first. ``transposed``:
     whether the part is the published tensor's transpose. ``fp8``: whether releases quantise it. ``copy``:
     whether it is a duplicate of a tensor that stands elsewhere, which exporters may leave out: of the MTP layer, or a
-    tied head. ``written``: whether it is written where no other folder says so; a tied head is not.
+    tied head. ``written``: whether it is written where no other folder says so; a tied head is not. ``fixed``: the
+    dtype that its leaf has whatever the model's is, float32 or int32; None: the model's.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Tensor:
     fp8: bool
     copy: bool = False
     written: bool = True
+    fixed: np.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Leaf:
 def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
     """Every published tensor of a model in published order, and the shapes of its leaves."""
     names, variables = names_of(cfg), {}
-    map_variables(lambda path, v: variables.setdefault(path, v), abstract(cfg))
+    # What is not of this dtype is of its own in every model.
+    map_variables(lambda path, v: variables.setdefault(path, v), abstract(cfg, jnp.bfloat16))
     tensors, leaves = [], {}
 
     def add(prefix: Path, rows, published: str, lead: tuple[int, ...] = ()) -> None:
@@ -95,7 +101,10 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
             if path not in variables:
                 continue
             leaf = leaves.setdefault(path, _leaf(variables[path], path, len(lead)))
-            tensors.extend(_tensors(leaf, path, published + theirs, lead, fp8, names))
+            dtype = variables[path].get_value().dtype
+            fixed = None if dtype == jnp.bfloat16 else np.dtype(dtype)
+            found = _tensors(leaf, path, published + theirs, lead, fp8, names)
+            tensors.extend(replace(tensor, fixed=fixed) for tensor in found)
 
     add((), names.embedding, "")
     where = {n: (s, i) for s, stack in enumerate(cfg.stacks) for i, n in enumerate(stack.numbers)}
@@ -112,7 +121,7 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
         head = next(theirs for ours, theirs, _ in names.root if ours == "head")
         add_copy(head, main[("embed",)], written=False)
     for depth in range(cfg.mtp_depth):
-        published = names.prefix.format(layer=cfg.n_layers + depth)
+        published = names.of_mtp(depth, cfg.n_layers)
         add(("mtp", depth), names.mtp, published)
         add(("mtp", depth, "block"), names.layer(cfg.mtp_layer), published)
         for theirs, ours in names.copies:
@@ -125,14 +134,30 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
 
 def widest(cfg: ModelConfig) -> int:
     """The largest extent of a matrix that releases quantise."""
-    a, moe = cfg.attention, cfg.moe
-    experts = 0 if moe is None else max(moe.expert_dim, moe.shared_width)
-    if isinstance(a, GQA):
-        attention = a.n_heads * a.head_dim
-    else:
-        heads = a.n_heads * max(a.nope_dim + max(a.rope_dim, a.v_dim), a.v_dim)
-        attention = max(heads, a.kv_rank + a.rope_dim, a.q_rank or 0)
-    return max(cfg.dim, cfg.ffn_dim, attention, experts)
+    experts = 0 if cfg.moe is None else max(cfg.moe.expert_dim, cfg.moe.shared_width)
+    return max(cfg.dim, cfg.ffn_dim, _widest(cfg.attention), experts)
+
+
+@singledispatch
+def _widest(a) -> int:
+    """The largest extent of a form of attention's matrices, the model's width apart."""
+    raise TypeError(f"the matrices of {type(a).__name__} are not known.")
+
+
+@_widest.register
+def _(a: GQA) -> int:
+    return a.n_heads * a.head_dim
+
+
+@_widest.register
+def _(a: MLA) -> int:
+    heads = a.n_heads * max(a.nope_dim + max(a.rope_dim, a.v_dim), a.v_dim)
+    return max(heads, a.kv_rank + a.rope_dim, a.q_rank or 0)
+
+
+@_widest.register
+def _(a: Compressed) -> int:
+    return max(a.n_heads * a.head_dim, a.q_rank, a.o_groups * a.o_rank, a.indexer.index_heads * a.indexer.index_dim)
 
 
 def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> None:
@@ -140,7 +165,7 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
 
     Laying them out one by one, to name what is missing, would take the memory that the numbers in config.json claim.
     """
-    layers = len({layer for layer in map(layer_of, names) if layer is not None})
+    layers = len({layer_of(name, cfg.n_layers) for name in names} - {None})
     moe = 0 if cfg.moe is None else cfg.n_moe_layers + (cfg.mtp_depth if cfg.mtp_layer.is_moe else 0)
     per_moe = 0 if cfg.moe is None else 3 * cfg.moe.n_experts
     tensors = (cfg.n_layers + cfg.mtp_depth) * (len(names_of(cfg).rows[type(cfg.attention)]) + 2) + moe * per_moe
@@ -164,8 +189,7 @@ def _leaf(variable, path: Path, stacked: int) -> Leaf:
 def _tensors(leaf: Leaf, path: Path, name: str, lead: tuple[int, ...], fp8: bool, names: Names):
     matrix = leaf.matrix[leaf.stacked :]
     experts = range(matrix[0]) if "{expert}" in name else (None,)
-    halves = enumerate(HALVES) if "{half}" in name else ((None, None),)
-    halves = tuple(halves)
+    halves = tuple(enumerate(names.halves)) if "{half}" in name else ((None, None),)
     for expert in experts:
         for number, half in halves:
             index = (*lead, *(() if expert is None else (expert,)), slice(None))

@@ -1,23 +1,29 @@
 """Other names of the published tensors, as tools write them, read as the published ones.
 
-Two kinds: the whole model under another prefix than ``model.`` (none, a wrapper's ``model.model.``, a part of a larger
-model's ``language_model.model.``), and a layer's experts in one tensor, as transformers 5 has them in memory and
-writes them with ``save_pretrained(save_original_format=False)``: ``mlp.experts.gate_up_proj`` [E, 2 F, D], gate first,
-and ``mlp.experts.down_proj`` [E, D, F]. An expert's published matrix is a run of bytes of these, so that it has an
-entry of its own and everything reads it as if it had been stored alone.
+Three kinds: the whole model under another prefix than ``model.`` (none, a wrapper's ``model.model.``, a part of a
+larger model's ``language_model.model.``); V4's as transformers 5 writes them, half its own; and a layer's experts in
+one tensor, as transformers 5 has them in memory and writes them with ``save_pretrained(save_original_format=False)``:
+``mlp.experts.gate_up_proj`` [E, 2 F, D], gate first, and ``mlp.experts.down_proj`` [E, D, F]. An expert's published
+matrix is a run of bytes of these, so that it has an entry of its own and everything reads it as if it had been stored
+alone.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from deepseek_jax.convert.safetensors import CheckpointError, Entry
 from deepseek_jax.convert.tables import HALVES
-from deepseek_jax.notes import cut
+from deepseek_jax.notes import cut, shown
 
 TRUNK, HEAD, EMBEDDING = "model.", "lm_head.", "embed_tokens.weight"
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_scale_inv)?")
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.|mtp\.(\d+)\.")
+# What V4's names are when transformers has written them, beside the prefix.
+V4_SAVED = {
+    "model.embed_tokens.weight": "embed.weight",
+    **{f"model.hc_head.hc_{part}": f"hc_head_{part}" for part in ("fn", "base", "scale")},
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class Prefix:
     trunk: str = TRUNK
     head: str = ""
 
+    @property
+    def said(self) -> str | None:
+        """What a note says of these names; None of the published ones."""
+        return None if self == Prefix() else f"the names begin with {shown(self.trunk)}: read as if with 'model.'."
+
     def published(self, name: str) -> str:
         if self.trunk == TRUNK:
             return name
@@ -35,8 +46,21 @@ class Prefix:
         return TRUNK + name.removeprefix(self.trunk) if name.startswith(self.trunk) else name
 
 
-def find_prefix(names: Iterable[str]) -> Prefix:
-    """The prefix of a checkpoint's names, told by the embedding's; the published one where that is not clear."""
+class V4Saved:
+    """V4's names of transformers' own: ``model.`` before the published ones, and a norm's without what it is of."""
+
+    said = "the names are those that transformers gives V4: read as the released ones."
+
+    def published(self, name: str) -> str:
+        name = V4_SAVED.get(name) or name.removeprefix(TRUNK)
+        return re.sub(r"(layers\.\d+\.attn\.)norm\.", r"\1kv_norm.", name)
+
+
+def find_prefix(names: Collection[str]) -> Prefix | V4Saved:
+    """How a checkpoint's names differ from the published ones: by a prefix that the embedding's tells, or as
+    transformers has V4's; not at all where that is not clear."""
+    if set(V4_SAVED) <= set(names):
+        return V4Saved()
     found = {name.removesuffix(EMBEDDING) for name in names if name == EMBEDDING or name.endswith("." + EMBEDDING)}
     found = {trunk for trunk in found if not re.search(r"(^|\.)layers\.\d+\.$", trunk)}
     if TRUNK in found or len(found) != 1:
@@ -45,13 +69,15 @@ def find_prefix(names: Iterable[str]) -> Prefix:
     return Prefix(trunk, trunk.removesuffix(TRUNK) if trunk.endswith("." + TRUNK) else "")
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a published name belongs to."""
+def layer_of(name: str, n_layers: int) -> int | None:
+    """The layer that a published name belongs to; MTP modules are those after the last of ``n_layers``."""
     found = LAYER.match(name)
-    return None if found is None else int(found[1])
+    if found is None:
+        return None
+    return n_layers + int(found[2]) if found[1] is None else int(found[1])
 
 
-def published_entries(entries: dict[str, Entry], prefix: Prefix, block: tuple[int, int]) -> dict[str, Entry]:
+def published_entries(entries: dict[str, Entry], prefix: Prefix | V4Saved, block: tuple[int, int]) -> dict[str, Entry]:
     """The entries under their published names, each expert's matrices apart.
 
     Raises CheckpointError where two names become one, and where a block of scales spans gate and up.

@@ -60,9 +60,10 @@ def save_pretrained(
     """Writes ``config.json`` and safetensors files, with an index when there are several.
 
     ``quantize="fp8"``: the linear maps of attention and networks as FP8 E4M3 with a scale for each 128 x 128
-    block of the published matrix, all else bfloat16, the router bias float32. ``dtype``: float32, bfloat16 or float16
-    for every tensor but the router bias, which is float32; FP8 is dequantised. Neither: as the model holds it, or, of a
-    model that was loaded with dtype=None, each tensor as it was stored.
+    block of the published matrix, all else bfloat16, what no model has in another dtype as it is (the router bias in
+    float32, a hash router's table in int64). ``dtype``: float32, bfloat16 or float16 for every tensor but these; FP8
+    and FP4 are dequantised. Neither: as the model holds it, or, of a model that was loaded with dtype=None, each tensor
+    as it was stored.
     ``like``: a published or converted folder whose dtypes, scales, file split, tokenizer files and further config
     fields are taken; a block that its values still represent keeps its scale and bytes. ``quantize`` and ``dtype`` come
     before its dtypes. What it stores under other names (`convert.naming`) is written under the published ones.
@@ -147,14 +148,15 @@ class Format:
 
     def of(self, tensor: Tensor, held: Stored) -> Stored:
         """How a tensor is written that is ``held`` so."""
-        bias = tensor.path[-2:] == ("router", "bias")
-        if self.dtype is not None and not bias:
+        if tensor.fixed is not None:
+            return stored(self.like.entries, tensor) if self.like else held
+        if self.dtype is not None:
             return Stored(self.dtype)
         if self.like:
             own = stored(self.like.entries, tensor)
             if own.scale is not None or not (self.quantize and tensor.fp8):
                 return own
-        if held.scale is None and self.quantize and not bias:
+        if held.scale is None and self.quantize:
             return Stored(np.dtype(FP8), np.dtype(np.float32)) if tensor.fp8 else Stored(np.dtype(jnp.bfloat16))
         return held
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from deepseek_jax.configs.schema import ConfigError
 from deepseek_jax.convert.arrays import Array, Domain, write_skeleton
-from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some
+from deepseek_jax.convert.check import check_copy, check_tensors, extra_layers, some, stored_as
 from deepseek_jax.convert.checkpoint import Checkpoint
-from deepseek_jax.convert.config_file import read_config
+from deepseek_jax.convert.config_file import has_dspark, read_config
 from deepseek_jax.convert.files import check_free, copy_files, index_json, write_json
 from deepseek_jax.convert.formats import check_finite, stored, usual
 from deepseek_jax.convert.layers import APART_VERSION, FORMAT, FORMAT_VERSION, RECORD, Layers, places
@@ -59,9 +59,11 @@ def convert(source: str | Path, destination: str | Path, progress: Progress = la
     checkpoint = open_published(source, cfg)
     check_tensors(checkpoint, cfg, layout(cfg)[0])
     if layers := extra_layers(checkpoint, cfg):
+        more = f"the files more, as {stored_as(cfg, layers)}, which the conversion would lose"
+        if has_dspark(source, checkpoint.entries):
+            raise CheckpointError(f"{source}: {stored_as(cfg, layers)} are DSpark's draft model, which is not built.")
         raise CheckpointError(
-            f"{source}: config.json has {cfg.mtp_depth} MTP layers, the files more, as model.layers."
-            f"{', '.join(map(str, layers))}, which the conversion would lose: set num_nextn_predict_layers to "
+            f"{source}: config.json has {cfg.mtp_depth} MTP layers, {more}: set num_nextn_predict_layers to "
             f"{cfg.mtp_depth + len(layers)}."
         )
     with _staging(checkpoint, destination) as folder:

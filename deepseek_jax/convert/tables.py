@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from deepseek_jax.configs.layers import Dense, Layer
-from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, ModelConfig, MoE
 from deepseek_jax.convert.safetensors import CheckpointError
 
 HALVES = ("gate", "up")
@@ -19,11 +19,11 @@ Rows = tuple[tuple[str, str, bool], ...]
 @dataclass(frozen=True)
 class Names:
     """A tradition. ``embedding`` and ``root``: rows before and after the layers. ``prefix``: what stands before the
-    names of a layer; MTP modules are the layers after the last.
+    names of a layer; ``mtp_prefix``: before those of an MTP module, None where these are the layers after the last.
 
     ``attention_norm``, ``ffn_norm``: rows of every layer. ``rows``: those of what a layer is made of, by the class of
     its config. ``mtp``: an MTP module's, beside those of its layer. ``copies``: an MTP layer's tensors that repeat one
-    of the main model, and our name of that one. ``scale``: the name of a tensor's scales.
+    of the main model, and our name of that one. ``scale``: the name of a tensor's scales. ``halves``: of gate and up.
     """
 
     embedding: Rows
@@ -35,6 +35,14 @@ class Names:
     mtp: Rows
     copies: tuple[tuple[str, str], ...]
     scale: Callable[[str], str]
+    mtp_prefix: str | None = None
+    halves: tuple[str, str] = HALVES
+
+    def of_mtp(self, depth: int, n_layers: int) -> str:
+        """What stands before the names of an MTP module."""
+        if self.mtp_prefix is None:
+            return self.prefix.format(layer=n_layers + depth)
+        return self.mtp_prefix.format(depth=depth)
 
     def layer(self, layer: Layer) -> Rows:
         """A layer's rows, in published order. Raises CheckpointError where a part of it has none."""
@@ -48,6 +56,11 @@ class Names:
 def scale_inv(name: str) -> str:
     """``weight_scale_inv`` of ``weight``. What stands there are the scales, not their inverses."""
     return f"{name}_scale_inv"
+
+
+def scale_beside(name: str) -> str:
+    """``wkv.scale`` of ``wkv.weight``."""
+    return f"{name.removesuffix('weight')}scale"
 
 
 LLAMA = Names(
@@ -114,9 +127,75 @@ DEEPSEEK = replace(
     ),
     copies=(("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head")),
 )
+
+
+def _streams(ours: str, theirs: str) -> Rows:
+    return tuple(
+        (f"{ours}.{a}", f"{theirs}_{b}", False) for a, b in (("map", "fn"), ("base", "base"), ("scale", "scale"))
+    )
+
+
+def _compressor(ours: str, theirs: str) -> Rows:
+    return (
+        (f"{ours}.position", f"{theirs}.ape", False),
+        (f"{ours}.kv", f"{theirs}.wkv.weight", False),
+        (f"{ours}.gate", f"{theirs}.wgate.weight", False),
+        (f"{ours}.norm.weight", f"{theirs}.norm.weight", False),
+    )
+
+
+V4 = Names(
+    embedding=(("embed", "embed.weight", False),),
+    root=(
+        ("norm.weight", "norm.weight", False),
+        *_streams("collapse", "hc_head"),
+        ("head", "head.weight", False),
+    ),
+    prefix="layers.{layer}.",
+    mtp_prefix="mtp.{depth}.",
+    attention_norm=(("attn_norm.weight", "attn_norm.weight", False), *_streams("attn_streams", "hc_attn")),
+    ffn_norm=(("ffn_norm.weight", "ffn_norm.weight", False), *_streams("ffn_streams", "hc_ffn")),
+    rows={
+        Compressed: (
+            ("attn.q_a", "attn.wq_a.weight", True),
+            ("attn.q_norm.weight", "attn.q_norm.weight", False),
+            ("attn.q_b", "attn.wq_b.weight", True),
+            ("attn.kv", "attn.wkv.weight", True),
+            ("attn.kv_norm.weight", "attn.kv_norm.weight", False),
+            ("attn.sink", "attn.attn_sink", False),
+            ("attn.o_a", "attn.wo_a.weight", True),
+            ("attn.o_b", "attn.wo_b.weight", True),
+            *_compressor("attn.compressor", "attn.compressor"),
+            ("attn.indexer.q", "attn.indexer.wq_b.weight", True),
+            ("attn.indexer.weight", "attn.indexer.weights_proj.weight", False),
+            *_compressor("attn.indexer.compressor", "attn.indexer.compressor"),
+        ),
+        MoE: (
+            ("ffn.router.weight", "ffn.gate.weight", False),
+            ("ffn.router.bias", "ffn.gate.bias", False),
+            ("ffn.router.table", "ffn.gate.tid2eid", False),
+            ("ffn.gate_up", "ffn.experts.{expert}.{half}.weight", True),
+            ("ffn.down", "ffn.experts.{expert}.w2.weight", True),
+            ("ffn.shared.gate_up", "ffn.shared_experts.{half}.weight", True),
+            ("ffn.shared.down", "ffn.shared_experts.w2.weight", True),
+        ),
+    },
+    mtp=(
+        ("embed_norm.weight", "enorm.weight", False),
+        ("hidden_norm.weight", "hnorm.weight", False),
+        ("embed_proj", "e_proj.weight", True),
+        ("hidden_proj", "h_proj.weight", True),
+        ("norm.weight", "norm.weight", False),
+        *_streams("collapse", "hc_head"),
+    ),
+    copies=(),
+    scale=scale_beside,
+    halves=("w1", "w3"),
+)
 TRADITIONS = {
     **dict.fromkeys(("llama", "qwen2"), LLAMA),
     **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"), DEEPSEEK),
+    "deepseek_v4": V4,
 }
 
 
