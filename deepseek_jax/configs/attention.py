@@ -121,6 +121,11 @@ class MLA:
                 "rotated of it.",
             )
 
+    @property
+    def indexed(self) -> bool:
+        """Whether an indexer chooses keys."""
+        return self.indexer is not None
+
     def at(self, number: int) -> "MLA":
         return self
 
@@ -152,6 +157,11 @@ class GQA:
             f"n_heads={self.n_heads} does not divide into n_kv_heads={self.n_kv_heads} groups.",
         )
         require(self.head_dim % 2 == 0, f"GQA head_dim must be even, not {self.head_dim}.")
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an indexer chooses keys."""
+        return False
 
     def at(self, number: int) -> "GQA":
         return self
@@ -217,6 +227,11 @@ class Compressed:
     def at(self, number: int) -> "Compressed":
         ratio = self.ratios[number] if number < len(self.ratios) else 0
         return replace(self, ratios=(ratio,), rope=self.entry_rope if ratio else self.rope)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an indexer chooses entries, in any layer."""
+        return self.sparse_ratio in self.ratios
 
     @property
     def ratio(self) -> int:

@@ -69,7 +69,7 @@ def run_stacks(
         x,
         None if held is None else tuple(kept),
         aux,
-        {name: jnp.concatenate(values) for name, values in seen.items()},
+        {name: jnp.concatenate(values) for name, values in seen.items() if values},
     )
 
 

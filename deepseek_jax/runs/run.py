@@ -156,7 +156,7 @@ def _fit(
         journal.say(f"recipe {json.dumps(asdict(recipe))}")
         if recipe.bias_speed and cfg.moe is not None and not cfg.moe.bias:
             journal.say("the routers have no bias that bias_speed could move: the balance losses alone spread the load")
-        if getattr(cfg.attention, "indexer", None) is not None and not recipe.weights.index:
+        if cfg.attention.indexed and not recipe.weights.index:
             journal.say("the indexers stay as they are: weights.index is 0, and no other loss reaches them")
         for message in damaged:
             journal.event("damaged", message, progress)

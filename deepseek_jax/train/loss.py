@@ -148,7 +148,7 @@ def part_loss(
         batch, inputs, target_BTP = _ordered(batch, depth, target_BTP, order)
     logits = "all" if ctx.loss_chunk is None else "none"
     if weights.index:
-        if getattr(model.cfg.attention, "indexer", None) is None:
+        if not model.cfg.attention.indexed:
             raise ValueError(f"LossWeights(index={weights.index}): {model.cfg.name} has no indexer.")
         capture = (*capture, "index_kl")
     out = model(batch["tokens"], **inputs, with_mtp=depth > 0, logits=logits, capture=capture, ctx=ctx)
@@ -174,8 +174,9 @@ def part_loss(
         total = total + balance
     if weights.index:
         # A module counts the tokens whose next one is known.
-        kl = [out.captured["index_kl"], *([out.mtp_captured["index_kl"]] if depth else [])]
-        kl_LBT, layers = jnp.concatenate(kl), jnp.asarray([*[0] * len(kl[0]), *range(1, 1 + depth)])
+        kl = [a["index_kl"] for a in (out.captured, out.mtp_captured) if "index_kl" in a]
+        kl_LBT, modules = jnp.concatenate(kl), sum(map(len, kl[1:]))
+        layers = jnp.asarray([*[0] * len(kl[0]), *range(1, 1 + modules)])
         losses["index"] = (kl_LBT.sum((1, 2)) / counts.tokens[layers]).sum()
         total = total + weights.index * losses["index"]
     return total, replace(out, losses=losses)

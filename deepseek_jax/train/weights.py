@@ -27,8 +27,8 @@ class LossWeights:
     communication_balance: float = 0.0
     """Balance of the tokens sent to each device: alpha 3 of V2. Needs a router with groups."""
     index: float = 0.0
-    """How far V3.2's indexers are from what attention looks at: a divergence in nats, the mean over tokens, added up
-    over layers (2512.02556 section 2.1.1). Of all terms it alone reaches the indexers, and nothing else."""
+    """How far the indexers of V3.2 and V4 are from what attention looks at: a divergence in nats, the mean over tokens,
+    added up over layers (2512.02556 section 2.1.1). Of all terms it alone reaches the indexers, and nothing else."""
     devices: int | None = None
     """Groups of experts that stand for devices in the two terms above; by default the router's groups."""
 
