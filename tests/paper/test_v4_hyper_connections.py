@@ -180,21 +180,44 @@ def test_decoding_with_a_cache_equals_the_full_forward():
     assert relative(streams, whole.streams) <= 2e-5
 
 
+def with_idle_modules(model):
+    """MTP modules whose layers add nothing and leave each stream as it is (but for eps)."""
+
+    def fill(path, v):
+        value = v.get_value()
+        if path[0] != "mtp" or "block" not in path:
+            return v
+        if path[-1] in ("o", "down", "scale"):
+            value = jnp.zeros_like(value)
+        elif path[-1] == "base":
+            value = jnp.concatenate([jnp.zeros(2 * H), 50 * jnp.eye(H).reshape(-1)])
+        return v.replace(value)
+
+    return map_variables(fill, model)
+
+
 def test_captured_streams_are_those_that_are_handed_on():
-    model = streamed()
+    """To the collapse, and to MTP: a module reads the model's streams, the next one its own."""
+    model = with_idle_modules(streamed())
     out = forward(model, TOKENS, with_mtp=True, capture=("block", "block_norm"))
     block = np.asarray(out.captured["block"])
     assert block.shape == (3, 2, 24, H, D)
     np.testing.assert_array_equal(block[-1], out.streams)
-    norm = np.sqrt(np.square(block).mean((-2, -1)))
-    np.testing.assert_allclose(out.captured["block_norm"], norm, rtol=1e-5)
-    # Streams have grown apart, and a module's collapse and norm are its own.
+    np.testing.assert_allclose(out.captured["block_norm"], np.sqrt(np.square(block).mean((-2, -1))), rtol=1e-5)
+    # They have grown apart.
     assert np.abs(block - block.mean(-2, keepdims=True)).max() > 0.1 * np.abs(block).max()
+    carry = block[-1]
     for depth, module in enumerate(model.mtp):
-        known, streams = slice(0, 23 - depth), out.mtp_captured["block"][depth]
+        known = slice(0, 23 - depth)
+        embedding = model.embed.get_value()[TOKENS[:, 1 + depth :]]
+        read = module.hidden_norm(jnp.asarray(carry[:, known])) @ module.hidden_proj.get_value()
+        expected = (module.embed_norm(embedding) @ module.embed_proj.get_value())[:, :, None] + read
+        streams = out.mtp_captured["block"][depth]
         hidden = module.norm(module.collapse(streams, DEFAULT))
         assert relative(out.mtp_hidden[depth][:, known], hidden[:, known]) <= 1e-5
         assert not np.asarray(out.mtp_hidden[depth][:, known.stop :]).any()
+        carry = np.asarray(streams)
+        assert relative(carry[:, known], expected) <= 2e-5
 
 
 @pytest.mark.parametrize("residual", [pytest.param(MHC, id="mhc"), pytest.param(HC, id="hc", marks=pytest.mark.slow)])
