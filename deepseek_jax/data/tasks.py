@@ -14,7 +14,7 @@ formats, all of them ASCII, answers in brackets, which the text does not have:
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from random import Random
 from string import ascii_lowercase
@@ -46,6 +46,11 @@ class Item:
     asked: str
 
     @property
+    def given(self) -> str:
+        """What no two held-out items have alike."""
+        return self.text
+
+    @property
     def is_held_out(self) -> bool:
         return int.from_bytes(hashlib.sha256(self.asked.encode()).digest()[:8], "big") % HELD_OUT == 0
 
@@ -67,8 +72,12 @@ class Task(ABC):
 
     def training(self) -> Iterator[str]:
         """The texts to train on, ``documents`` of them; some may be equal."""
+        return (item.text for item in self.training_items())
+
+    def training_items(self) -> Iterator[Item]:
+        """What they were made of."""
         for number in range(self.documents):
-            yield self._item(number, False, set()).text
+            yield self._item(number, False, set())
 
     def held_out(self, count: int) -> tuple[Item, ...]:
         """The first ``count`` items to score, all different.
@@ -78,14 +87,14 @@ class Task(ABC):
         found: dict[str, Item] = {}
         for number in range(count):
             item = self._item(number, True, found)
-            found[item.text] = item
+            found[item.given] = item
         return tuple(found.values())
 
     def _item(self, number: int, held_out: bool, known) -> Item:
         rng = Random(f"{self._settings('documents')}:{'held out' if held_out else 'training'}:{number}")
         for _ in range(DRAWS):
             item = self.draw(rng)
-            if item.is_held_out == held_out and item.text not in known:
+            if item.is_held_out == held_out and item.given not in known:
                 return item
         side = "held-out" if held_out else "training"
         raise ValueError(f"task:{self.spelled} has no more than {number} {side} items that differ: make it larger.")
@@ -124,10 +133,10 @@ class Passkey(Task):
         self._at_least(least, "length")
 
     def draw(self, rng: Random) -> Item:
-        key = _some("0123456789", self.digits, rng)
+        key = some("0123456789", self.digits, rng)
         needle, ending = NEEDLE.format(key=key), f"{QUESTION}{key}."
         fillers = (self.length - len(HEAD) - len(needle) - len(ending)) // len(FILLER)
-        before = _below(fillers + 1, rng)
+        before = below(fillers + 1, rng)
         text = HEAD + FILLER * before + needle + FILLER * (fillers - before) + ending
         first, source = len(text) - 1 - self.digits, len(HEAD) + len(FILLER) * before + needle.index(key)
         return Item(text, tuple(Answer(first + i, first + i + 1, source + i) for i in range(self.digits)), key)
@@ -151,11 +160,11 @@ class Recall(Task):
 
     def draw(self, rng: Random) -> Item:
         keys = [a + b for a in ascii_lowercase for b in ascii_lowercase]
-        keys = _shuffled(keys, self.pairs, rng)
-        values = _some("0123456789", self.pairs, rng)
+        keys = shuffled(keys, self.pairs, rng)
+        values = some("0123456789", self.pairs, rng)
         told = " ".join(map("".join, zip(keys, values, strict=True)))
         text, answers = told + "\n", []
-        for number, pair in enumerate(_shuffled(range(self.pairs), self.queries, rng)):
+        for number, pair in enumerate(shuffled(range(self.pairs), self.queries, rng)):
             text += (" " if number else "") + keys[pair]
             answers.append(Answer(len(text), len(text) + 1, 4 * pair + 2))
             text += values[pair]
@@ -173,7 +182,7 @@ class Copy(Task):
         self._at_least(1, "symbols")
 
     def draw(self, rng: Random) -> Item:
-        letters = _some(ascii_lowercase, self.symbols, rng)
+        letters = some(ascii_lowercase, self.symbols, rng)
         first = self.symbols + 1
         answers = tuple(Answer(first + i, first + i + 1, i) for i in range(self.symbols))
         return Item(f"{letters}|{letters}", answers, letters)
@@ -193,7 +202,7 @@ class Addition(Task):
             raise ValueError(f"steps of the task addition must be True or False, not {self.steps!r}.")
 
     def draw(self, rng: Random) -> Item:
-        a, b = (_some("0123456789", self.digits, rng) for _ in range(2))
+        a, b = (some("0123456789", self.digits, rng) for _ in range(2))
         asked, answer, carried = f"{a}+{b}=", "", 0
         if self.steps:
             for one, other in zip(reversed(a), reversed(b), strict=True):
@@ -208,15 +217,15 @@ class Addition(Task):
 TASKS = {kind.__name__.lower(): kind for kind in (Passkey, Recall, Copy, Addition)}
 
 
-def parse_task(spelled: str) -> Task:
-    """Reads ``NAME`` or ``NAME,FIELD=VALUE,...``.
+def parse_task(spelled: str, tasks: Mapping[str, type[Task]] = TASKS) -> Task:
+    """Reads ``NAME`` or ``NAME,FIELD=VALUE,...``. ``tasks``: those that there are.
 
     Raises ValueError for a task or a field that there is not, and for a value that cannot be.
     """
     name, *settings = spelled.split(",")
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}.")
-    kind, given = TASKS[name], {}
+    if name not in tasks:
+        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(tasks)}.")
+    kind, given = tasks[name], {}
     kinds = {f.name: f.type for f in fields(kind)}
     for setting in settings:
         field, equals, value = setting.partition("=")
@@ -231,15 +240,15 @@ def parse_task(spelled: str) -> Task:
     return kind(**given)
 
 
-def _below(n: int, rng: Random) -> int:
+def below(n: int, rng: Random) -> int:
     return int(rng.random() * n)
 
 
-def _some(alphabet: str, count: int, rng: Random) -> str:
-    return "".join(alphabet[_below(len(alphabet), rng)] for _ in range(count))
+def some(alphabet: str, count: int, rng: Random) -> str:
+    return "".join(alphabet[below(len(alphabet), rng)] for _ in range(count))
 
 
-def _shuffled(things, count: int, rng: Random) -> list:
+def shuffled(things, count: int, rng: Random) -> list:
     """``count`` of the things, each once, in random order."""
     left = list(things)
-    return [left.pop(_below(len(left), rng)) for _ in range(count)]
+    return [left.pop(below(len(left), rng)) for _ in range(count)]
