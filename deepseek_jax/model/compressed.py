@@ -9,6 +9,7 @@ Suffixes: B batch, T queries, L tokens in a line, E entries, C chosen entries, D
 groups of J, K head dimension, R rank of the output.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,16 +46,17 @@ class Held:
     index: jax.Array | None
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Keys:
     """What the queries of a call see. ``recent``: [B, L, K], ``position`` and ``segment``: int32 [B, L]. ``entries``:
-    [B, E, K], ``number`` and ``entry_segment``: int32 [B, E]; ``index``: the indexer's keys; None without entries."""
+    [B, E, K], ``chosen``: those of int32 [B, T, C], [B, T, C, K], brought from where they lie; ``number`` and
+    ``entry_segment``: int32 [B, E]; ``index``: the indexer's keys; None without entries."""
 
     recent: jax.Array
     position: jax.Array
     segment: jax.Array
     entries: jax.Array | None = None
+    chosen: Callable[[jax.Array], jax.Array] | None = None
     number: jax.Array | None = None
     entry_segment: jax.Array | None = None
     index: jax.Array | None = None
@@ -159,7 +161,8 @@ class Compressed(nnx.Module):
             index = self._entries(self.indexer.compressor, parts[..., width:], last_BE, number_BE)
         if held is None:
             entry_segment = jnp.ones_like(number_BE) if tokens.uniform else made.segment
-            return Keys(recent, position, segment, entries, number_BE, entry_segment, index), None
+            chosen = lambda index_BTC: jax.vmap(lambda a, index: a[index])(entries, index_BTC)  # noqa: E731
+            return Keys(recent, position, segment, entries, chosen, number_BE, entry_segment, index), None
 
         rows, E = jnp.arange(kv_BTK.shape[0])[:, None], held.entries.shape[2]
         slot_BE = jnp.where(made.segment != 0, number_BE, E)
@@ -170,7 +173,10 @@ class Compressed(nnx.Module):
         number_BE = jnp.broadcast_to(jnp.arange(E), (kv_BTK.shape[0], E))
         # Of one segment: entries that are not made yet have numbers that no query sees.
         read = lambda h: None if h is None else h[i].astype(kv_BTK.dtype)  # noqa: E731
-        return Keys(recent, position, segment, read(entries), number_BE, jnp.ones_like(number_BE), read(index)), held
+        # Not cut out of the stack first: of many entries few are chosen.
+        chosen = lambda index_BTC: entries[i, rows[..., None], index_BTC].astype(kv_BTK.dtype)  # noqa: E731
+        one = jnp.ones_like(number_BE)
+        return Keys(recent, position, segment, read(entries), chosen, number_BE, one, read(index)), held
 
     def _entries(self, compressor: Compressor, parts, last_BE, number_BE) -> jax.Array:
         """Rotated at the position of their windows' first tokens."""
@@ -216,8 +222,8 @@ class Compressed(nnx.Module):
             chosen_BTC = chosen_keys(jax.tree.map(rows, seeking), keys.index[:, some], seen_BTE)
             if not few:
                 return mix(q, sink_N, recent, seen_BTL, entries, only_chosen(seen_BTE, chosen_BTC))
-            entry_BTCK = jax.vmap(lambda a, index: a[index])(entries, chosen_BTC)
-            return mix(q, sink_N, recent, seen_BTL, entry_BTCK, jnp.take_along_axis(seen_BTE, chosen_BTC, axis=-1))
+            seen_BTC = jnp.take_along_axis(seen_BTE, chosen_BTC, axis=-1)
+            return mix(q, sink_N, recent, seen_BTL, keys.chosen(chosen_BTC), seen_BTC)
 
         return in_blocks(piece, T, axis=1)
 
