@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tiny import random_model, random_tokens
 
-from deepseek_jax.configs.schema import GQA, MLA, ModelConfig
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, ModelConfig
 from deepseek_jax.convert.ladder import agreement
 from deepseek_jax.convert.references import build_modules
 from deepseek_jax.convert.verify import Observed, Reference
@@ -44,6 +44,40 @@ def _rope(rope) -> dict:
             "high_freq_factor": rope.llama3.high_turns,
         }
     return fields
+
+
+def _compressed(cfg: ModelConfig) -> dict:
+    """V4's, in transformers' words."""
+    a, moe, hc = cfg.attention, cfg.moe, cfg.residual
+    heavy = next(ratio for ratio in a.ratios if ratio not in (0, a.sparse_ratio))
+    kinds = {
+        0: "sliding_attention",
+        a.sparse_ratio: "compressed_sparse_attention",
+        heavy: "heavily_compressed_attention",
+    }
+    share = a.rope_dim / a.head_dim
+    compress = _rope(a.entry_rope) | {"attention_factor": 1.0, "partial_rotary_factor": share}
+    return {
+        "num_key_value_heads": 1,
+        "head_dim": a.head_dim,
+        "q_lora_rank": a.q_rank,
+        "o_groups": a.o_groups,
+        "o_lora_rank": a.o_rank,
+        "sliding_window": a.window,
+        "partial_rotary_factor": share,
+        "layer_types": [kinds[ratio] for ratio in a.ratios],
+        "compress_rates": {kind: ratio for ratio, kind in kinds.items() if ratio},
+        "mlp_layer_types": ["hash_moe"] * moe.n_hash + ["moe"] * (cfg.n_layers - moe.n_hash),
+        "index_n_heads": a.indexer.index_heads,
+        "index_head_dim": a.indexer.index_dim,
+        "index_topk": a.indexer.index_top_k,
+        "rope_parameters": {"main": _rope(a.rope) | {"partial_rotary_factor": share}, "compress": compress},
+        "scoring_func": moe.score,
+        "swiglu_limit": moe.limit,
+        "hc_mult": hc.n_streams,
+        "hc_sinkhorn_iters": hc.sinkhorn_steps,
+        "hc_eps": hc.eps,
+    }
 
 
 def _attention(attention) -> dict:
@@ -81,19 +115,24 @@ def _experts(moe) -> dict:
 
 def hf_config(cfg: ModelConfig) -> dict:
     """The published fields of ``config.json``, in today's spelling."""
-    return {
+    data = {
         "model_type": cfg.model_type,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
         "num_hidden_layers": cfg.n_layers,
-        "first_k_dense_replace": cfg.n_dense_layers,
         "num_attention_heads": cfg.attention.n_heads,
         "rms_norm_eps": cfg.norm_eps,
         "max_position_embeddings": cfg.max_length,
-        "rope_parameters": _rope(cfg.attention.rope),
         "tie_word_embeddings": cfg.tie_embeddings,
         "num_nextn_predict_layers": cfg.mtp_depth,
+    }
+    if isinstance(cfg.attention, Compressed):
+        groups = ("n_group", "topk_group", "norm_topk_prob")
+        return data | {k: v for k, v in _experts(cfg.moe).items() if k not in groups} | _compressed(cfg)
+    return data | {
+        "intermediate_size": cfg.ffn_dim,
+        "first_k_dense_replace": cfg.n_dense_layers,
+        "rope_parameters": _rope(cfg.attention.rope),
         **_attention(cfg.attention),
         **_experts(cfg.moe),
     }
@@ -124,11 +163,45 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
         put(f"{name}.up_proj.weight", ffn.gate_up, lambda a: a[:, 1].T)
         put(f"{name}.down_proj.weight", ffn.down, lambda a: a.T)
 
+    def streams(name, s, prefix=""):
+        if s is not None:
+            put(f"{name}.{prefix}fn", s.map, lambda a: a.T)
+            put(f"{name}.{prefix}base", s.base)
+            put(f"{name}.{prefix}scale", s.scale)
+
+    def compressor(name, c):
+        put(f"{name}.position_bias", c.position)
+        put(f"{name}.kv_proj.weight", c.kv, lambda a: a.T)
+        put(f"{name}.gate_proj.weight", c.gate, lambda a: a.T)
+        put(f"{name}.kv_norm.weight", c.norm.weight)
+
+    def compressed(name, attn):
+        put(f"{name}.sinks", attn.sink)
+        put(f"{name}.q_a_proj.weight", attn.q_a, lambda a: a.T)
+        put(f"{name}.q_a_norm.weight", attn.q_norm.weight)
+        put(f"{name}.q_b_proj.weight", attn.q_b, flat_in)
+        put(f"{name}.kv_proj.weight", attn.kv, lambda a: a.T)
+        put(f"{name}.kv_norm.weight", attn.kv_norm.weight)
+        # [J, K, G, R] -> [G * R, J * K] and [G, R, D] -> [D, G * R]
+        put(f"{name}.o_a_proj.weight", attn.o_a, lambda a: a.transpose(2, 3, 0, 1).reshape(-1, a.shape[0] * a.shape[1]))
+        put(f"{name}.o_b_proj.weight", attn.o_b, flat_out)
+        if attn.compressor is not None:
+            compressor(f"{name}.compressor", attn.compressor)
+        if attn.indexer is not None:
+            part = f"{name}.compressor.indexer"
+            compressor(part, attn.indexer.compressor)
+            put(f"{part}.q_b_proj.weight", attn.indexer.q, flat_in)
+            put(f"{part}.scorer.weights_proj.weight", attn.indexer.weight, lambda a: a.T)
+
     def block(name, b):
         attn, ffn = b.attn, b.ffn
         put(f"{name}.input_layernorm.weight", b.attn_norm.weight)
         put(f"{name}.post_attention_layernorm.weight", b.ffn_norm.weight)
-        if isinstance(attn.cfg, GQA):
+        streams(f"{name}.attn_hc", b.attn_streams)
+        streams(f"{name}.ffn_hc", b.ffn_streams)
+        if isinstance(attn.cfg, Compressed):
+            compressed(f"{name}.self_attn", attn)
+        elif isinstance(attn.cfg, GQA):
             for part in ("q", "k", "v"):
                 put(f"{name}.self_attn.{part}_proj.weight", getattr(attn, part), flat_in)
                 put(f"{name}.self_attn.{part}_proj.bias", getattr(attn, f"{part}_bias"))
@@ -149,7 +222,8 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
             put(f"{part}.k_norm.weight", attn.indexer.k_norm.weight)
             put(f"{part}.k_norm.bias", attn.indexer.k_norm.bias)
             put(f"{part}.weights_proj.weight", attn.indexer.weight, lambda a: a.T)
-        put(f"{name}.self_attn.o_proj.weight", attn.o, flat_out)
+        if not isinstance(attn.cfg, Compressed):
+            put(f"{name}.self_attn.o_proj.weight", attn.o, flat_out)
         if not hasattr(ffn, "router"):
             return network(f"{name}.mlp", ffn)
         put(f"{name}.mlp.gate.weight", ffn.router.weight, lambda a: a.T)
@@ -159,20 +233,24 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
         return network(f"{name}.mlp.shared_experts", ffn.shared)
 
     put("model.embed_tokens.weight", model.embed)
-    layer = 0
-    for stack in model.stacks:
-        size = stack.attn_norm.weight.get_value().shape[0]
-        for i in range(size):
-            block(f"model.layers.{layer}", jax.tree.map(lambda a, i=i: a[i], stack))
-            layer += 1
+    for stack, layers in zip(model.stacks, model.cfg.stacks, strict=True):
+        for i, number in enumerate(layers.numbers):
+            block(f"model.layers.{number}", jax.tree.map(lambda a, i=i: a[i], stack))
     put("model.norm.weight", model.norm.weight)
+    streams("model.hc_head", model.collapse, "hc_")
     if model.head is not None:
         put("lm_head.weight", model.head, lambda a: a.T)
     for depth, module in enumerate(model.mtp):
         put(f"mtp.{depth}.enorm.weight", module.embed_norm.weight)
         put(f"mtp.{depth}.hnorm.weight", module.hidden_norm.weight)
-        put(f"mtp.{depth}.eh_proj.weight", module.proj, lambda a: a.T)
-        put(f"mtp.{depth}.post_norm.weight", module.norm.weight)
+        if model.collapse is None:
+            put(f"mtp.{depth}.eh_proj.weight", module.proj, lambda a: a.T)
+            put(f"mtp.{depth}.post_norm.weight", module.norm.weight)
+        else:
+            put(f"mtp.{depth}.e_proj.weight", module.embed_proj, lambda a: a.T)
+            put(f"mtp.{depth}.h_proj.weight", module.hidden_proj, lambda a: a.T)
+            put(f"mtp.{depth}.norm.weight", module.norm.weight)
+            streams(f"mtp.{depth}.hc_head", module.collapse, "hc_")
         block(f"mtp.{depth}.mtp_block", module.block)
     return out
 

@@ -46,7 +46,7 @@ def fill_randomly(module, seed: int = 0, bias_offset: float = 0.0):
         if isinstance(variable, RouterBias):
             value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
             return RouterBias(value, **variable.get_metadata())
-        if path[-1].endswith("bias"):
+        if path[-1].endswith("bias") or path[-1] in ("base", "sink"):
             value = rng.normal(0, 0.5, shape)
         elif not inputs:
             value = rng.normal(1, 0.1, shape)

@@ -22,7 +22,6 @@ from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import load_first_layers, load_pretrained
 from deepseek_jax.convert.pickles import weight_files
 from deepseek_jax.convert.verify import Observed, VerifyError, reference_model
-from deepseek_jax.core.params import RouterBias, is_variable
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.small_files import SMALL
@@ -93,9 +92,10 @@ def differing(ours, theirs) -> np.ndarray:
 
 
 def agreement(ours, theirs, biased, moe: MoE, layer: int | None = None, what: str = "router") -> Routing:
-    """Compares expert sets [..., K]; the margins are those of the reference's score + bias [..., E]."""
+    """Compares expert sets [..., K]; the margins are those of the reference's score + bias [..., E]. Where a token's id
+    chooses nothing is near."""
     flipped = differing(ours, theirs)
-    margin = choose(np.asarray(biased), moe)[1]
+    margin = np.full(flipped.shape, np.inf) if moe.n_hash else choose(np.asarray(biased), moe)[1]
     return Routing(
         layer,
         what,
@@ -133,19 +133,25 @@ def matched(model: Transformer, tokens, seen: Observed, cache=None, with_mtp=Fal
         return out, []
     theirs = np.stack([np.asarray(index) for index in seen.index])
     ours = np.asarray(out.aux.expert_index)
+    networks = [cfg.layers[layer].ffn for layer in cfg.moe_layers]
     if differing(ours, theirs).any():
+        hashed = np.array([moe.n_hash > 0 for moe in networks])[:, None, None, None]  # by the tokens alone
         out = _call(model, tokens, cache, jnp.asarray(theirs, jnp.int32), with_mtp, capture)
         scores = np.asarray(out.captured["router_scores"]) + router_biases(model)[:, None, None]
-        ours = choose(scores, cfg.moe)[0]
+        ours = np.where(hashed, ours, choose(scores, cfg.moe)[0])
     return out, [
-        agreement(ours[i], theirs[i], seen.biased[i], cfg.moe, layer) for i, layer in enumerate(cfg.moe_layers)
+        agreement(ours[i], theirs[i], seen.biased[i], networks[i], layer) for i, layer in enumerate(cfg.moe_layers)
     ]
 
 
 def router_biases(model: Transformer) -> np.ndarray:
-    """float32 [L_moe, E] of the main model."""
-    leaves = jax.tree.leaves(model.stacks, is_leaf=is_variable)
-    return np.concatenate([np.asarray(v.get_value()) for v in leaves if isinstance(v, RouterBias)])
+    """float32 [L_moe, E] of the main model; zero of routers that have none."""
+    cfg = model.cfg
+    found = np.zeros((cfg.n_layers, cfg.moe.n_experts), np.float32)
+    for stack, block in zip(cfg.stacks, model.stacks, strict=True):
+        if stack.layer.is_moe and block.ffn.router.bias is not None:
+            found[list(stack.numbers)] = np.asarray(block.ffn.router.bias.get_value())
+    return found[list(cfg.moe_layers)]
 
 
 def ladder(

@@ -9,8 +9,8 @@ from typing import Any
 from deepseek_jax.notes import cut, shown
 
 EXTRA = 'the reference needs PyTorch and transformers: pip install "deepseek-jax[verify]"'
-# Of the file or of other classes; layer_types follows from the number of layers.
-DROPPED = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "layer_types")
+# Of the file or of other classes; layer_types follows from the number of layers, but not V4's.
+DROPPED = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype")
 
 
 class VerifyError(ValueError):
@@ -36,7 +36,8 @@ def build_modules(config: dict) -> tuple[Any, Any]:
     except ImportError as error:
         raise VerifyError(f"{EXTRA} ({error})") from None
     try:
-        config = make_config({k: v for k, v in config.items() if k not in DROPPED})
+        listed = () if model_type == "deepseek_v4" else ("layer_types",)
+        config = make_config({k: v for k, v in config.items() if k not in (*DROPPED, *listed)})
     except Exception as error:  # its checks raise exceptions of several libraries
         raise VerifyError(
             f"there is no reference for this config: transformers refuses it ({type(error).__name__}: {cut(error)})."
@@ -81,6 +82,54 @@ def _deepseek_v32() -> Maker:
         return [MtpLayer(config, DeepseekV32DecoderLayer, DeepseekV32RMSNorm, last) for _ in range(depth)]
 
     return lambda fields: DeepseekV32Config(**fields), DeepseekV32ForCausalLM, mtp
+
+
+def _deepseek_v4() -> Maker:
+    import copy
+
+    import torch
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+
+    class MtpModule(torch.nn.Module):
+        """What DeepSeek's own code has after the last layer, of transformers' parts: it has no MTP of V4 itself."""
+
+        def __init__(self, config):
+            super().__init__()
+            own = copy.deepcopy(config)
+            own.layer_types, own.mlp_layer_types = ["sliding_attention"], ["moe"]
+            dim, eps = config.hidden_size, config.rms_norm_eps
+            self.e_proj, self.h_proj = (torch.nn.Linear(dim, dim, bias=False) for _ in range(2))
+            self.enorm, self.hnorm, self.norm = (v4.DeepseekV4RMSNorm(dim, eps=eps) for _ in range(3))
+            self.mtp_block = v4.DeepseekV4DecoderLayer(own, 0)
+            self.hc_head = v4.DeepseekV4HyperHead(config)
+
+        def forward(self, embedding, streams, **arguments):
+            x = self.e_proj(self.enorm(embedding))[:, :, None] + self.h_proj(self.hnorm(streams))
+            return self.norm(self.hc_head(self.mtp_block(x, **arguments)))
+
+    def config(fields: dict):
+        depth = fields.get("num_mtp_layers", fields.get("num_nextn_predict_layers")) or 0
+        fields = {k: v for k, v in fields.items() if k != "num_mtp_layers"}
+        return DeepseekV4Config(**copy.deepcopy(fields) | {"num_nextn_predict_layers": depth})
+
+    return (
+        config,
+        DeepseekV4ForCausalLM,
+        lambda config: [MtpModule(config) for _ in range(config.num_nextn_predict_layers)],
+    )
+
+
+def rotations(rotary, embedding, positions):
+    """What a layer is given to rotate with: of V4 by both its RoPEs."""
+    if not hasattr(rotary, "layer_types"):
+        return rotary(embedding, positions)
+    return {kind: rotary(embedding, position_ids=positions, layer_type=kind) for kind in rotary.layer_types}
+
+
+def windowed(config) -> int | None:
+    """How many tokens a query sees as they are; None: all before it."""
+    return config.sliding_window if config.model_type == "deepseek_v4" else None
 
 
 def _deepseek_v2() -> Maker:
@@ -137,6 +186,7 @@ REFERENCES: dict[str, Callable[[], Maker]] = {
     "deepseek_v3": _deepseek_v3,
     "kimi_k2": _deepseek_v3,
     "deepseek_v32": _deepseek_v32,
+    "deepseek_v4": _deepseek_v4,
     "deepseek_v2": _deepseek_v2,
     "deepseek": _deepseek,
     "llama": _llama,

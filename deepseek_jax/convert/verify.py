@@ -8,8 +8,6 @@ imported inside functions only.
 Suffixes: L layers, B rows, T tokens, D width, K chosen experts, E experts, V vocabulary.
 """
 
-import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.convert.reference_files import LAYER, find_tensors, read_object, read_tensors
-from deepseek_jax.convert.references import VerifyError, build_modules
+from deepseek_jax.convert.reference_files import find_tensors, read_object, read_tensors
+from deepseek_jax.convert.reference_names import in_memory, layer_number, place, published, slots, with_stored_mtp
+from deepseek_jax.convert.references import VerifyError, build_modules, rotations, windowed
 
 
 @dataclass
@@ -28,7 +27,8 @@ class Observed:
     ``logits``: [B, T, V]; ``hidden``: [B, T, D] after the final norm. ``mtp_logits``: one a depth d,
     [B, T - 1 - d, V]. ``captured``: "attn", "ffn", "block" -> one [B, T, D] a layer. ``index``, ``biased``:
     one a MoE layer, the chosen experts [B, T, K] in no order and score (+ bias) [B, T, E]; ``mtp_index`` and
-    ``mtp_biased`` the same for the MTP modules, T - 1 - d long.
+    ``mtp_biased`` the same for the MTP modules, T - 1 - d long. ``streams``: of a model with several, those
+    [B, T, H, D] that the main model and each MTP module end with.
     """
 
     hidden: Any = None
@@ -39,6 +39,7 @@ class Observed:
     biased: list = field(default_factory=list)
     mtp_index: list = field(default_factory=list)
     mtp_biased: list = field(default_factory=list)
+    streams: list = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Reference:
         positions = np.broadcast_to(np.arange(T), (B, T)) if positions is None else np.asarray(positions)
         positions = torch.tensor(positions, dtype=torch.long)
         visible = np.tril(np.ones((B, T, T), bool)) if visible is None else np.asarray(visible)
+        if (window := windowed(self.main.config)) is not None:  # of a mask that is given nothing is taken away
+            visible = visible & np.triu(np.ones((T, T), bool), 1 - window)
         hidden_away = ~torch.tensor(visible)[:, None]
         mask = torch.zeros(hidden_away.shape).masked_fill(hidden_away, torch.finfo(torch.float32).min)
         seen = Observed()
@@ -71,20 +74,21 @@ class Reference:
                 input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state
             seen.logits = self.main.lm_head(seen.hidden)
-            hidden = seen.hidden
+            handed = seen.streams[-1] if seen.streams else seen.hidden
             for depth, layer in enumerate(self.mtp):
                 n = T - 1 - depth
                 if n < 1:
                     break
-                embedding, place = model.embed_tokens(tokens[:, 1 + depth :]), positions[:, :n] + 1 + depth
+                embedding, at = model.embed_tokens(tokens[:, 1 + depth :]), positions[:, :n] + 1 + depth
                 hidden = layer(
                     embedding,
-                    hidden[:, :n],
-                    position_embeddings=model.rotary_emb(embedding, place),
+                    handed[:, :n],
+                    position_embeddings=rotations(model.rotary_emb, embedding, at),
                     attention_mask=mask[:, :, :n, :n],
-                    position_ids=place,
+                    position_ids=at,
                     past_key_values=None,
                 )
+                handed = seen.streams[-1] if seen.streams else hidden
                 seen.mtp_logits.append(self.main.lm_head(hidden))
         return seen
 
@@ -128,7 +132,7 @@ class Reference:
         sum((logits * torch.tensor(direction)).sum() for logits, direction in outputs).backward()
         parameters = dict(self.main.named_parameters()) | {f"mtp.{k}": p for k, p in self.mtp.named_parameters()}
         found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
-        placed = {name: _place(name, found, len(self.main.model.layers)) for name in self.names}
+        placed = {name: place(in_memory(name), found, len(self.main.model.layers)) for name in self.names}
         return {name: at.numpy() for name, (key, at) in placed.items() if key != "copy" and at is not None}
 
     @contextmanager
@@ -144,14 +148,17 @@ class Reference:
             def hook(module, args, output):
                 logits, weights, index = output
                 bias = getattr(module, "e_score_correction_bias", None)
-                # A router with a bias has sigmoid scores (V3), one without has softmax ones (V1, V2).
-                scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+                if hasattr(module, "score_fn"):  # V4
+                    scores, normalised = module.score_fn(logits), True
+                else:  # A router with a bias has sigmoid scores (V3), one without has softmax ones (V1, V2).
+                    scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+                    normalised = bias is not None and module.norm_topk_prob
                 biased = scores if bias is None else scores + bias
                 biased_to.append(biased.detach().unflatten(0, (batch, -1)))
                 if replay is not None:
                     index = replay.long().flatten(0, 1)
                     weights = scores.gather(1, index)
-                    if bias is not None and module.norm_topk_prob:
+                    if normalised:
                         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
                     weights = weights * module.routed_scaling_factor
                 index_to.append(index.unflatten(0, (batch, -1)))
@@ -168,6 +175,10 @@ class Reference:
                 replay = None if routing is None else torch.tensor(np.asarray(routing[moe]))
                 handles.append(layer.mlp.gate.register_forward_hook(route(seen.index, seen.biased, replay)))
                 moe += 1
+        for head in (self.main.model, *self.mtp):
+            if hasattr(head, "hc_head"):
+                keep_streams = lambda module, args: seen.streams.append(args[0])  # noqa: E731
+                handles.append(head.hc_head.register_forward_pre_hook(keep_streams))
         for layer in self.mtp:
             if hasattr(layer.mtp_block.mlp, "gate"):
                 gate = layer.mtp_block.mlp.gate
@@ -199,22 +210,22 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
         config |= {"num_hidden_layers": n_layers, "num_mtp_layers": 0}
     held = find_tensors(path, n_layers)
     if n_layers is None:
-        config = _with_stored_mtp(config, held)
+        config = with_stored_mtp(config, held)
     reference = Reference(*build_modules(config))
     import torch
 
     targets = reference.main.state_dict() | {f"mtp.{k}": v for k, v in reference.mtp.state_dict().items()}
     # Without shared experts the reference has networks of width 0, for which no file holds anything.
-    missing = {slot for name, target in targets.items() if target.numel() for slot in _slots(name, target)}
+    missing = {slot for name, target in targets.items() if target.numel() for slot in slots(name, target)}
     if config.get("tie_word_embeddings"):
         missing.discard("lm_head.weight")
     copies, names = [], []
     layers = len(reference.main.model.layers) + len(reference.mtp)
     for name, tensor in read_tensors(path, config, held):
-        if (layer := LAYER.match(name)) and int(layer[1]) >= layers:
+        if (layer_number(name, config["num_hidden_layers"]) or 0) >= layers:
             continue
-        names += _published(name, tensor)
-        key, target = _place(name, targets, len(reference.main.model.layers))
+        names += published(name, tensor)
+        key, target = place(in_memory(name), targets, len(reference.main.model.layers))
         if key == "copy":
             copies.append((name, tensor, targets[target]))
         elif target is None or target.shape != tensor.shape:
@@ -222,67 +233,10 @@ def reference_model(path: str | Path, n_layers: int | None = None) -> Reference:
             raise VerifyError(f"{path}: {name} has shape {tuple(tensor.shape)}; the reference has {expected}.")
         else:
             target.copy_(tensor)
-            missing -= set(_slots(key, target)) if key in targets else {key}
+            missing -= set(slots(key, target)) if key in targets else {key}
     if missing:
         raise VerifyError(f"{path} lacks {len(missing)} tensors of the reference, among them {min(missing)}.")
     for name, tensor, original in copies:
         if not torch.equal(tensor, original):
             raise VerifyError(f"{path}: {name} differs from the main model's, of which it is a copy.")
     return replace(reference, names=tuple(names))
-
-
-def _published(name: str, tensor) -> list[str]:
-    """The published names of what a stored tensor holds: itself, or the experts that transformers 5 has in one."""
-    fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj", name)
-    if fused is None:
-        return [name]
-    parts = ("gate", "up") if fused[2] == "gate_up" else ("down",)
-    return [f"{fused[1]}.{expert}.{part}_proj.weight" for expert in range(len(tensor)) for part in parts]
-
-
-def _slots(name: str, target) -> Iterator[str]:
-    """What has to be filled of a tensor: of a stack of experts, every published matrix."""
-    if ".mlp.experts." not in name:
-        yield name
-        return
-    for expert in range(len(target)):
-        parts = (".gate", ".up") if name.endswith("gate_up_proj") else ("",)
-        yield from (f"{name}[{expert}]{part}" for part in parts)
-
-
-def _with_stored_mtp(config: dict, held: dict) -> dict:
-    """The config with as many MTP layers as it announces and the files hold; where it announces none, as the files."""
-    layers = config.get("num_hidden_layers")
-    numbers = [int(layer[1]) for layer in map(LAYER.match, held) if layer]
-    stored = max((n + 1 - layers for n in numbers if n >= layers), default=0)
-    names = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(name) is not None]
-    depth = min(stored, config[names[0]]) if names else stored
-    return {**config, **dict.fromkeys(names or ["num_nextn_predict_layers"], depth)}
-
-
-def _place(name: str, targets: dict, n_layers: int):
-    """Where a published tensor goes: a name to tick off, and the view to fill (None: nowhere)."""
-    module = name
-    layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
-    if layer and int(layer[1]) >= n_layers:
-        rest = layer[2]
-        if rest == "embed_tokens.weight":
-            return "copy", "model.embed_tokens.weight"
-        if rest == "shared_head.head.weight":
-            return "copy", "lm_head.weight"
-        rest = rest.replace("shared_head.norm", "post_norm")
-        if rest.split(".")[0] not in ("enorm", "hnorm", "eh_proj", "post_norm"):
-            rest = "mtp_block." + rest
-        module = f"mtp.{int(layer[1]) - n_layers}.{rest}"
-    expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", module)
-    if not expert:
-        return module, targets.get(module)
-    stack, number, part = expert[1], int(expert[2]), expert[3]
-    fused = f"{stack}.{'down' if part == 'down' else 'gate_up'}_proj"
-    if fused not in targets or number >= len(targets[fused]):
-        return module, None
-    view = targets[fused][number]
-    if part == "down":
-        return f"{fused}[{number}]", view
-    half = view.shape[0] // 2
-    return f"{fused}[{number}].{part}", view[:half] if part == "gate" else view[half:]

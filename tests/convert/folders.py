@@ -58,8 +58,9 @@ def with_fp4_experts(source: Path, folder: Path) -> Path:
     for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
         rows, columns = tensors[name].shape
         tensors[name] = rng.integers(-128, 128, (rows, columns // 2)).astype(PACKED)
-        scale = rng.integers(100, 130, (rows, -(-columns // 32))).astype(np.uint8)
-        tensors[f"{name}_scale_inv"] = scale.view(ml_dtypes.float8_e8m0fnu)
+        scale = rng.integers(118, 124, (rows, -(-columns // 32))).astype(np.uint8)
+        beside = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name.removesuffix('weight')}scale"
+        tensors[beside] = scale.view(ml_dtypes.float8_e8m0fnu)
     write_arrays(folder, tensors)
     edit_json(folder / "config.json", lambda config: config.update(expert_dtype="fp4"))
     return folder
