@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "generation": {"core", "model", "parallel"},
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
-    "rl": {"configs", "data"},
+    "rl": {"configs", "core", "data", "generation", "model", "train"},
     "lab": {"analysis", "configs", "core", "data", "runs", "text", "train"},
     "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},
 }

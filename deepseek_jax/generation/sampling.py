@@ -121,9 +121,9 @@ def packed(kept_BTV: jax.Array) -> jax.Array:
     return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
 
 
-def unpacked(mask: np.ndarray, vocab_size: int) -> np.ndarray:
-    """bool [..., V] of `packed`'s numbers [..., V / 32]."""
-    bits = np.asarray(mask)[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+def unpacked(mask, vocab_size: int):
+    """bool [..., V] of `packed`'s numbers [..., V / 32], NumPy's or JAX's."""
+    bits = mask[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     return bits.reshape(*mask.shape[:-1], -1)[..., :vocab_size].astype(bool)
 
 

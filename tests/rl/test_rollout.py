@@ -1,0 +1,142 @@
+"""Rollouts as a training step takes them: groups, log-probabilities that agree, what is kept; a smoke test of all."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import random_model, tiny_config
+
+from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.core.params import named
+from deepseek_jax.rl.advantage import advantages
+from deepseek_jax.rl.objective import MATH, V32, loss
+from deepseek_jax.rl.policy import Policy, logprobs
+from deepseek_jax.rl.rollout import batch, rollout
+from deepseek_jax.rl.tasks import Tags, scored
+from deepseek_jax.train.objective import Knobs, NextToken
+from deepseek_jax.train.schedule import Setting
+from deepseek_jax.train.step import start, train_step
+from deepseek_jax.train.weights import LossWeights
+
+CFG = tiny_config(n_layers=2, mtp_depth=0, vocab_size=16)
+step = jax.jit(train_step, static_argnames=("optimizer", "objective", "ctx", "clip"))
+PLAIN = optax.scale(-1.0)
+
+
+def knobs(lr, micro_batches=1, bias_speed=0.0):
+    return Knobs.of(Setting(lr, bias_speed, 0.0, micro_batches, rows=0))
+
+
+@pytest.fixture(scope="module")
+def rolled():
+    """Of V3.2's form, at a temperature and with a filter, with stop ids that come often."""
+    model, form = random_model(CFG), replace(V32, beta=0.1)
+    prompts = [[3, 4, 5], [7], [1, 2]]
+    found = rollout(model, prompts, 4, form, 6, seed=3, temperature=0.7, top_p=0.8, stop_ids=(9, 11))
+    reward = np.array([len(a) for a in found.answers], float)
+    reward[5] = np.nan
+    return model, form, found, batch(found, advantages(reward, found.group, "none"), form, 10)
+
+
+def test_groups_are_of_their_prompts_and_answers_differ(rolled):
+    _, _, found, rows = rolled
+    assert found.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [p[0] for p in found.prompts] == [3] * 4 + [7] * 4 + [1] * 4
+    assert all(len({tuple(found.answers[i]) for i in range(g, g + 4)}) > 1 for g in (0, 4, 8))
+    assert {"stop", "length"} == set(found.info.finish_reason)
+    for i, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
+        n = len(prompt) + len(answer)
+        assert rows["tokens"][i, :n].tolist() == prompt + answer
+        assert rows["segments"][i].tolist() == [1] * n + [0] * (10 - n)
+        counted = [0] * len(prompt) + [float(i != 5)] * len(answer) + [0] * (10 - n)
+        assert rows["answer"][i].tolist() == counted
+
+
+def test_the_trainers_logprobs_are_the_rollouts(rolled):
+    """At the temperature, over the kept sets, of the same tokens; without the sets they are others."""
+    model, _, _, rows = rolled
+    counted = rows["answer"] > 0
+    found = np.asarray(logprobs(model, rows, 0.7))
+    np.testing.assert_allclose(found[counted], rows["old"][counted], atol=5e-5)
+    without = np.asarray(logprobs(model, {n: a for n, a in rows.items() if n != "kept"}, 0.7))
+    assert (without[counted] <= found[counted] + 1e-5).all()
+    assert np.abs(without - rows["old"])[counted].max() > 0.01
+
+
+def test_a_step_on_policy_has_ratios_of_1_and_replays_experts(rolled):
+    """In three parts, as the whole; router weights learn through replayed experts, router biases do not move."""
+    model, form, _, rows = rolled
+    rows = {**rows, "reference": np.asarray(logprobs(random_model(CFG, seed=1), rows, 0.7))}
+    shaped = {name: a.reshape(3, -1, *a.shape[1:]) for name, a in rows.items()}
+    before = start(model, PLAIN)
+    state, metrics = step(
+        before,
+        shaped,
+        knobs(1.0, 3, bias_speed=0.01),
+        optimizer=PLAIN,
+        objective=Policy(form, 0.7),
+        ctx=DEFAULT,
+        clip=1e9,
+    )
+    assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5)
+    assert float(metrics["mismatch"]) < 1e-6
+    assert float(metrics["kl"]) > 0
+    mine = np.asarray(logprobs(model, rows, 0.7))
+    whole, seen = loss(form, mine, rows["old"], rows["advantage"][:, 0], rows["answer"], rows["reference"])
+    np.testing.assert_allclose(metrics["loss"], whole, rtol=2e-5)
+    np.testing.assert_allclose(metrics["kl"], seen["kl"], rtol=2e-5)
+    after, values = named(state.params), named(before.params)
+    moved = {name: np.abs(np.asarray(after[name]) - np.asarray(values[name])).max() for name in after}
+    assert min(value for name, value in moved.items() if "router" in name) > 1e-6
+    assert "load" not in metrics
+    jax.tree.map(np.testing.assert_array_equal, state.rest, before.rest)
+
+
+def test_what_is_missing_is_named(rolled):
+    model, form, found, rows = rolled
+    shaped = {name: a[None] for name, a in rows.items()}
+    with pytest.raises(ValueError, match="needs reference"):
+        train_step(start(model, PLAIN), shaped, knobs(1.0), optimizer=PLAIN, objective=Policy(form), ctx=DEFAULT)
+    with pytest.raises(ValueError, match="more than length=5"):
+        batch(found, advantages(np.zeros(12), found.group), form, 5)
+    with pytest.raises(ValueError, match="greedy answers"):
+        rollout(model, [[1]], 2, MATH, 3, seed=0, temperature=0.0)
+
+
+# A character each, a tag each, and the end.
+LETTERS = [*"abcdefghij:", "<think>", "</think>", "<answer>", "</answer>", "END"]
+END = 15
+
+
+def ids(text: str) -> list[int]:
+    for i, tag in enumerate(LETTERS[11:15]):
+        text = text.replace(tag, chr(i))
+    return [11 + ord(c) if ord(c) < 4 else LETTERS.index(c) for c in text]
+
+
+def test_tags_are_learned_in_order():
+    """Rung 0: a base that has seen the tags in any order, then twenty steps of GRPO on the form alone."""
+    task, adam = Tags(documents=1280), optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale(-1.0))
+    problems = list(task.training_items())
+    texts = np.array([[*ids(p.text), END] for p in problems], np.int32)
+    state = start(random_model(CFG), adam)
+    for i in range(60):
+        rows = {"tokens": texts[None, i % 20 * 64 : i % 20 * 64 + 64]}
+        state, _ = step(
+            state, rows, knobs(3e-3), optimizer=adam, objective=NextToken(LossWeights(), 0), ctx=DEFAULT, clip=1.0
+        )
+    form, shares, model = replace(MATH, beta=0.0), [], state.model
+    state = start(model, adam)
+    for i in range(20):
+        asked = problems[8 * i : 8 * i + 8]
+        found = rollout(state.model, [ids(p.prompt) for p in asked], 16, form, 7, seed=i, stop_ids=(END,))
+        said = ["".join(LETTERS[t] for t in answer if t != END) for answer in found.answers]
+        reward = scored(task, [p for p in asked for _ in range(16)], said)["format"]
+        shares.append(reward.mean())
+        rows = batch(found, advantages(reward, found.group, form.scale, form.ddof), form, 12)
+        shaped = {name: a[None] for name, a in rows.items()}
+        state, _ = step(state, shaped, knobs(1e-3), optimizer=adam, objective=Policy(form), ctx=DEFAULT, clip=1.0)
+    assert 0.02 < shares[0] < 0.3
+    assert np.mean(shares[-5:]) > 0.95
