@@ -21,7 +21,7 @@ def agreeing_model(cfg, mixing: float, seed: int = 0):
 
     def scale(path, variable):
         value = variable.get_value()
-        if path[-1] in ("o", "down"):
+        if path[-1] in ("o", "o_b", "down"):
             value = value * mixing
         elif path[-1] == "proj":
             D = cfg.dim
