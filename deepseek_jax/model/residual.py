@@ -142,7 +142,10 @@ def doubly_stochastic(mix: jax.Array, cfg: HyperConnections) -> jax.Array:
     def over(mix, axis: int):
         return mix / (mix.sum(axis, keepdims=True) + cfg.eps)
 
-    return jax.lax.fori_loop(0, cfg.sinkhorn_steps - 1, lambda _, mix: over(over(mix, -1), -2), over(mix, -2))
+    # Tokens stand last meanwhile: of sums over a few numbers, many are taken at once.
+    mix = over(jnp.moveaxis(mix, (-2, -1), (0, 1)), 0)
+    mix = jax.lax.fori_loop(0, cfg.sinkhorn_steps - 1, lambda _, mix: over(over(mix, 1), 0), mix)
+    return jnp.moveaxis(mix, (0, 1), (-2, -1))
 
 
 def _mapped(x: jax.Array, weight, equation: str, eps: float, ctx: Context) -> jax.Array:
