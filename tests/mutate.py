@@ -49,6 +49,7 @@ TARGETS = {
     "model/mla.py": ["model/test_mla.py", "paper/test_v3_mla.py", "model/test_cache.py", "model/test_parity.py"],
     "train/muon.py": ["paper/test_v4_muon.py", "train/test_muon.py"],
     "train/loss.py": ["train/test_loss.py", "paper/test_v3_mtp.py", "train/test_step.py"],
+    "rl/advantage.py": ["rl/test_advantage.py", "paper/test_r1_grpo.py"],
 }
 # Lines that act on a mesh only, and what notices those: minutes for each, so only with --mesh.
 MESH = re.compile(

@@ -62,7 +62,7 @@ def advantages(reward_N, group_N, scale: str = "std", ddof: int = 0) -> Advantag
 
 def differ(reward_N: np.ndarray) -> bool:
     """Whether rewards are not all equal, up to `EQUAL`."""
-    return reward_N.size > 1 and float(np.ptp(reward_N)) > EQUAL * float(np.abs(reward_N).max())
+    return reward_N.size > 1 and bool(np.ptp(reward_N) > EQUAL * np.abs(reward_N).max())
 
 
 def informative(accuracy_N, group_N) -> np.ndarray:

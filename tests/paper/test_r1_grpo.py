@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.rl.advantage import advantages, share_without_signal
-from deepseek_jax.rl.objective import MATH, V3, V32, VARIANTS, kl_terms, loss
+from deepseek_jax.rl.objective import MATH, V3, V32, VARIANTS, Grpo, kl_terms, loss
 
 RNG = np.random.default_rng(1)
 V = 6
@@ -190,6 +190,10 @@ def test_each_form_is_its_papers_equation(name):
 
 
 def test_the_published_settings():
+    assert Grpo() == Grpo(
+        "token", 0.2, 0.2, "answer", None, scale="std", ddof=0, beta=0.0, kl="k3", delta=None, keep_routing=False,
+        keep_sampling_mask=False, truncated="keep",
+    )  # fmt: skip
     assert (MATH.beta, MATH.ratio, MATH.scale, MATH.kl) == (0.04, "token", "std", "k3")
     assert (V3.ratio, V3.average) == ("sequence", "answer")
     assert (VARIANTS["r1"].beta, VARIANTS["r1"].low, VARIANTS["r1"].high) == (0.001, 10, 10)

@@ -42,7 +42,16 @@ def test_a_group_of_equal_rewards_has_exactly_0(reward, size):
     assert (advantages(orders, np.zeros(size)).value == 0).all()
 
 
+def test_the_share_of_silent_groups_counts_groups_not_answers():
+    found = advantages([1, 1, 1, 1, 0, 1, 2, 3], [0, 0, 0, 0, 1, 1, 2, 2])
+    assert found.silent == pytest.approx(1 / 3)
+    assert found.value.dtype == np.float32
+    np.testing.assert_allclose(found.value[4:], [-1, 1, -1, 1], rtol=1e-6)
+
+
 def test_small_differences_are_differences():
+    assert advantages([1 + 1.2e-6, 1], np.zeros(2)).signal.all()
+    assert not advantages([1 + 0.8e-6, 1], np.zeros(2)).signal.any()
     found = advantages([1e-12, 0, 0, 0], np.zeros(4))
     np.testing.assert_allclose(found.value, advantages([1, 0, 0, 0], np.zeros(4)).value, rtol=1e-6)
 
@@ -57,6 +66,7 @@ def test_a_reward_that_could_not_be_computed_leaves_mean_and_deviation():
 
 def test_normalising_twice_changes_nothing_so_once_is_enough():
     once = advantages(REWARDS, GROUPS).value
+    np.testing.assert_allclose(once[:4].std(), 1, rtol=1e-6)
     np.testing.assert_allclose(advantages(once, GROUPS).value, once, atol=1e-6)
     assert not np.allclose(advantages(REWARDS, GROUPS, "none").value, once)
 
@@ -65,7 +75,7 @@ def test_groups_are_filtered_by_accuracy_not_by_the_sum():
     accuracy = np.array([0, 0, 0, 1, 1, 1, 0, np.nan, 1])
     form = np.array([1, 0, 0, 1, 1, 0, 0, 0, 0])
     group = np.repeat([0, 1, 2], 3)
-    assert informative(accuracy, group).tolist() == [False] * 6 + [True] * 3
+    assert informative(accuracy.tolist(), group.tolist()).tolist() == [False] * 6 + [True] * 3
     assert advantages(accuracy + form, group).signal[:6].all()
 
 
