@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope, Yarn
-from deepseek_jax.core.params import RouterBias, is_looked_up, map_variables, matrix_of
+from deepseek_jax.core.params import HashTable, RouterBias, is_looked_up, map_variables, matrix_of
+from deepseek_jax.model.tokens import Tokens, make_tokens
 from deepseek_jax.model.transformer import Transformer, abstract
 
 
@@ -46,6 +47,10 @@ def fill_randomly(module, seed: int = 0, bias_offset: float = 0.0):
         if isinstance(variable, RouterBias):
             value = jnp.asarray(rng.normal(bias_offset, 0.1, shape), jnp.float32)
             return RouterBias(value, **variable.get_metadata())
+        if isinstance(variable, HashTable):
+            experts = variable.get_metadata()["n_experts"]
+            value = rng.random((*shape[:-1], experts)).argsort(-1)[..., : shape[-1]]
+            return HashTable(jnp.asarray(value, jnp.int32), **variable.get_metadata())
         if path[-1].endswith("bias") or path[-1] in ("base", "sink"):
             value = rng.normal(0, 0.5, shape)
         elif not inputs:
@@ -61,3 +66,10 @@ def fill_randomly(module, seed: int = 0, bias_offset: float = 0.0):
 
 def random_tokens(cfg, batch: int, length: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, length)), jnp.int32)
+
+
+def tokens_of(segment, ids=None, cfg: ModelConfig | None = None) -> Tokens:
+    """Tokens int32 [B, T] as a router is given them, at positions from 0 on."""
+    segment = jnp.asarray(segment, jnp.int32)
+    position = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+    return make_tokens(cfg or tiny_config(), position, segment, id_BT=ids)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.convert.formats import STORED, Stored, shared
 from deepseek_jax.convert.names import Leaf, Path, Tensor
-from deepseek_jax.core.params import RouterBias
+from deepseek_jax.core.params import RouterState
 from deepseek_jax.core.quant import BLOCK, FP4, FP8, Quantized
 
 # An array, or FP8 or FP4 values, scales and their block.
@@ -42,7 +42,7 @@ def forms_of(values: dict[tuple, nnx.Variable], tensors) -> dict[str, Stored]:
         forms, value = variable.get_metadata().get(STORED), variable.get_value()
         if forms is None:
             continue
-        if held_as(value) == shared(forms) or isinstance(variable, RouterBias):
+        if held_as(value) == shared(forms) or isinstance(variable, RouterState):
             own = [tensor.name for tensor in tensors if tensor.path == path and not tensor.copy]
             found |= zip(own, forms, strict=True)
     return found

@@ -37,7 +37,7 @@ from deepseek_jax.convert.safetensors import CheckpointError
 from deepseek_jax.convert.shards import load_leaf
 from deepseek_jax.convert.training import is_training, load_training
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.params import RouterState, map_variables
 from deepseek_jax.core.quant import FP4, Quantized, dequantize_matrix
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.notes import cut, note
@@ -158,7 +158,7 @@ def _load(
         _tell_mixed(checkpoint, by_leaf, forms)
 
     def fill(path, variable):
-        if dtype is not None or isinstance(variable, RouterBias):
+        if dtype is not None or isinstance(variable, RouterState):
             # What is float32 whatever the model's dtype says so where it is made.
             form = Stored(np.dtype(variable.get_value().dtype))
         else:

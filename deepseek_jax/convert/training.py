@@ -22,7 +22,7 @@ import numpy as np
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.safetensors import CheckpointError, load_json
-from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.core.params import RouterState, map_variables
 from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.notes import shown
 from deepseek_jax.small_files import LARGE
@@ -31,6 +31,8 @@ from deepseek_jax.version import __version__
 FORMAT = "training"
 FORMAT_VERSION = 1
 STATE = "state"
+# The leaves of a whole model that no gradient reaches (`RouterState`).
+ROUTER_STATE = ("router.bias.value", "router.table.value")
 # Written by Orbax at or after the rename; nothing of a checkpoint is read from them.
 UNHASHED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -168,7 +170,7 @@ def load_training(folder: Path, cfg: ModelConfig, dtype: np.dtype | None) -> Tra
     check_files(folder, record)
     held, wanted = record["leaves"], {}
     model = abstract(cfg, np.float32 if dtype is None else dtype)
-    if any(name.startswith("rest.") and not name.endswith("router.bias.value") for name in held):
+    if any(name.startswith("rest.") and not name.endswith(ROUTER_STATE) for name in held):
         raise CheckpointError(
             f"{folder} belongs to a run that trains adapters or a part of a model, and is no model by itself: end the "
             "run (train RUN --resume) and load what it exports, RUN/checkpoint."
@@ -194,7 +196,7 @@ def load_training(folder: Path, cfg: ModelConfig, dtype: np.dtype | None) -> Tra
 
 
 def _model_leaf(path: tuple, variable) -> str:
-    part = "rest" if isinstance(variable, RouterBias) else "params"
+    part = "rest" if isinstance(variable, RouterState) else "params"
     return ".".join(map(str, (part, *path, "value")))
 
 

@@ -17,8 +17,16 @@ from deepseek_jax.core.quant import Quantized
 Tree = TypeVar("Tree")
 
 
-class RouterBias(nnx.Variable):
-    """A router's selection bias: state of the load balance, float32, never differentiated or decayed."""
+class RouterState(nnx.Variable):
+    """What a router has that is no parameter: never differentiated, decayed, cast or counted as one."""
+
+
+class RouterBias(RouterState):
+    """A router's selection bias: state of the load balance, float32."""
+
+
+class HashTable(RouterState):
+    """The experts of every token of the vocabulary, int32: a router's fixed choice (V4 §2.1)."""
 
 
 class Adapter(nnx.Param):
@@ -107,9 +115,9 @@ def decays(variable: nnx.Variable, name: str = "a parameter") -> bool:
 
 
 def is_looked_up(variable: nnx.Variable) -> bool:
-    """Whether a map's inputs are tokens, or places in a window, whose rows are looked up: an embedding."""
+    """Whether a map's inputs are tokens, or places in a window, whose rows are looked up: an embedding, a table."""
     inputs = matrix_of(variable).inputs
-    return bool(inputs) and variable.get_metadata()["axes"][inputs[0]] in ("vocab", "place")
+    return bool(inputs) and variable.get_metadata()["axes"][inputs[0]] in ("vocab", "place", "token")
 
 
 def _declaration(variable: nnx.Variable, name: str, what: str):
@@ -154,12 +162,41 @@ def router_bias(n_experts: int) -> RouterBias:
     return RouterBias(jnp.zeros((n_experts,), jnp.float32), **declared(("scores",), 0, decay=False))
 
 
+def hash_table(vocab_size: int, top_k: int, n_experts: int) -> HashTable:
+    """int32 [V, K] experts, zero until `drawn_table`; whole on every device of a mesh."""
+    zeros = jnp.zeros((vocab_size, top_k), jnp.int32)
+    return HashTable(zeros, n_experts=n_experts, **declared(("token", None), 1, decay=False))
+
+
+def drawn_table(table: HashTable, key: jax.Array, name: str, layers: jax.Array) -> HashTable:
+    """The table [L, V, K] with random experts that follow from ``key``, ``name`` and each layer's number; ``layers``:
+    int [L].
+
+    A token's experts are K different ones, and of each run of as many ids as there are experts, from 0 on, every expert
+    has K: the i-th id of a run has those at i + o_1, ..., i + o_K of a random order of the experts, from whose end it
+    goes on at the front; the o are K different random numbers. A run has its own order and o.
+    """
+    (vocab_size, K), E = table.get_value().shape[-2:], table.get_metadata()["n_experts"]
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    def run(key):
+        order, offset = (jax.random.permutation(each, E) for each in jax.random.split(key))
+        return order[(jnp.arange(E)[:, None] + offset[:K]) % E]
+
+    def layer(number):
+        own = jax.random.fold_in(key, number)
+        runs = jax.vmap(lambda i: run(jax.random.fold_in(own, i)))(jnp.arange(-(-vocab_size // E)))
+        return runs.reshape(-1, K)[:vocab_size].astype(jnp.int32)
+
+    return table.replace(jax.vmap(layer)(layers))
+
+
 def is_variable(x) -> bool:
     return isinstance(x, nnx.Variable)
 
 
 def is_trained(x) -> bool:
-    """Whether a variable is a parameter that gradients reach: not a router bias, not a quantised leaf."""
+    """Whether a variable is a parameter that gradients reach: not a router's state, not a quantised leaf."""
     return isinstance(x, nnx.Param) and not isinstance(x.get_value(), Quantized | Bits)
 
 

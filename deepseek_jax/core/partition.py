@@ -16,7 +16,7 @@ Trained = Callable[[str], bool | Sequence[int]]
 
 
 def partition(model: Tree, trained: Trained | None = None) -> tuple[Tree, Tree]:
-    """Splits a model into trained parameters and the rest (router biases, quantised leaves, what is frozen).
+    """Splits a model into trained parameters and the rest (routers' state, quantised leaves, what is frozen).
 
     Both have the model's structure, with None where a variable went to the other; `combine` joins them.
 

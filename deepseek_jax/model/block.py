@@ -45,7 +45,9 @@ class Block(nnx.Module):
         else:
             self.attn = ATTENTION[type(layer.attention)](layer.attention, cfg.dim, dtype)
         self.ffn_norm = RMSNorm(dtype, cfg.dim, "embed", cfg.norm_eps)
-        self.ffn = MoE(layer.ffn, cfg.dim, dtype) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
+        self.ffn = (
+            MoE(layer.ffn, cfg.dim, dtype, cfg.vocab_size) if layer.is_moe else FFN(cfg.dim, layer.ffn.dim, dtype)
+        )
         self.attn_streams = Streams(cfg, 2 * number) if cfg.residual else None
         self.ffn_streams = Streams(cfg, 2 * number + 1) if cfg.residual else None
 
@@ -72,7 +74,7 @@ class Block(nnx.Module):
         residual, aux = self.ffn_streams or PLAIN, None
         y_BTD, back = residual.read(x, ctx)
         if isinstance(self.ffn, MoE):
-            ffn, aux, score_BTE = self.ffn(self.ffn_norm(y_BTD), tokens.segment, ctx, given)
+            ffn, aux, score_BTE = self.ffn(self.ffn_norm(y_BTD), tokens, ctx, given)
             report = report | {"router_scores": score_BTE}
         else:
             network, y_BTD = ctx.ops.fence((self.ffn, self.ffn_norm(y_BTD)))

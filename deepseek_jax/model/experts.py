@@ -20,27 +20,33 @@ from deepseek_jax.model.ffn import swiglu
 
 
 def routed_experts(
-    x_ND: jax.Array, index_NK: jax.Array, weight_NK: jax.Array, gate_up_ED2F, down_EFD, form: str
+    x_ND: jax.Array,
+    index_NK: jax.Array,
+    weight_NK: jax.Array,
+    gate_up_ED2F,
+    down_EFD,
+    form: str,
+    limit: float | None = None,
 ) -> jax.Array:
     """[N, D]: the weighted sum of each token's experts; index -1 contributes nothing.
 
     ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays, `Quantized` or `LowRank`. ``form``: a
-    `Context.experts`.
+    `Context.experts`. ``limit``: `ffn.swiglu`.
     """
     gate_up, down = held(gate_up_ED2F), held(down_EFD)
     weight_NK = jnp.where(index_NK >= 0, weight_NK, 0)
     if form == "dense":
-        return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype))
-    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form)
+        return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype), limit)
+    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form, limit)
 
 
-def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD) -> jax.Array:
+def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, limit: float | None = None) -> jax.Array:
     """The oracle: all experts for all tokens, then the weighted sum of the chosen ones."""
     E = gate_up_ED2F.shape[0]
     weight_NE = (jax.nn.one_hot(index_NK, E, dtype=x_ND.dtype) * weight_NK[..., None].astype(x_ND.dtype)).sum(1)
     gate_up_ED2F = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], 2, -1)
     gate_NEF, up_NEF = jnp.moveaxis(jnp.einsum("ND,EDZF->NEZF", x_ND, gate_up_ED2F), 2, 0)
-    return jnp.einsum("NEF,EFD,NE->ND", swiglu(gate_NEF, up_NEF), down_EFD, weight_NE)
+    return jnp.einsum("NEF,EFD,NE->ND", swiglu(gate_NEF, up_NEF, limit), down_EFD, weight_NE)
 
 
 def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,27 +61,29 @@ def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.
     return order, inverse, sizes
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def sorted_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def sorted_experts(
+    x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str, limit: float | None = None
+) -> jax.Array:
     """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters."""
-    return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form)[0]
+    return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit)[0]
 
 
-def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form):
+def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit):
     K = index_NK.shape[1]
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
     h_MZ = rows_up(x_ND[order // K], gate_up_ED2F, sizes, form)
-    y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form)
+    y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form, limit)
     y_ND = _of_tokens(y_MD, inverse, index_NK).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
     return y_ND, (x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 
-def _backward(form, residuals, dy_ND):
+def _backward(form, limit, residuals, dy_ND):
     x_ND, index_NK, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
     K = index_NK.shape[1]
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
-    dh_MZ, dweight_M1, d_down = rows_down_backward(h_MZ, weight_M1, dy_ND[order // K], down, sizes, form)
+    dh_MZ, dweight_M1, d_down = rows_down_backward(h_MZ, weight_M1, dy_ND[order // K], down, sizes, form, limit)
     dx_MD, d_gate_up = rows_up_backward(x_ND[order // K], dh_MZ, gate_up, sizes, form)
     dweight_NK = _of_tokens(dweight_M1, inverse, index_NK)[..., 0].astype(weight_NK.dtype)
     return _of_tokens(dx_MD, inverse, index_NK).sum(1), None, dweight_NK, d_gate_up, d_down
@@ -99,20 +107,20 @@ def rows_up(x_MD, gate_up, sizes, form: str) -> jax.Array:
     return _apply(x_MD, gate_up, sizes, form)
 
 
-def _activated(h_MZ) -> jax.Array:
+def _activated(h_MZ, limit: float | None) -> jax.Array:
     """[M, F] of h = [gate | up], the fused product."""
-    return swiglu(*jnp.split(h_MZ, 2, axis=-1))
+    return swiglu(*jnp.split(h_MZ, 2, axis=-1), limit)
 
 
-def rows_down(h_MZ, weight_M1, down, sizes, form: str) -> jax.Array:
+def rows_down(h_MZ, weight_M1, down, sizes, form: str, limit: float | None) -> jax.Array:
     """[M, D]: the second product, of weighted activations."""
-    return _apply(_inside(_activated(h_MZ) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
+    return _apply(_inside(_activated(h_MZ, limit) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
 
 
-def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str):
+def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str, limit: float | None):
     """The gradients of `rows_down` by h, weight (float32) and down."""
     weight_M1 = weight_M1.astype(h_MZ.dtype)
-    a_MF, activated_vjp = jax.vjp(_activated, h_MZ)
+    a_MF, activated_vjp = jax.vjp(partial(_activated, limit=limit), h_MZ)
     da_MF = _apply_transposed(dy_MD, down, sizes, form)
     (dh_MZ,) = activated_vjp(da_MF * weight_M1)
     dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
@@ -175,23 +183,25 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 
 @dataclass(frozen=True)
 class Experts:
-    """The computation on one device in one form, for ``ctx.ops.experts``, which on a mesh brings tokens to it."""
+    """The computation on one device in one form, for ``ctx.ops.experts``, which on a mesh brings tokens to it.
+    ``limit``: `ffn.swiglu`."""
 
     form: str
+    limit: float | None = None
 
     sort = staticmethod(sort_by_expert)
 
     def routed(self, x_ND, index_NK, weight_NK, gate_up, down) -> jax.Array:
-        return routed_experts(x_ND, index_NK, weight_NK, gate_up, down, self.form)
+        return routed_experts(x_ND, index_NK, weight_NK, gate_up, down, self.form, self.limit)
 
     def up(self, x_MD, gate_up, sizes) -> jax.Array:
         return rows_up(x_MD, gate_up, sizes, self.form)
 
     def down(self, h_MZ, weight_M1, down, sizes) -> jax.Array:
-        return rows_down(h_MZ, weight_M1, down, sizes, self.form)
+        return rows_down(h_MZ, weight_M1, down, sizes, self.form, self.limit)
 
     def down_backward(self, h_MZ, weight_M1, dy_MD, down, sizes):
-        return rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, self.form)
+        return rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, self.form, self.limit)
 
     def up_backward(self, x_MD, dh_MZ, gate_up, sizes):
         return rows_up_backward(x_MD, dh_MZ, gate_up, sizes, self.form)

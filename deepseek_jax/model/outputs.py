@@ -20,7 +20,8 @@ class Aux:
     ``expert_index``: int32 [L, B, T, K], -1 where a token is padding. ``load``: int32 [L, E], tokens that
     chose each expert. ``balance``: name -> float32 [L, B], unweighted balance losses a row; "sequence" is V3
     eq. 17. ``share``: float32 [L, B, E], each expert's normalised scores summed over a row's real tokens, from which
-    other balance losses are made. ``dropped``: int32 [L], assignments not computed.
+    other balance losses are made. Both are 0 in a hash layer, whose gate chooses nobody. ``dropped``: int32 [L],
+    assignments not computed.
     """
 
     expert_index: jax.Array

@@ -1,4 +1,6 @@
-"""The router: scores, a selection-only bias, node-limited routing (V2 §2.2; V3 §2.1.2); in float32.
+"""The router: scores, a selection-only bias, node-limited routing (V2 §2.2; V3 §2.1.2), hash routing (V4 §2.1).
+
+All of it is in float32.
 
 Suffixes: B batch, T tokens, D width, E experts, G groups, M experts a group, K chosen experts.
 """
@@ -12,7 +14,8 @@ from flax import nnx
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.linear import linear
-from deepseek_jax.core.params import param, router_bias
+from deepseek_jax.core.params import hash_table, param, router_bias
+from deepseek_jax.model.tokens import Tokens
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.
 SUM_EPS = 1e-20
@@ -52,30 +55,49 @@ class KnockOut:
 
 
 class Router(nnx.Module):
-    """Chooses experts by score and bias, if there is one, and weighs them by the score alone."""
+    """Chooses experts by score and bias, if there is one, and weighs them by the score alone.
 
-    def __init__(self, cfg: schema.MoE, dim: int, dtype):
+    In a hash layer (``cfg.n_hash``) a table has the experts of every token (2106.04426; V4 §2.1): the scores weigh, and
+    choose nobody.
+    """
+
+    def __init__(self, cfg: schema.MoE, dim: int, dtype, vocab_size: int | None = None):
         self.cfg = cfg
         self.weight = param(dtype, (dim, cfg.n_experts), ("embed", "scores"), inputs=1)
         self.bias = router_bias(cfg.n_experts) if cfg.bias else None
+        self.table = hash_table(vocab_size, cfg.top_k, cfg.n_experts) if cfg.n_hash else None
 
     def __call__(
-        self, x_BTD: jax.Array, segment_BT: jax.Array, ctx: Context, given: jax.Array | KnockOut | None = None
+        self, x_BTD: jax.Array, tokens: Tokens, ctx: Context, given: jax.Array | KnockOut | None = None
     ) -> Routing:
         """``given``: experts to use instead of choosing, [B, T, K], -1 for none; weights still come from the scores. Or
-        this layer's experts to choose without."""
+        this layer's experts to choose without; ValueError in a hash layer."""
         # HIGHEST: a float32 product is bfloat16 on TPU and TF32 on GPU otherwise, which flips near-ties.
         x32_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = linear("BTD,DE->BTE", x32_BTD, self.weight, ctx, precision=jax.lax.Precision.HIGHEST)
         score_BTE = SCORES[self.cfg.score](logits_BTE)
-        chooses = given is None or isinstance(given, KnockOut)
-        index_BTK = self.choose(score_BTE, ctx, given) if chooses else given
-        chosen_BTK = (index_BTK >= 0) & (segment_BT[..., None] != 0)
+        if given is not None and not isinstance(given, KnockOut):
+            index_BTK = given
+        elif self.table is None:
+            index_BTK = self.choose(score_BTE, ctx, given)
+        else:
+            index_BTK = self._looked_up(tokens, given)
+        chosen_BTK = (index_BTK >= 0) & (tokens.segment[..., None] != 0)
         weight_BTK = jnp.take_along_axis(score_BTE, jnp.maximum(index_BTK, 0), axis=-1)
         weight_BTK = jnp.where(chosen_BTK, weight_BTK, 0.0)
         if self.cfg.normalize:
             weight_BTK = weight_BTK / (weight_BTK.sum(-1, keepdims=True) + SUM_EPS)
         return Routing(jnp.where(chosen_BTK, index_BTK, -1), weight_BTK * self.cfg.scale, score_BTE)
+
+    def _looked_up(self, tokens: Tokens, without: KnockOut | None) -> jax.Array:
+        """int32 [B, T, K]: the tokens' experts by the table."""
+        if without is not None:
+            raise ValueError(
+                "routing=KnockOut: in a hash layer a token's id says its experts, and there are no others to choose; "
+                "give the experts to use, routing=[MoE layers, batch, length, experts a token]."
+            )
+        # An id outside the vocabulary has an embedding of NaN (`Operations.lookup`): its experts do not matter.
+        return self.table.get_value().at[tokens.id].get(mode="clip")
 
     def choose(self, score_BTE: jax.Array, ctx: Context = DEFAULT, without: KnockOut | None = None) -> jax.Array:
         """int32 [B, T, K]: the K best biased scores within the best groups; -1 where none is left."""

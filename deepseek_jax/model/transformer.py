@@ -18,7 +18,7 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
-from deepseek_jax.core.params import drawn, map_variables, matrix_of, param, parameter_dtype
+from deepseek_jax.core.params import HashTable, drawn, drawn_table, map_variables, matrix_of, param, parameter_dtype
 from deepseek_jax.model.arguments import (
     check_cache,
     check_cache_size,
@@ -245,6 +245,8 @@ def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
         # Where a layer is kept depends on the layers beside it; what it is called must not.
         stacked = path[0] == "stacks"
         name = ".".join(("layers", *path[2:]) if stacked else map(str, path))
+        if isinstance(variable, HashTable):
+            return drawn_table(variable, key, name, numbers[path[1]])
         if not matrix_of(variable, name).inputs:
             return variable  # gains and biases begin as they were made
         return drawn(variable, key, name, cfg.init_std, numbers[path[1]] if stacked else None)
@@ -253,7 +255,8 @@ def _init(cfg: ModelConfig, key: jax.Array, dtype) -> Transformer:
 
 
 def init(cfg: ModelConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | None = None) -> Transformer:
-    """A fresh model: matrices from N(0, cfg.init_std**2), norms 1, router biases 0 (always float32).
+    """A fresh model: matrices from N(0, cfg.init_std**2), norms 1, router biases 0 (always float32), tables of hash
+    routing random and balanced (`core.params.drawn_table`).
 
     Each matrix follows from the key, its name and shape, its layer's number and its experts': two configs with one key
     have equal values in all that they share. On a mesh every device makes its own shards; the numbers are those of one

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.core.partition import Trained
 from deepseek_jax.train.recipe import BIAS_RULES
@@ -27,20 +28,15 @@ def update_router_bias(
     `Output.mtp_aux.load`); None for MTP leaves those biases. ``moved``: says of a bias's dotted path whether it moves,
     or which of its stacked layers do; None: all. ``rule``: "sign", by the speed (algorithm 1), or "proportional", by
     the speed times (mean - load) / mean (table 3). ``centred``: without the step's mean over the experts, as torchtitan
-    has it, so that the biases' mean stays; what is chosen does not change by that. A model whose routers have no bias
-    stays as it is. Called once an optimizer step, after it. Pure.
+    has it, so that the biases' mean stays; what is chosen does not change by that. A router without a bias stays as
+    it is. Called once an optimizer step, after it. Pure.
 
     Raises ValueError for loads of other routers than the model's, or an unknown rule.
     """
     if rule not in BIAS_RULES:
         raise ValueError(f"rule must be one of {', '.join(BIAS_RULES)}, not {rule!r}.")
-    starts, first = {}, 0
-    for number, stack in enumerate(rest.cfg.stacks):
-        if stack.layer.is_moe:
-            starts[number] = first
-            first += len(stack.numbers)
     n_experts = rest.cfg.moe.n_experts if rest.cfg.moe else 0
-    for name, counts, layers in (("load", load, first), ("mtp_load", mtp_load, len(rest.mtp))):
+    for name, counts, layers in (("load", load, rest.cfg.n_moe_layers), ("mtp_load", mtp_load, len(rest.mtp))):
         if counts is not None and jnp.shape(counts) != (layers, n_experts):
             raise ValueError(
                 f"{name} must have shape {(layers, n_experts)}, a row a router; it has {jnp.shape(counts)}."
@@ -57,7 +53,7 @@ def update_router_bias(
         if path[0] == "mtp":
             counts = mtp_load[path[1]]
         else:
-            counts = load[starts[path[1]] : starts[path[1]] + bias.shape[0]]
+            counts = load[_rows(rest.cfg, path[1])]
         counts = counts.astype(jnp.float32)
         new = bias + speed * _direction(counts, rule, centred)
         if layers is not True:
@@ -66,6 +62,12 @@ def update_router_bias(
         return variable.replace(new)
 
     return map_variables(move, rest)
+
+
+def _rows(cfg: ModelConfig, stack: int) -> slice:
+    """The rows of a stack's layers in statistics, a row an MoE layer: two stacks' layers may alternate."""
+    numbers, first = cfg.stacks[stack].numbers, cfg.n_dense_layers
+    return slice(numbers.start - first, numbers.stop - first, numbers.step)
 
 
 def _direction(counts: jax.Array, rule: str, centred: bool) -> jax.Array:
@@ -91,6 +93,14 @@ def routing_entropy(load_LE: jax.Array) -> jax.Array:
 
 
 def router_bias(rest) -> jax.Array:
-    """float32 [L, E]: the selection biases of the model's MoE layers, without those of its MTP modules."""
-    stacks = zip(rest.stacks, rest.cfg.stacks, strict=True)
-    return jnp.concatenate([stack.ffn.router.bias.get_value() for stack, kind in stacks if kind.layer.is_moe])
+    """float32 [L, E]: the selection biases of the model's MoE layers, 0 where a router has none; without those of its
+    MTP modules."""
+    found, numbers = [], []
+    for stack, kind in zip(rest.stacks, rest.cfg.stacks, strict=True):
+        if kind.layer.is_moe:
+            bias = stack.ffn.router.bias
+            none = jnp.zeros((len(kind.numbers), rest.cfg.moe.n_experts))
+            found.append(none if bias is None else bias.get_value())
+            numbers += kind.numbers
+    rows = jnp.concatenate(found)
+    return rows if numbers == sorted(numbers) else rows[np.argsort(numbers)]

@@ -251,7 +251,7 @@ def parts(model, size: Size) -> dict[str, float]:
     loss = jax.jit(jax.grad(lambda w, x: cross_entropy(jnp.einsum("BTD,DV->BTV", x, w), batch)[0], argnums=(0, 1)))
     return {
         "attention": cfg.n_layers * gradient(lambda m, x: m(x, seen, DEFAULT)[0], layer.attn),
-        "MoE networks": cfg.n_moe_layers * gradient(lambda m, x: m(x, seen.segment, DEFAULT)[0], layer.ffn),
+        "MoE networks": cfg.n_moe_layers * gradient(lambda m, x: m(x, seen, DEFAULT)[0], layer.ffn),
         "of these, shared experts": cfg.n_moe_layers * gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared),
         "dense network": gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn),
         "head and loss": seconds(loss, head, x),

@@ -114,7 +114,7 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
     seen = make_tokens(cfg, position, jnp.ones((B, T), jnp.int32), causal=True, alike=True, uniform=True)
     layer = unstack(model.stacks[1], 0)
     depth, moe = cfg.mtp_depth, cfg.n_moe_layers + cfg.mtp_depth
-    routing = jax.jit(lambda x: layer.ffn.router(x, seen.segment, DEFAULT))(x)
+    routing = jax.jit(lambda x: layer.ffn.router(x, seen, DEFAULT))(x)
 
     def gradient(f: Callable, module, *arguments) -> Callable[[], float]:
         params, rest = partition(module)
@@ -135,7 +135,7 @@ def parts(model, bench: Bench) -> dict[str, tuple[int, Callable[[], float]]]:
     found = {
         "attention": (cfg.n_layers + depth, gradient(lambda m, x: m(x, seen, DEFAULT)[0], layer.attn, x)),
         "routed experts": (moe, gradient(experts, layer.ffn, x, routing.weight_BTK)),
-        "router": (moe, gradient(lambda m, x: m(x, seen.segment, DEFAULT).weight_BTK, layer.ffn.router, x)),
+        "router": (moe, gradient(lambda m, x: m(x, seen, DEFAULT).weight_BTK, layer.ffn.router, x)),
         "shared experts": (moe, gradient(lambda m, x: m(x, DEFAULT), layer.ffn.shared, x)),
         "dense network": (cfg.n_dense_layers, gradient(lambda m, x: m(x, DEFAULT), unstack(model.stacks[0], 0).ffn, x)),
         "norms of the residual stream": (2 * (cfg.n_layers + depth), gradient(lambda m, x: m(x), layer.attn_norm, x)),

@@ -30,12 +30,12 @@ def patterns(n: int, k: int) -> dict[str, np.ndarray]:
     }
 
 
-@partial(jax.jit, static_argnums=5)
-def run(x, index, weight, gate_up, down, form, cotangent):
+@partial(jax.jit, static_argnums=(5, 7))
+def run(x, index, weight, gate_up, down, form, cotangent, limit=None):
     """The output, and gradients of its inner product with ``cotangent`` for x, weight and both matrices."""
 
     def f(x, weight, gate_up, down):
-        return routed_experts(x, index, weight, gate_up, down, form)
+        return routed_experts(x, index, weight, gate_up, down, form, limit)
 
     y, back = jax.vjp(f, x, weight, gate_up, down)
     return y, back(cotangent)
@@ -47,7 +47,7 @@ def tensors(n: int, k: int):
     return [jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for shape in shapes]
 
 
-def loop(x, index, weight, gate_up, down):
+def loop(x, index, weight, gate_up, down, limit=None):
     """Token by token, in float64."""
     x, weight, gate_up, down = (np.asarray(a, np.float64) for a in (x, weight, gate_up, down))
     y = np.zeros(x.shape)
@@ -55,14 +55,16 @@ def loop(x, index, weight, gate_up, down):
         for j, e in enumerate(chosen):
             if e >= 0:
                 gate, up = x[n] @ gate_up[e, :, 0], x[n] @ gate_up[e, :, 1]
+                if limit is not None:
+                    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
                 y[n] += weight[n, j] * (gate / (1 + np.exp(-gate)) * up) @ down[e]
     return y
 
 
-def assert_forms_agree(n, k, index, forms=FORMS):
+def assert_forms_agree(n, k, index, forms=FORMS, limit=None):
     x, weight, gate_up, down, cotangent = tensors(n, k)
-    results = {form: run(x, jnp.asarray(index), weight, gate_up, down, form, cotangent) for form in forms}
-    np.testing.assert_allclose(results["dense"][0], loop(x, index, weight, gate_up, down), atol=2e-5)
+    results = {form: run(x, jnp.asarray(index), weight, gate_up, down, form, cotangent, limit) for form in forms}
+    np.testing.assert_allclose(results["dense"][0], loop(x, index, weight, gate_up, down, limit), atol=2e-5)
     for form in forms[1:]:
         y, (dx, dweight, dgate_up, ddown) = results[form]
         oracle, (ex, eweight, egate_up, edown) = results["dense"]
@@ -83,6 +85,12 @@ def test_forms_agree(name):
     if name == "some experts empty":
         assert len(np.unique(index)) < E
     assert_forms_agree(40, 2, index)
+
+
+def test_forms_agree_where_activations_are_cut_off():
+    index, (x, weight, gate_up, down, _) = patterns(40, 2)["padding"], tensors(40, 2)
+    assert_forms_agree(40, 2, index, limit=0.5)
+    assert abs(loop(x, index, weight, gate_up, down, 0.5) - loop(x, index, weight, gate_up, down)).max() > 1
 
 
 # Rows a block: 8 (decoding), 16, 128; row counts that blocks do not divide.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import assert_same_routing, hf_config, relative
-from tiny import tiny_config
+from tiny import tiny_config, tokens_of
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
@@ -31,7 +31,7 @@ PLAIN = MoE(n_experts=32, top_k=6, expert_dim=8, normalize=False, scale=1.5)
 
 @partial(jax.jit, static_argnums=3)
 def call(router, x_BTD, segment_BT, ctx=DEFAULT, replay=None):
-    return router(x_BTD, segment_BT, ctx, replay)
+    return router(x_BTD, tokens_of(segment_BT), ctx, replay)
 
 
 def make(cfg: MoE, offset: float, dim: int = 48):
@@ -213,7 +213,7 @@ def test_no_gradient_reaches_the_bias():
     ours, _, x = make(GROUPED, 0.0)
 
     def loss(router):
-        return router(jnp.asarray(x), jnp.ones(x.shape[:2], jnp.int32), DEFAULT).weight_BTK[..., 0].sum()
+        return router(jnp.asarray(x), tokens_of(jnp.ones(x.shape[:2])), DEFAULT).weight_BTK[..., 0].sum()
 
     gradient = jax.jit(jax.grad(loss))(ours)
     assert (gradient.bias.get_value() == 0).all()

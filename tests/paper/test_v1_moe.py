@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES
-from tiny import random_model, random_tokens
+from tiny import random_model, random_tokens, tokens_of
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.configs.zoo import zoo
@@ -45,7 +45,7 @@ def test_gates_are_the_softmax_over_all_experts():
     weight = rng.normal(0, 0.3, (DIM, CFG.moe.n_experts))
     router.weight.set_value(jnp.asarray(weight, jnp.float32))
     x = rng.normal(0, 1, (TOKENS, DIM))
-    result = router(jnp.asarray(x[None], jnp.float32), jnp.ones((1, TOKENS), jnp.int32), DEFAULT)
+    result = router(jnp.asarray(x[None], jnp.float32), tokens_of(jnp.ones((1, TOKENS))), DEFAULT)
     for token in range(TOKENS):
         power = np.exp(x[token] @ weight)
         score = power / power.sum()

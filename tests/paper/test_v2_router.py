@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tokens_of
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.configs.zoo import zoo
@@ -25,7 +26,7 @@ def routed():
     weight = rng.normal(0, 0.3, (DIM, V2.moe.n_experts))
     router.weight.set_value(jnp.asarray(weight, jnp.float32))
     x = rng.normal(0, 1, (TOKENS, DIM))
-    result = router(jnp.asarray(x[None], jnp.float32), jnp.ones((1, TOKENS), jnp.int32), DEFAULT)
+    result = router(jnp.asarray(x[None], jnp.float32), tokens_of(jnp.ones((1, TOKENS))), DEFAULT)
     power = np.exp(x @ weight)
     return power / power.sum(-1, keepdims=True), np.asarray(result.index_BTK)[0], np.asarray(result.weight_BTK)[0]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_model, random_tokens, tiny_config
+from tiny import random_model, random_tokens, tiny_config, tokens_of
 
 import deepseek_jax as dsj
 from deepseek_jax.core.params import RouterBias, map_variables, unstack
@@ -62,7 +62,7 @@ def test_the_routed_factor_acts_without_normalisation_too():
     moe = replace(cfg.moe, normalize=False)
     router = unstack(random_model(replace(cfg, moe=moe)).stacks[1], 0).ffn.router
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, cfg.dim)), jnp.float32)
-    routing = jax.jit(lambda router, x: router(x, jnp.ones((1, 5), jnp.int32), dsj.Context()))(router, x)
+    routing = jax.jit(lambda router, x: router(x, tokens_of(jnp.ones((1, 5))), dsj.Context()))(router, x)
     chosen = np.take_along_axis(np.asarray(routing.score_BTE), np.asarray(routing.index_BTK), -1)
     np.testing.assert_allclose(routing.weight_BTK, chosen * cfg.moe.scale, rtol=1e-6)
 

@@ -49,6 +49,15 @@ RATES = {"sgd": 0.05, "adamw": 1e-3}
 STEPS = 3
 
 
+# Beside whole architectures: several streams, and V4's experts behind V3's attention, one layer's chosen by token.
+OTHERS = ARCHITECTURES | {
+    "streams": tiny_config(residual=HyperConnections()),
+    "hash": replace(
+        CFG, moe=replace(CFG.moe, n_hash=1, n_groups=1, top_groups=1, score="sqrtsoftplus", limit=0.5, scale=1.5)
+    ),
+}
+
+
 def mesh_of(case: str):
     sizes = {name: int(size) for name, size in (part.split("=") for part in case.split(","))}
     return make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
@@ -155,8 +164,7 @@ def generated(model, ctx) -> tuple:
 
 def compare_other(case: str, name: str) -> dict:
     """Three steps, a prefill and two tokens of another architecture, on a mesh and on one device."""
-    cfg = {**ARCHITECTURES, "streams": tiny_config(residual=HyperConnections())}[name]
-    model = random_model(replace(cfg, n_layers=2, n_dense_layers=0 if cfg.moe else 2))
+    model = random_model(replace(OTHERS[name], n_layers=2, n_dense_layers=0 if OTHERS[name].moe else 2))
     ctx = dsj.Context(mesh=mesh_of(case), expert_chunks=2, loss_chunk=12)
     ours, theirs = steps(place(model, ctx), ctx, "sgd"), steps(model, dsj.Context(), "sgd")
     ctx = dsj.Context(mesh=mesh_of(case))

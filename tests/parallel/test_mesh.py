@@ -25,7 +25,8 @@ HERE = Path(__file__).parent
 FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
 WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
-# Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA; streams.
+# Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA; streams;
+# experts chosen by token.
 OTHERS = (
     "data=2,tensor=2,context=2|distill-qwen",
     "fsdp=8|distill-qwen",
@@ -36,6 +37,7 @@ OTHERS = (
     "fsdp=2,tensor=2,context=2|v3.2",
     "data=8|deepseek-llm",
     "fsdp=2,tensor=2,context=2|streams",
+    "expert=2,tensor=2,context=2|hash",
 )
 DEFAULT = [
     *(f"sgd|{axis}" for axis in AXES),
