@@ -228,6 +228,7 @@ def torch_tensors(model: Transformer) -> dict[str, np.ndarray]:
             return network(f"{name}.mlp", ffn)
         put(f"{name}.mlp.gate.weight", ffn.router.weight, lambda a: a.T)
         put(f"{name}.mlp.gate.e_score_correction_bias", ffn.router.bias)
+        put(f"{name}.mlp.gate.tid2eid", ffn.router.table)
         put(f"{name}.mlp.experts.gate_up_proj", ffn.gate_up, experts_in)
         put(f"{name}.mlp.experts.down_proj", ffn.down, lambda a: a.transpose(0, 2, 1))
         return network(f"{name}.mlp.shared_experts", ffn.shared)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from deepseek_jax.configs import twins
-from deepseek_jax.configs.releases import dense, v2, v3
+from deepseek_jax.configs.releases import dense, v2, v3, v4
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.notes import shown
 
@@ -21,6 +21,8 @@ _BUILT = {
     "deepseek-r1": v3.deepseek_v3,
     "deepseek-v3.1": v3.deepseek_v3,
     "deepseek-v3.2": v3.deepseek_v32,
+    "deepseek-v4-flash": v4.deepseek_v4_flash,
+    "deepseek-v4-pro": v4.deepseek_v4_pro,
     "r1-distill-qwen-1.5b": partial(
         dense.distill_qwen, sizes=(151936, 1536, 28, 8960), heads=(12, 2), theta=10000.0, eps=1e-6
     ),
@@ -43,17 +45,16 @@ _BUILT = {
     "tiny-v2": twins.tiny_v2,
     "tiny-v3": twins.tiny_v3,
     "tiny-v3.2": twins.tiny_v32,
+    "tiny-v4": twins.tiny_v4,
     "tiny-distill-qwen": twins.tiny_distill_qwen,
     "tiny-distill-llama": twins.tiny_distill_llama,
 }
 
 # Releases of the family whose mechanisms are not built yet; asking for one says so.
 _PLANNED = (
-    "deepseek-v4-flash",
-    "deepseek-v4-pro",
+    "deepseek-v4.1-flash",
     "janus-pro-1b",
     "janus-pro-7b",
-    "tiny-v4",
     "tiny-janus",
 )
 

@@ -11,17 +11,21 @@ from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.check import check_tensors
 from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import nbytes
-from deepseek_jax.convert.formats import scale_shape
+from deepseek_jax.convert.formats import Stored, scale_shape
 from deepseek_jax.convert.layers import RECORD
 from deepseek_jax.convert.load import open_checkpoint
-from deepseek_jax.convert.names import layout
+from deepseek_jax.convert.names import Tensor, layout
 from deepseek_jax.convert.safetensors import DTYPES, NAMES
+from deepseek_jax.core import quant
 from deepseek_jax.core.quant import BLOCK
 
-# The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone.
+# The 91,991 tensors of DeepSeek-R1's files; V3's have the same config. The rest follows from configs alone; of V4-Flash
+# and V3.2 the names and shapes were seen too, their norms' dtypes were not.
 CONFIRMED = ("deepseek-v3", "deepseek-r1")
 # Releases with FP8 matrices.
 FP8 = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "deepseek-v3.2", "kimi-k2")
+# Those whose routed experts are in FP4, the other matrices in FP8, and all scales powers of two.
+FP4 = ("deepseek-v4-flash", "deepseek-v4-pro")
 # Those whose norms are float32.
 WIDE_NORMS = ("deepseek-v3.2",)
 
@@ -46,18 +50,29 @@ def of_release(name: str) -> Manifest:
     """What the published files of a zoo model hold, by the rules of its release.
 
     Those of ``FP8``: FP8 blocks with float32 scales, a float32 router bias, bfloat16 for the rest, or float32 for the
-    norms of ``WIDE_NORMS``. Others: all bfloat16 but a router bias. ``CONFIRMED`` lists those whose real headers were
-    seen.
+    norms of ``WIDE_NORMS``. Those of ``FP4``: experts in FP4, two values a byte, the other matrices in FP8, scales in
+    e8m0, and what is float32 or an integer in every model. Others: all bfloat16 but a router bias. ``CONFIRMED`` lists
+    those whose real headers were seen.
     """
     cfg = zoo(name)
     specs = {}
     for tensor in layout(cfg)[0]:
-        wide = tensor.name.endswith("e_score_correction_bias") or (name in WIDE_NORMS and len(tensor.shape) == 1)
-        dtype = "F8_E4M3" if tensor.fp8 and name in FP8 else "F32" if wide else "BF16"
-        specs[tensor.name] = (DTYPES[dtype], tensor.shape)
-        if dtype == "F8_E4M3":
-            specs[tensor.scale] = (DTYPES["F32"], scale_shape(tensor, BLOCK))
+        form = _form(name, tensor)
+        specs[tensor.name] = form.spec(tensor.shape)
+        if form.scale is not None:
+            specs[tensor.scale] = (form.scale, scale_shape(tensor, form.block(BLOCK)))
     return of_specs(name, specs)
+
+
+def _form(release: str, tensor: Tensor) -> Stored:
+    """How a release stores a tensor."""
+    if tensor.fixed is not None:
+        return Stored(DTYPES["I64" if tensor.fixed.kind == "i" else "F32"])
+    if tensor.fp8 and release in FP4:
+        return Stored(np.dtype(quant.FP4 if ".experts." in tensor.name else quant.FP8), DTYPES["F8_E8M0"])
+    if tensor.fp8 and release in FP8:
+        return Stored(DTYPES["F8_E4M3"], DTYPES["F32"])
+    return Stored(DTYPES["F32" if release in WIDE_NORMS and len(tensor.shape) == 1 else "BF16"])
 
 
 def releases_of(cfg: ModelConfig) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 
-from deepseek_jax.configs.schema import GQA, MLA, ConfigError, Llama3, MoE, Rope, Yarn
+from deepseek_jax.configs.schema import GQA, MLA, Compressed, ConfigError, Llama3, MoE, Rope, Yarn
 from deepseek_jax.configs.zoo import meant, zoo
 
 
@@ -112,6 +112,7 @@ def test_twins_have_their_releases_mechanisms():
         "tiny-v2-lite": "deepseek-v2-lite",
         "tiny-v2": "deepseek-v2",
         "tiny-v3.2": "deepseek-v3.2",
+        "tiny-v4": "deepseek-v4-flash",
         "tiny-distill-qwen": "r1-distill-qwen-1.5b",
         "tiny-distill-llama": "r1-distill-llama-8b",
     }
@@ -128,6 +129,9 @@ def test_twins_have_their_releases_mechanisms():
             getattr(a, "indexer", None) is None,
             getattr(a, "n_kv_heads", 1) < a.n_heads,
             (rope.interleaved, rope.yarn is None, rope.llama3 is None, rope.yarn and rope.yarn.mscale_all_dim),
+            [layer.attention.sparse for layer in cfg.layers[:5]] if isinstance(a, Compressed) else None,
+            cfg.residual,
+            moe and (moe.n_hash, moe.limit),
             moe and (moe.score, moe.group_score, moe.bias, moe.normalize, moe.n_shared, moe.n_groups > moe.top_groups),
         )
 
@@ -194,7 +198,7 @@ def test_changes_are_applied():
 def test_unknown_and_unbuilt_names_say_so():
     with pytest.raises(ConfigError, match=r"there is no model 'gpt2'; built are: deepseek-llm-7b, "):
         zoo("gpt2")
-    for name in ("deepseek-v4-pro", "janus-pro-7b"):
+    for name in ("deepseek-v4.1-flash", "janus-pro-7b"):
         with pytest.raises(ConfigError, match=rf"'{name}' belongs to the family but is not built yet"):
             zoo(name)
 

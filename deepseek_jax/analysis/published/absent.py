@@ -3,20 +3,10 @@
 from deepseek_jax.analysis.published.figure import Absent
 
 _V4, _MHC, _R1, _V2 = "2606.19348", "2512.24880", "2501.12948", "2405.04434"
-_LAYERS = "V4's compressed attention, hash routing and hyper-connections"
 _SERVERS = "their servers"
 _RL = "reinforcement learning"
 
 ABSENT = (
-    Absent("v4-flash-parameters", "V4-Flash, parameters", _V4, "284B", "not built", _LAYERS),
-    Absent("v4-flash-activated", "V4-Flash, activated", _V4, "13B", "not built", _LAYERS),
-    Absent("v4-pro-parameters", "V4-Pro, parameters", _V4, "1.6T", "not built", _LAYERS),
-    Absent("v4-pro-activated", "V4-Pro, activated", _V4, "49B", "not built", _LAYERS),
-    Absent("v4-flash-cache", "V4-Flash, cache at 1M tokens to V3.2's", _V4, "7%", "not built", _LAYERS),
-    Absent("v4-pro-cache", "V4-Pro, cache at 1M tokens to V3.2's", _V4, "10%", "not built", _LAYERS),
-    Absent("v4-cache-gqa8", "V4, cache at 1M tokens to GQA with 8 groups", _V4, "2%", "not built", _LAYERS),
-    Absent("v4-flash-flops", "V4-Flash, FLOPs of a token at 1M to V3.2's", _V4, "10%", "not built", _LAYERS),
-    Absent("v4-pro-flops", "V4-Pro, FLOPs of a token at 1M to V3.2's", _V4, "27%", "not built", _LAYERS),
     Absent("v4-flash-batch", "V4-Flash, largest batch in tokens", _V4, "75.5M", "not built", "V4's recipe"),
     Absent("v4-pro-batch", "V4-Pro, largest batch in tokens", _V4, "94.4M", "not built", "V4's recipe"),
     Absent("mhc-traffic", "mHC, reads and writes of a layer's streams", f"{_MHC} table 2", "formulas", "not built",

@@ -8,7 +8,9 @@ from deepseek_jax.analysis.published.figure import Figure, counted
 from deepseek_jax.configs.schema import GQA
 from deepseek_jax.configs.zoo import zoo
 
-_V2, _INSIGHTS = "2405.04434", "2505.09343 table 1"
+_V2, _V4, _INSIGHTS = "2405.04434", "2606.19348", "2505.09343 table 1"
+_STORED = "in the formats that releases are served in, which are our reading"
+MILLION = 2**20
 _ONE_GROUP = 2 * 128  # a key and a value of a head in V2 and V3
 
 # The dense models that V3 is put beside: attention and number of layers of their published configs.
@@ -43,7 +45,38 @@ def _fp8_bytes() -> int:
     return a.kv_rank + a.kv_rank // 128 * 4 + a.rope_dim * BF16_BYTES
 
 
+def _v32_layer_bytes() -> int:
+    """Of a token: V3's, and the indexer's key in FP8 with a float32 scale."""
+    return _fp8_bytes() + zoo("deepseek-v3.2").attention.indexer.index_dim + 4
+
+
+def _v4_bytes(release: str) -> int:
+    """Of a million tokens, as its release stores them: entries and recent tokens in FP8 with a byte of scale for each
+    64 and one of padding, the rotated part in bfloat16; the indexer's keys in FP4 with a byte of scale for each 32."""
+    cfg, total = zoo(release), 0
+    for a in (layer.attention for layer in cfg.layers):
+        plain = a.head_dim - a.rope_dim
+        entry = plain + plain // 64 + 1 + a.rope_dim * BF16_BYTES
+        index = a.indexer.index_dim // 2 + a.indexer.index_dim // 32
+        total += a.window * entry
+        if a.ratio:
+            total += MILLION // a.ratio * (entry + (index if a.sparse else 0))
+    return total
+
+
+def _v4_share(release: str) -> Fraction:
+    return Fraction(_v4_bytes(release), MILLION * zoo("deepseek-v3.2").n_layers * _v32_layer_bytes())
+
+
 FIGURES = (
+    Figure("v4-flash-cache", "V4-Flash, cache at 1M tokens to V3.2's", _V4, "7", "%",
+           lambda: _v4_share("deepseek-v4-flash"), _STORED, releases=("deepseek-v4-flash",)),
+    Figure("v4-pro-cache", "V4-Pro, cache at 1M tokens to V3.2's", _V4, "10", "%",
+           lambda: _v4_share("deepseek-v4-pro"), _STORED, releases=("deepseek-v4-pro",)),
+    Figure("v4-cache-gqa8", "V4-Flash, cache at 1M tokens to GQA with 8 groups", _V4, "2", "%",
+           lambda: Fraction(_v4_bytes("deepseek-v4-flash"),
+                            MILLION * _bytes(GQA(64, 8, 128), zoo("deepseek-v4-flash").n_layers)),
+           f"{_STORED}; GQA in bfloat16, heads of 128", releases=("deepseek-v4-flash",)),
     Figure("mla-groups", "cache of MLA in groups of GQA", f"{_V2} table 1", "2.25", "",
            lambda: Fraction(counted("deepseek-v2").kv_values_per_token_layer, _ONE_GROUP)),
     Figure("v2-small-mha", "small model with MHA, numbers a token", f"{_V2} table 9", "110.6", "K", _small_mha,

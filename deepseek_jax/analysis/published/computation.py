@@ -8,7 +8,8 @@ from deepseek_jax.analysis.published.figure import CONTEXT, Figure, counted
 from deepseek_jax.configs.releases.dense import dense
 from deepseek_jax.configs.zoo import zoo
 
-_MOE, _INSIGHTS = "2401.06066", "2505.09343 table 2"
+_MOE, _INSIGHTS, _V4 = "2401.06066", "2505.09343 table 2", "2606.19348"
+_ALIKE = "every operation counts alike here; how theirs weighs FP4, FP8 and bfloat16 is not published"
 
 
 def moe_flops(layers: int, width: int, networks: Fraction | int, vocabulary: int, tokens: int) -> Fraction:
@@ -51,7 +52,17 @@ def _dense_token(attention, layers: int, sizes: tuple[int, int, int]) -> int:
     return counts(dense("other", (vocabulary, width, layers, inner), attention), CONTEXT).flops_per_token
 
 
+def _v4_share(release: str) -> Fraction:
+    """FLOPs of one more token after a million, to V3.2's."""
+    ours, v32 = (counts(zoo(name), 2**20).decode_flops_per_token for name in (release, "deepseek-v3.2"))
+    return Fraction(ours, v32)
+
+
 FIGURES = (
+    Figure("v4-flash-flops", "V4-Flash, FLOPs of a token at 1M to V3.2's", _V4, "10", "%",
+           lambda: _v4_share("deepseek-v4-flash"), _ALIKE, releases=("deepseek-v4-flash",)),
+    Figure("v4-pro-flops", "V4-Pro, FLOPs of a token at 1M to V3.2's", _V4, "27", "%",
+           lambda: _v4_share("deepseek-v4-pro"), _ALIKE, releases=("deepseek-v4-pro",)),
     Figure("flops-dense-0.2b", "dense 0.2B, 2K tokens", f"{_MOE} table 1", "2.9", "TFLOPs", lambda: _small(1)),
     Figure("flops-moe-2b", "DeepSeekMoE and GShard 2B, 2K tokens", f"{_MOE} table 1", "4.3", "TFLOPs",
            lambda: _small(2)),

@@ -7,7 +7,7 @@ from deepseek_jax.analysis.published.figure import Figure, counted
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 
-_MOE, _V2, _V3 = "2401.06066", "2405.04434", "2412.19437"
+_MOE, _V2, _V3, _V4 = "2401.06066", "2405.04434", "2412.19437", "2606.19348"
 _LLM, _KIMI, _MOONLIGHT = "2401.02954", "2507.20534", "2502.16982 table 4"
 _PAGE = "the release's page"
 _COUNTED = "transformers' class, counted"
@@ -76,6 +76,14 @@ def _experts(number: float) -> int:
 
 
 FIGURES = (
+    Figure("v4-flash-parameters", "V4-Flash, parameters", _V4, "284", "B", _total("deepseek-v4-flash"),
+           "MTP and hash tables left out", releases=("deepseek-v4-flash",)),
+    Figure("v4-flash-activated", "V4-Flash, activated", _V4, "13", "B", _activated("deepseek-v4-flash"),
+           "without the input embedding; 13.80B with it", releases=("deepseek-v4-flash",)),
+    Figure("v4-pro-parameters", "V4-Pro, parameters", _V4, "1.6", "T", _total("deepseek-v4-pro"),
+           "MTP and hash tables left out", releases=("deepseek-v4-pro",)),
+    Figure("v4-pro-activated", "V4-Pro, activated", _V4, "49", "B", _activated("deepseek-v4-pro"),
+           "without the input embedding; 49.78B with it", releases=("deepseek-v4-pro",)),
     Figure("v3.2-parameters", "V3.2, parameters", _COUNTED, "671.88", "B", _total("deepseek-v3.2"),
            releases=("deepseek-v3.2",)),
     Figure("v3.2-activated", "V3.2, activated, without embedding", _COUNTED, "37.48", "B",
