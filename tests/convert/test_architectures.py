@@ -99,7 +99,7 @@ def test_transformers_reads_what_is_written(tmp_path):
             expected = theirs(torch.tensor(tokens)).logits.numpy()
         ours = np.asarray(model(jnp.asarray(tokens, jnp.int32)).logits)
         assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max(), name
-        if name == "v4":  # whose names are then half its own: tests/convert/test_v4.py
+        if name == "v4":  # whose names are then half its own: tests/convert/test_v4_files.py
             continue
         theirs.save_pretrained(tmp_path / f"{name}-theirs")
         again = dsj.load_pretrained(tmp_path / f"{name}-theirs", dtype=None)
