@@ -269,6 +269,10 @@ def ledger() -> str:
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
     gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
     lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
+    long = (
+        "decoding at 4k, 32k and 128k tokens of context: a step's time and cache bytes of V3, V3.2 and V4, in miniature"
+    )
+    lines.append(["`bench_long_context`", long, "not run yet; its code is tested at toy size", ""])
     pod = results("compile_671b")["configurations"]["train-r8"]["compiled_with"]
     about = "DeepSeek-V3 at full size compiled for TPU slices: memory a chip, and a time estimated from the schedule"
     lines.append(["`compile_671b`", about, "see its README", origin("compile_671b", pod)])

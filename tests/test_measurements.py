@@ -15,6 +15,7 @@ STEMS = (
     "bench_cpu",
     "bench_data",
     "bench_load",
+    "bench_long_context",
     "bench_reading",
     "bench_step",
     "bench_support",
@@ -51,6 +52,9 @@ def test_it_runs(stem, root, tmp_path):
     if stem == "bench_load":
         assert record["load"]["weights_bytes"] == record["bytes"]
         assert record["generate"]["tokens_a_second"] > 0 < record["torch"]["tokens_a_second"]
+    if stem == "bench_long_context":
+        assert set(record["results"]["256"]) == {"v3", "v3.2", "v4"}
+        assert record["results"]["256"]["v3"]["cache_bytes"] > record["results"]["256"]["v4"]["cache_bytes"] > 0
     if stem == "bench_reading":
         assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
         assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]
