@@ -50,6 +50,7 @@ RELEASES = {
     "v2": "V2, V2.5, Coder-V2",
     V3: "V3, R1, V3.1; Moonlight, Kimi-K2",
     "v3.2": "V3.2, V3.2-Exp",
+    "v4": "V4-Flash, V4-Pro",
 }
 # Architecture -> a release, the slice and the mesh that its training step is compiled for.
 COMPILED = {
@@ -60,6 +61,7 @@ COMPILED = {
     "v2-lite": ("deepseek-v2-lite", "v5p:2x2x2", "fsdp=4,expert=2"),
     "v2": ("deepseek-v2", "v5p:8x8x4", "fsdp=32,expert=8"),
     "v3.2": ("deepseek-v3.2", "v5p:8x8x8", "fsdp=8,expert=64"),
+    "v4": ("deepseek-v4-flash", "v5p:8x8x4", "fsdp=32,expert=8"),
 }
 
 

@@ -26,7 +26,8 @@ from deepseek_jax.cli.files import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-V3, POD, EP8, EP64 = "deepseek-v3", "v5p:8x8x8", "fsdp=64,expert=8", "fsdp=8,expert=64"
+V3, FLASH = "deepseek-v3", "deepseek-v4-flash"
+POD, EP8, EP64 = "v5p:8x8x8", "fsdp=64,expert=8", "fsdp=8,expert=64"
 SERVE = {"topology": "v5e:8x8", "mesh": "expert=64", "program": "decode", "context": 4096}
 
 
@@ -51,6 +52,8 @@ CONFIGURATIONS = {
     "prefill-fp8": Compile(V3, POD, EP64, program="prefill", rows=1, weights="fp8"),
     "decode-int8": Compile(V3, rows=8, weights="int8", **SERVE),
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
+    "v4-flash-train-r4-256": Compile(FLASH, "v5p:8x8x4", "fsdp=32,expert=8", rows=4),
+    "v4-flash-decode-1m": Compile(FLASH, "v5p:4x4x4", "expert=64", program="decode", rows=1, context=1 << 20),
 }
 SMOKE = {"smoke": Compile("tiny-v3", "v5e:2x2", "fsdp=2,expert=2", length=128, mtp=False, loss_chunk=64)}
 LARGEST = 12
