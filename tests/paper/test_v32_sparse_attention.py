@@ -13,7 +13,9 @@ from tiny import random_model
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import decays, map_variables, named, named_variables, unstack
 from deepseek_jax.core.partition import combine, partition
-from deepseek_jax.model.attention import attend
+from deepseek_jax.generation.layers import unstacked
+from deepseek_jax.model import attention
+from deepseek_jax.model.attention import MIN_BLOCK, UNROLLED_BLOCKS, attend
 from deepseek_jax.model.indexer import Seeking, chosen_keys, divergence, index_scores, only_chosen
 from deepseek_jax.model.tokens import Tokens, make_tokens
 from deepseek_jax.model.transformer import abstract
@@ -67,6 +69,26 @@ def test_chosen_keys_are_those_of_the_reference():
         assert (np.asarray(found).sum(-1) == np.minimum(np.arange(T) + 1, TOP_K)).all()
     print(f"{flipped} of {len(indexers) * B * T} choices differ at near-ties")
     assert flipped <= len(indexers) * B * T / 1000
+
+
+def test_logits_with_the_references_choice_replayed_are_the_references(monkeypatch):
+    """As routing is replayed: what a near-tie of the choice would change is not what logits are compared for."""
+    p, given = pair(CFG), []
+    hooks = [
+        layer.self_attn.indexer.register_forward_hook(lambda module, args, out: given.append(jnp.asarray(out.numpy())))
+        for layer in p.reference.main.model.layers
+    ]
+    expected = p.observe()
+    for hook in hooks:
+        hook.remove()
+    T = p.tokens.shape[1]
+    # Layer after layer, and of each one block of queries after the other.
+    replayed = iter([index[:, first : first + MIN_BLOCK] for index in given for first in range(0, T, MIN_BLOCK)])
+    assert T <= UNROLLED_BLOCKS * MIN_BLOCK
+    monkeypatch.setattr(attention, "chosen_keys", lambda *_: next(replayed))
+    logits = jax.jit(lambda model, tokens: model(tokens).logits)(unstacked(p.model, jnp.float32), p.tokens)
+    assert next(replayed, None) is None
+    assert relative(logits, expected.logits) <= 2e-5
 
 
 def test_as_many_keys_as_tokens_are_dense_attention_bit_for_bit():
