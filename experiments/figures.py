@@ -266,13 +266,23 @@ def ledger() -> str:
         "compiled at full size",
         f"logits within {worst:.0e} of the largest; README has the table",
     )
+    contexts = results("bench_long_context")["results"]
+    of_v3 = (
+        f"at {int(length) // 1024}k "
+        + ", ".join(
+            f"{name.replace('v', 'V')} {found['step_over_v3']:.2f} and {found['cache_over_v3']:.2f}"
+            for name, found in models.items()
+            if name != "v3"
+        )
+        for length, models in contexts.items()
+    )
+    found["bench_long_context"] = (
+        "decoding one row of a long context on the CPU: a step of V3.2 and V4 beside V3's, in miniature",
+        f"of V3's time and cache bytes: {'; '.join(of_v3)}",
+    )
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
     gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
     lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
-    long = (
-        "decoding at 4k, 32k and 128k tokens of context: a step's time and cache bytes of V3, V3.2 and V4, in miniature"
-    )
-    lines.append(["`bench_long_context`", long, "not run yet; its code is tested at toy size", ""])
     pod = results("compile_671b")["configurations"]["train-r8"]["compiled_with"]
     about = "DeepSeek-V3 at full size compiled for TPU slices: memory a chip, and a time estimated from the schedule"
     lines.append(["`compile_671b`", about, "see its README", origin("compile_671b", pod)])

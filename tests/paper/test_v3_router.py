@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tokens_of
 
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import DEFAULT
@@ -22,7 +23,7 @@ def routed():
     bias = rng.normal(-0.4, 0.2, MOE.n_experts).astype(np.float32)
     router.bias.set_value(jnp.asarray(bias))
     x = jnp.asarray(rng.normal(0, 1, (1, TOKENS, DIM)), jnp.float32)
-    result = jax.jit(lambda r, x: r(x, jnp.ones(x.shape[:2], jnp.int32), DEFAULT))(router, x)
+    result = jax.jit(lambda r, x: r(x, tokens_of(np.ones(x.shape[:2])), DEFAULT))(router, x)
     return np.asarray(result.score_BTE)[0], bias, np.asarray(result.index_BTK)[0], np.asarray(result.weight_BTK)[0]
 
 
