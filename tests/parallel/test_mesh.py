@@ -154,7 +154,7 @@ def test_logits_mtp_routing_and_decoding_on_an_axis_of_rows(slow, axis):
 
 def check_other(results: dict, case: str) -> None:
     found = results[f"other|{case}"]
-    if not case.endswith("|hash"):  # no release's architecture
+    if not case.endswith(("|hash", "|streams")):  # no release's architecture
         measured(case.split("|")[1], "mesh", found["gradients"][0])
     assert found["loss"] <= GRADIENT
     assert found["gradients"][0] <= GRADIENT, found["gradients"]
