@@ -9,8 +9,8 @@ import tyro
 from deepseek_jax.cli.files import native_output_off
 
 Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE"), tyro.conf.UseAppendAction]
-# Fields of `Context` that a command's own options decide.
-NOT_SET = ("mesh", "layout", "balanced", "folded", "dtype")
+# Fields of `Context` that a command's own options decide, and `fp8`, which no text says.
+NOT_SET = ("mesh", "layout", "balanced", "folded", "dtype", "fp8")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.configs.checks import check_types
+from deepseek_jax.core.fp8 import Fp8
 from deepseek_jax.core.layout import Layout
 from deepseek_jax.core.ops import ONE_DEVICE, Operations
 from deepseek_jax.notes import shown
@@ -38,6 +39,7 @@ class Context:
     on the CPU: to check them, slowly.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
     ``loss_chunk``: tokens of each row whose logits the loss has in memory at once; None for all.
+    ``fp8``: how products of linear maps and experts are emulated in FP8, on one device; None: they are not.
 
     ``mesh`` and ``layout``: the devices, and where arrays lie on them; both or neither. `deepseek_jax.Context` takes a
     layout's name, and has the `ops` of a mesh. ``expert_buffer``: rows that a device takes in from others at once, as a
@@ -62,6 +64,7 @@ class Context:
     drop: bool = False
     balanced: bool = False
     folded: int = 1
+    fp8: Fp8 | None = None
 
     def __post_init__(self):
         check_types(self, ValueError)
@@ -71,6 +74,10 @@ class Context:
             raise ValueError("Context(mesh=..., layout=...): give both or neither.")
         if self.mesh is not None and self.ops is ONE_DEVICE:
             raise ValueError("Context(mesh=...): this one is of one device; deepseek_jax.Context takes meshes.")
+        if self.mesh is not None and self.fp8 is not None:
+            raise ValueError("Context(mesh=..., fp8=...): FP8 is emulated on one device; leave out one of the two.")
+        if self.experts == "dense" and self.fp8 is not None:
+            raise ValueError('Context(experts="dense", fp8=...): the oracle is not emulated; choose another form.')
         if not self.expert_buffer > 0:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
         if self.expert_chunks < 1:

@@ -7,6 +7,7 @@ The grouped matmul of the experts, which has no equation, is the exception: `mod
 import jax
 
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.fp8 import fp8_product, plain
 
 
 def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=None) -> jax.Array:
@@ -15,7 +16,10 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     ``w``: a parameter, an array, or a `Quantized`, `Bits` or `LowRank` leaf. ``ctx``: how the model runs; what changes
     the arithmetic of all linear maps belongs here. ``precision``: as in `jnp.einsum`; the router passes HIGHEST, since
     a float32 product is otherwise bfloat16 on TPU and TF32 on GPU. ``dtype``: of the result, by default x's.
+    With ``ctx.fp8`` a map that asks for neither is emulated in FP8: the router and the head are not.
 
     x's first two axes are rows and tokens.
     """
+    if ctx.fp8 is not None and precision is None and dtype is None:
+        return fp8_product(equation, x, plain(w, x.dtype), ctx.fp8).astype(x.dtype)
     return ctx.ops.product(equation, x, w, precision).astype(dtype or x.dtype)

@@ -13,9 +13,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.core.fp8 import Fp8
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
+from deepseek_jax.kernels.grouped_fp8 import fp8_matmul, fp8_outer, fp8_transposed
 from deepseek_jax.model.ffn import swiglu
 
 
@@ -27,17 +29,18 @@ def routed_experts(
     down_EFD,
     form: str,
     limit: float | None = None,
+    fp8: Fp8 | None = None,
 ) -> jax.Array:
     """[N, D]: the weighted sum of each token's experts; index -1 contributes nothing.
 
     ``gate_up_ED2F``: [E, D, 2, F], ``down_EFD``: [E, F, D], arrays, `Quantized` or `LowRank`. ``form``: a
-    `Context.experts`. ``limit``: `ffn.swiglu`.
+    `Context.experts`. ``limit``: `ffn.swiglu`. ``fp8``: `Context.fp8`, which "dense" leaves out.
     """
     gate_up, down = held(gate_up_ED2F), held(down_EFD)
     weight_NK = jnp.where(index_NK >= 0, weight_NK, 0)
     if form == "dense":
         return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype), limit)
-    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form, limit)
+    return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form, limit, fp8)
 
 
 def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, limit: float | None = None) -> jax.Array:
@@ -61,30 +64,30 @@ def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.
     return order, inverse, sizes
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def sorted_experts(
-    x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str, limit: float | None = None
+    x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str, limit: float | None = None, fp8: Fp8 | None = None
 ) -> jax.Array:
     """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters."""
-    return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit)[0]
+    return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit, fp8)[0]
 
 
-def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit):
+def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit, fp8):
     K = index_NK.shape[1]
     order, inverse, sizes = sort_by_expert(index_NK, gate_up_ED2F.shape[0])
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
-    h_MZ = rows_up(x_ND[order // K], gate_up_ED2F, sizes, form)
-    y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form, limit)
+    h_MZ = rows_up(x_ND[order // K], gate_up_ED2F, sizes, form, fp8)
+    y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form, limit, fp8)
     y_ND = _of_tokens(y_MD, inverse, index_NK).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
     return y_ND, (x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 
-def _backward(form, limit, residuals, dy_ND):
+def _backward(form, limit, fp8, residuals, dy_ND):
     x_ND, index_NK, weight_NK, gate_up, down, order, inverse, sizes, h_MZ = residuals
     K = index_NK.shape[1]
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
-    dh_MZ, dweight_M1, d_down = rows_down_backward(h_MZ, weight_M1, dy_ND[order // K], down, sizes, form, limit)
-    dx_MD, d_gate_up = rows_up_backward(x_ND[order // K], dh_MZ, gate_up, sizes, form)
+    dh_MZ, dweight_M1, d_down = rows_down_backward(h_MZ, weight_M1, dy_ND[order // K], down, sizes, form, limit, fp8)
+    dx_MD, d_gate_up = rows_up_backward(x_ND[order // K], dh_MZ, gate_up, sizes, form, fp8)
     dweight_NK = _of_tokens(dweight_M1, inverse, index_NK)[..., 0].astype(weight_NK.dtype)
     return _of_tokens(dx_MD, inverse, index_NK).sum(1), None, dweight_NK, d_gate_up, d_down
 
@@ -102,9 +105,9 @@ def _of_tokens(a_MX, inverse, index_NK) -> jax.Array:
 # product nor, on a mesh, its way back.
 
 
-def rows_up(x_MD, gate_up, sizes, form: str) -> jax.Array:
+def rows_up(x_MD, gate_up, sizes, form: str, fp8: Fp8 | None) -> jax.Array:
     """[M, 2F]: the first product."""
-    return _apply(x_MD, gate_up, sizes, form)
+    return _apply(x_MD, gate_up, sizes, form, fp8)
 
 
 def _activated(h_MZ, limit: float | None) -> jax.Array:
@@ -112,28 +115,29 @@ def _activated(h_MZ, limit: float | None) -> jax.Array:
     return swiglu(*jnp.split(h_MZ, 2, axis=-1), limit)
 
 
-def rows_down(h_MZ, weight_M1, down, sizes, form: str, limit: float | None) -> jax.Array:
+def rows_down(h_MZ, weight_M1, down, sizes, form: str, limit: float | None, fp8: Fp8 | None) -> jax.Array:
     """[M, D]: the second product, of weighted activations."""
-    return _apply(_inside(_activated(h_MZ, limit) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form)
+    return _apply(_inside(_activated(h_MZ, limit) * weight_M1.astype(h_MZ.dtype), sizes), down, sizes, form, fp8)
 
 
-def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str, limit: float | None):
+def rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, form: str, limit: float | None, fp8: Fp8 | None):
     """The gradients of `rows_down` by h, weight (float32) and down."""
     weight_M1 = weight_M1.astype(h_MZ.dtype)
     a_MF, activated_vjp = jax.vjp(partial(_activated, limit=limit), h_MZ)
-    da_MF = _apply_transposed(dy_MD, down, sizes, form)
+    da_MF = _apply_transposed(dy_MD, down, sizes, form, fp8)
     (dh_MZ,) = activated_vjp(da_MF * weight_M1)
     dweight_M1 = (a_MF * da_MF).sum(-1, keepdims=True, dtype=jnp.float32)
     return (
         _inside(dh_MZ, sizes),
         dweight_M1,
-        _weight_gradient(down, _inside(a_MF * weight_M1, sizes), dy_MD, sizes, form),
+        _weight_gradient(down, _inside(a_MF * weight_M1, sizes), dy_MD, sizes, form, fp8),
     )
 
 
-def rows_up_backward(x_MD, dh_MZ, gate_up, sizes, form: str):
+def rows_up_backward(x_MD, dh_MZ, gate_up, sizes, form: str, fp8: Fp8 | None):
     """The gradients of `rows_up` by x and gate_up."""
-    return _apply_transposed(dh_MZ, gate_up, sizes, form), _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form)
+    dx_MD = _apply_transposed(dh_MZ, gate_up, sizes, form, fp8)
+    return dx_MD, _weight_gradient(gate_up, x_MD, dh_MZ, sizes, form, fp8)
 
 
 def _inside(a_MX, sizes) -> jax.Array:
@@ -149,8 +153,10 @@ def _halves(w: LowRank, dy_MZ=None) -> list[tuple]:
     return [(w.a[:, :, half], w.b[:, half], part) for half, part in enumerate(parts)]
 
 
-def _apply(x_MD, w, sizes, form):
+def _apply(x_MD, w, sizes, form, fp8):
     """[M, Z]: every row times its expert's weight, an adapter's two thin matrices apart."""
+    if fp8 is not None:
+        return fp8_matmul(x_MD, w, sizes, form, fp8)
     if not isinstance(w, LowRank):
         return grouped_matmul(x_MD, w, sizes, form)
     matmul = partial(grouped_matmul, sizes_E=sizes, form=form)
@@ -158,8 +164,10 @@ def _apply(x_MD, w, sizes, form):
     return matmul(x_MD, w.base) + (w.scale * low_MZ).astype(x_MD.dtype)
 
 
-def _apply_transposed(dy_MZ, w, sizes, form):
+def _apply_transposed(dy_MZ, w, sizes, form, fp8):
     """[M, D]: every row times its expert's weight transposed."""
+    if fp8 is not None:
+        return fp8_transposed(dy_MZ, w, sizes, form, fp8)
     if not isinstance(w, LowRank):
         return grouped_matmul(dy_MZ, w, sizes, form, transpose=True)
     matmul = partial(grouped_matmul, sizes_E=sizes, form=form, transpose=True)
@@ -167,9 +175,11 @@ def _apply_transposed(dy_MZ, w, sizes, form):
     return matmul(dy_MZ, w.base) + (w.scale * low_MD).astype(dy_MZ.dtype)
 
 
-def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
+def _weight_gradient(w, x_MD, dy_MZ, sizes, form, fp8=None):
     if isinstance(w, Quantized):  # never differentiated; the cotangent has to exist all the same
         return jax.tree.map(jnp.zeros_like, w)
+    if fp8 is not None:
+        return fp8_outer(x_MD, dy_MZ, sizes, form, w.dtype, fp8).reshape(w.shape)
     if isinstance(w, LowRank):
         matmul, outer = (partial(f, sizes_E=sizes, form=form) for f in (grouped_matmul, grouped_outer))
         parts = _halves(w, w.scale * dy_MZ)
@@ -184,24 +194,25 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form):
 @dataclass(frozen=True)
 class Experts:
     """The computation on one device in one form, for ``ctx.ops.experts``, which on a mesh brings tokens to it.
-    ``limit``: `ffn.swiglu`."""
+    ``limit``: `ffn.swiglu`. ``fp8``: `Context.fp8`."""
 
     form: str
     limit: float | None = None
+    fp8: Fp8 | None = None
 
     sort = staticmethod(sort_by_expert)
 
     def routed(self, x_ND, index_NK, weight_NK, gate_up, down) -> jax.Array:
-        return routed_experts(x_ND, index_NK, weight_NK, gate_up, down, self.form, self.limit)
+        return routed_experts(x_ND, index_NK, weight_NK, gate_up, down, self.form, self.limit, self.fp8)
 
     def up(self, x_MD, gate_up, sizes) -> jax.Array:
-        return rows_up(x_MD, gate_up, sizes, self.form)
+        return rows_up(x_MD, gate_up, sizes, self.form, self.fp8)
 
     def down(self, h_MZ, weight_M1, down, sizes) -> jax.Array:
-        return rows_down(h_MZ, weight_M1, down, sizes, self.form, self.limit)
+        return rows_down(h_MZ, weight_M1, down, sizes, self.form, self.limit, self.fp8)
 
     def down_backward(self, h_MZ, weight_M1, dy_MD, down, sizes):
-        return rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, self.form, self.limit)
+        return rows_down_backward(h_MZ, weight_M1, dy_MD, down, sizes, self.form, self.limit, self.fp8)
 
     def up_backward(self, x_MD, dh_MZ, gate_up, sizes):
-        return rows_up_backward(x_MD, dh_MZ, gate_up, sizes, self.form)
+        return rows_up_backward(x_MD, dh_MZ, gate_up, sizes, self.form, self.fp8)

@@ -34,7 +34,8 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, Aux, jax.Array]:
         routing, segment_BT = self.router(x_BTD, tokens, ctx, given), tokens.segment
         chosen = routing.index_BTK, routing.weight_BTK
-        y_BTD, dropped = ctx.ops.experts(Experts(ctx.experts, self.cfg.limit), x_BTD, *chosen, self.gate_up, self.down)
+        experts = Experts(ctx.experts, self.cfg.limit, ctx.fp8)
+        y_BTD, dropped = ctx.ops.experts(experts, x_BTD, *chosen, self.gate_up, self.down)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, ctx)
         load = ctx.ops.count(routing.index_BTK, self.cfg.n_experts)
