@@ -31,18 +31,20 @@ from deepseek_jax.model.cache import Cache
 
 HERE = Path(__file__).parent
 CONTEXTS, TOY_CONTEXTS = (4096, 32768, 131072), (256,)
-LAYERS = 6
+# V4-Flash's: two layers of recent tokens, then entries of 4 and of 128 in turn.
+RATIOS, TOY_RATIOS = (0, 0, 4, 128, 4, 128), (0, 4, 128)
 
 
-def twins(heads: int, top_k: int, window: int) -> dict[str, ModelConfig]:
-    """Model -> its config. ``top_k``: keys or entries that an indexer chooses; ``window``: V4's recent tokens."""
+def twins(heads: int, top_k: int, window: int, ratios: tuple[int, ...]) -> dict[str, ModelConfig]:
+    """Model -> its config. ``top_k``: keys or entries that an indexer chooses; ``window``: V4's recent tokens;
+    ``ratios``: of V4's layers, as many as all have."""
     index = Indexer(index_heads=16, index_dim=32, index_top_k=top_k)
     mla = MLA(n_heads=heads, q_rank=96, kv_rank=128, nope_dim=32, rope_dim=16, v_dim=32)
     v3 = ModelConfig(
         name="long-context-v3",
         vocab_size=512,
         dim=128,
-        n_layers=LAYERS,
+        n_layers=len(ratios),
         n_dense_layers=0,
         ffn_dim=128,
         attention=mla,
@@ -59,15 +61,14 @@ def twins(heads: int, top_k: int, window: int) -> dict[str, ModelConfig]:
         o_groups=2,
         o_rank=96,
         window=window,
-        # V4-Flash's: two layers of recent tokens, then entries of 4 and of 128 in turn.
-        ratios=(0, 0, 4, 128, 4, 128),
+        ratios=ratios,
         indexer=index,
     )
     v4 = replace(
         v3,
         name="long-context-v4",
         attention=compressed,
-        moe=replace(v3.moe, score="sqrtsoftplus", n_hash=3, limit=10.0),
+        moe=replace(v3.moe, score="sqrtsoftplus", n_hash=len(ratios) // 2, limit=10.0),
         model_type="deepseek_v4",
         residual=HyperConnections(),
     )
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results; by default results.json beside this file")
     given = parser.parse_args()
     contexts, steps = (TOY_CONTEXTS, 2) if given.smoke else (CONTEXTS, given.steps)
-    cfgs = twins(2, 16, 32) if given.smoke else twins(16, 512, 128)
+    cfgs = twins(2, 16, 32, TOY_RATIOS) if given.smoke else twins(16, 512, 128, RATIOS)
     results = {}
     for context in contexts:
         results[str(context)] = measure(cfgs, context, steps)
@@ -151,7 +152,7 @@ def main() -> None:
     record = {
         **provenance(),
         "steps": steps,
-        "layers": LAYERS,
+        "layers": len(cfgs["v3"].layers),
         "cache": "filled with random numbers",
         "results": results,
     }
