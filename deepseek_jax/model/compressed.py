@@ -10,7 +10,7 @@ groups of J, K head dimension, R rank of the output.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -99,7 +99,7 @@ class Compressed(nnx.Module):
             parts = self.compressor.parts(x_BTD, ctx)
         if self.indexer is not None:
             seeking, of_index = self.indexer(x_BTD, q_BTQ, ctx)
-            seeking = Seeking(self._rotated(seeking.q_BTHI, tokens), seeking.weight_BTH, seeking.top_k)
+            seeking = replace(seeking, q_BTHI=self._rotated(seeking.q_BTHI, tokens))
             parts = jnp.concatenate([parts, of_index], axis=-1)
         keys, held = self._keys(kv_BTK, parts, tokens, held, i)
 
@@ -122,10 +122,10 @@ class Compressed(nnx.Module):
         parts = entries = index = None
         if self.compressor is not None:
             c = self.compressor
-            width, made = 2 * c.position.get_value().shape[-1], -(-length // m)
+            width, made = c.width, -(-length // m)
             entries = empty(made, cfg.head_dim)
             if self.indexer is not None:
-                width += 2 * self.indexer.compressor.position.get_value().shape[-1]
+                width += self.indexer.compressor.width
                 index = empty(made, cfg.indexer.index_dim)
             parts = empty(c.span - 1 + rewind, width)
         return Held(empty(max(cfg.window - 1 + rewind, 1), cfg.head_dim), parts, entries, index)
@@ -142,7 +142,7 @@ class Compressed(nnx.Module):
         else:
             position, segment = ring.marks(held.recent.shape[2], tokens)
             recent, ring_of_keys = ring.entered(held.recent, i, kv_BTK, tokens)
-            held = Held(ring_of_keys, held.parts, held.entries, held.index)
+            held = replace(held, recent=ring_of_keys)
         keys = Keys(recent, position, segment)
         if parts_BTP is None:
             return keys, held
@@ -151,7 +151,7 @@ class Compressed(nnx.Module):
         if held is not None:
             parts, ring_of_parts = ring.entered(held.parts, i, parts_BTP, tokens)
             last_BE = held.parts.shape[2] + jnp.take_along_axis(ring.order(tokens), made.last, axis=1)
-        width = 2 * self.compressor.position.get_value().shape[-1]
+        width = self.compressor.width
         number_BE = made.number
         if tokens.uniform:
             number_BE = jnp.broadcast_to(jnp.arange(number_BE.shape[1]), number_BE.shape)
@@ -169,7 +169,7 @@ class Compressed(nnx.Module):
         write = lambda h, new: h.at[i, rows, slot_BE].set(new.astype(h.dtype), mode="drop")  # noqa: E731
         entries = write(held.entries, entries)
         index = None if index is None else write(held.index, index)
-        held = Held(held.recent, ring_of_parts, entries, index)
+        held = replace(held, parts=ring_of_parts, entries=entries, index=index)
         number_BE = jnp.broadcast_to(jnp.arange(E), (kv_BTK.shape[0], E))
         # Of one segment: entries that are not made yet have numbers that no query sees.
         read = lambda h: None if h is None else h[i].astype(kv_BTK.dtype)  # noqa: E731

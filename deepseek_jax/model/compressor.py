@@ -22,16 +22,21 @@ class Compressor(nnx.Module):
 
     def __init__(self, size: int, ratio: int, overlapping: bool, dim: int, dtype, eps: float):
         self.size, self.ratio, self.overlapping = size, ratio, overlapping
-        width = 2 * size if overlapping else size
-        self.kv = param(dtype, (dim, width), ("embed", "kv_rank"), inputs=1)
-        self.gate = param(dtype, (dim, width), ("embed", "kv_rank"), inputs=1)
-        self.position = param(jnp.float32, (ratio, width), ("place", None), inputs=1, decay=False)
+        C = self.width // 2
+        self.kv = param(dtype, (dim, C), ("embed", "kv_rank"), inputs=1)
+        self.gate = param(dtype, (dim, C), ("embed", "kv_rank"), inputs=1)
+        self.position = param(jnp.float32, (ratio, C), ("place", None), inputs=1, decay=False)
         self.norm = RMSNorm(dtype, size, "kv_rank", eps)
 
     @property
     def span(self) -> int:
         """The number of tokens that an entry is made of."""
         return 2 * self.ratio if self.overlapping else self.ratio
+
+    @property
+    def width(self) -> int:
+        """The numbers of a token that go into entries, 2 C: `parts`."""
+        return 4 * self.size if self.overlapping else 2 * self.size
 
     def parts(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         """[B, T, 2 C], what of each token goes into entries: values, then gates."""
