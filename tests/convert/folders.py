@@ -78,3 +78,12 @@ def fuse(tensors: dict) -> None:
                 )
                 tensors[f"{module}.gate_up_proj{suffix}"] = np.concatenate([gate, up], axis=1)
                 tensors[f"{module}.down_proj{suffix}"] = down
+
+
+def edited(folder: Path, into: Path, change) -> Path:
+    """A copy whose tensors ``change`` has changed."""
+    shutil.copytree(folder, into)
+    tensors = arrays(into)
+    change(tensors)
+    write_arrays(into, tensors)
+    return into

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folders import EDGES, arrays, assert_same_tensors, edge_model, edit_json, fuse, write_arrays
+from folders import EDGES, arrays, assert_same_tensors, edge_model, edit_json, edited, fuse, write_arrays
 from test_pretrained import BF16, EXPERT, KV_A, NORM, assert_same_model
 from tiny import random_model
 
@@ -45,15 +45,6 @@ def fp32(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("fp32") / "model"
     dsj.save_pretrained(edge_model(), path)
     return path
-
-
-def edited(folder: Path, into: Path, change) -> Path:
-    """A copy whose tensors ``change`` has changed."""
-    shutil.copytree(folder, into)
-    tensors = arrays(into)
-    change(tensors)
-    write_arrays(into, tensors)
-    return into
 
 
 def dense(tensors: dict, name: str, dtype=BF16) -> None:

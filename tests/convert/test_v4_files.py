@@ -1,7 +1,6 @@
 """V4's files: released names and dtypes, FP8 beside FP4, hash tables, what transformers writes, and DSpark's drafts."""
 
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES
-from folders import arrays, assert_same_tensors, edit_json, with_fp4_experts, write_arrays
+from folders import arrays, assert_same_tensors, edit_json, edited, with_fp4_experts, write_arrays
 from test_pretrained import assert_same_model
 from tiny import random_model
 
@@ -46,14 +45,6 @@ def released(tmp_path_factory) -> Path:
     write_arrays(source, tensors)
     edit_json(source / "config.json", lambda config: config["quantization_config"].update(scale_fmt="ue8m0"))
     return source
-
-
-def edited(source: Path, folder: Path, change) -> Path:
-    shutil.copytree(source, folder)
-    tensors = arrays(folder)
-    change(tensors)
-    write_arrays(folder, tensors)
-    return folder
 
 
 def test_the_dtypes_of_a_release(released):
