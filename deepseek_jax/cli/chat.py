@@ -172,7 +172,7 @@ class Talk:
 
     def _answer(self, text: str) -> str | None:
         """Prints the answer and keeps it with the question; returns the signal that stopped it, None if none did."""
-        from deepseek_jax.text.tokenizer import Stream
+        from deepseek_jax.text.stream import Stream
 
         rendered = self.render(text)
         ids = self._tokenizer.encode(rendered, add_bos=False)

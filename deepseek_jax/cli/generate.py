@@ -134,7 +134,7 @@ class Printer:
     """Prints texts one after another while all of them grow: the first unfinished one streams."""
 
     def __init__(self, rows: int, tokenizer, labels: Sequence[str] = ()):
-        from deepseek_jax.text.tokenizer import Stream
+        from deepseek_jax.text.stream import Stream
 
         self._streams = None if tokenizer is None else [Stream(tokenizer) for _ in range(rows)]
         self._waiting, self._row, self._labels = [""] * rows, 0, labels

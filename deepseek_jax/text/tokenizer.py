@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: text to ids and back, by its ``tokenizer.json``, and text as it streams.
+"""A checkpoint's own tokenizer: text to ids and back, by its ``tokenizer.json``.
 
 Chats are rendered by the checkpoint's own template, see ``chat.py``; ``tiktoken.py`` reads ``tiktoken.model``.
 
@@ -229,38 +229,6 @@ def _token_ids(ids) -> list[int]:
         return [operator.index(i) for i in ids]
     except TypeError:
         raise ValueError(f"ids to decode must be a list of integers, not {shown(ids)}.") from None
-
-
-class Stream:
-    """Decodes ids as they come, giving out whole characters only.
-
-    A character may be spread over several tokens; what is not complete yet waits for the next push. All
-    that comes out, joined, equals ``Tokenizer.decode`` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
-        self._given = 0
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Takes in the next ids; returns the text that is certain now, perhaps none."""
-        self._ids.extend(ids)
-        # Everything is decoded again, because a token's text may depend on those before it. A character
-        # cut short is one replacement character at the end, and the only one that may still change.
-        return self._take(self._text().removesuffix(REPLACEMENT))
-
-    def finish(self) -> str:
-        """The rest: bytes that never became a character come out as U+FFFD."""
-        return self._take(self._text())
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, self._skip)
-
-    def _take(self, text: str) -> str:
-        new = text[self._given :]
-        self._given = len(text)
-        return new
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

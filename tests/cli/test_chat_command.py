@@ -23,7 +23,7 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.convert.save import save_pretrained
 from deepseek_jax.generation.conversation import Conversation
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
-from deepseek_jax.text.tokenizer import Stream
+from deepseek_jax.text.stream import Stream
 from deepseek_jax.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from deepseek_jax.notes import CheckpointWarning
 from deepseek_jax.text import bpe
-from deepseek_jax.text.tokenizer import Stream, Tokenizer, TokenizerError, load_tokenizer
+from deepseek_jax.text.stream import KEPT, WINDOW, Stream
+from deepseek_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 SAMPLE = 'def f(x):\n\treturn "naïve 你好 🙂" * 1234  # <｜User｜>\r\n'
 
@@ -208,7 +209,7 @@ def test_bytes_of_tokens_need_a_byte_level_tokenizer():
         words.token_bytes()
 
 
-@given(st.lists(st.integers(0, 402), max_size=40), st.integers(1, 7), st.booleans())
+@given(st.lists(st.integers(0, 402), max_size=120), st.integers(1, 50), st.booleans())
 def test_stream_gives_the_text_of_any_ids(tokenizer, ids, step, skip):
     stream = Stream(tokenizer, skip_special_tokens=skip)
     parts = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
@@ -224,6 +225,22 @@ def test_stream_gives_whole_characters_only(tokenizer, text):
         seen += stream.push([i])
         assert text.startswith(seen)
     assert seen + stream.finish() == text
+
+
+@pytest.mark.parametrize("text", ["naïve 🙂", "a"])
+def test_stream_decodes_a_few_tokens_at_a_time(tokenizer, text):
+    """And not the text so far, whatever its length; bytes that are no text at all included."""
+    stream, sizes = Stream(tokenizer), []
+    decode = tokenizer.decode
+    ids = tokenizer.encode(text * 60, add_bos=False) + tokenizer.encode("🙂", add_bos=False)[:3] * 60
+    seen = ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "decode", lambda ids, skip: sizes.append(len(ids)) or decode(ids, skip))
+        for i in ids:
+            seen += stream.push([i])
+        seen += stream.finish()
+    assert seen == decode(ids)
+    assert KEPT < max(sizes) <= 2 * WINDOW
 
 
 def test_stream_of_emoji_waits_for_its_last_byte(tokenizer):
