@@ -66,10 +66,10 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping):
                 raise ValueError(f"A chat message is a mapping with a role and a content, not {shown(message)}.")
-        known = _plain({"tools": None, "documents": None, **self._variables, **variables})
+        known = plain({"tools": None, "documents": None, **self._variables, **variables})
         if self._sorts_tools:
             known["tools"] = _sorted(known["tools"])
-        messages = [_message(m) for m in messages]
+        messages = [read_message(m) for m in messages]
         template = self._choose(chat_template, known["tools"] is not None)
         try:
             return template.render(messages=messages, **known)
@@ -150,9 +150,9 @@ class _Message(dict):
         raise KeyError(key)
 
 
-def _message(message: Mapping) -> dict:
+def read_message(message: Mapping) -> dict:
     """A message's entries, its reasoning under the name that templates read; a call of tools may have no content."""
-    entries = _plain({key: value for key, value in message.items() if value is not None})
+    entries = plain({key: value for key, value in message.items() if value is not None})
     nulls = {str(key) for key, value in message.items() if value is None}
     if "tool_calls" in entries and "content" not in entries:
         nulls.add("content")
@@ -164,14 +164,14 @@ def _message(message: Mapping) -> dict:
     return _Message(entries, nulls) if nulls else entries
 
 
-def _plain(value):
+def plain(value):
     """A copy out of plain data: a template is never handed an object with methods of its own."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     raise ValueError(f"A chat holds text, numbers, lists and mappings, not a {type(value).__name__}.")
 
 

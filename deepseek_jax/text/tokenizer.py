@@ -21,6 +21,8 @@ from deepseek_jax.notes import cut, note, shown
 from deepseek_jax.small_files import LARGE
 from deepseek_jax.text import files, tiktoken
 from deepseek_jax.text.chat import ChatTemplate, TokenizerError
+from deepseek_jax.text.encoders.choice import Encoder, encoder_of
+from deepseek_jax.text.typed import Typed, encode_around
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -28,9 +30,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """Text to token ids and back.
 
-    ``template``: the chat template's source, or several by name; ``sorts_tools``: whether it is given ``tools`` with
-    their entries sorted by name, as Kimi-K2's own code does. Truncation and padding that ``backend`` holds are
-    settings of a call, left there by a training tool: they are switched off.
+    ``template``: the chat template's source, or several by name, or a release's own format; ``sorts_tools``: whether
+    templates are given ``tools`` with their entries sorted by name, as Kimi-K2's own code does. Truncation and padding
+    that ``backend`` holds are settings of a call, left there by a training tool: they are switched off.
 
     Attributes:
         backend: the ``tokenizers.Tokenizer`` that does the work.
@@ -44,7 +46,7 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         config: dict | None = None,
-        template: str | Mapping[str, str] | None = None,
+        template: str | Mapping[str, str] | Encoder | None = None,
         sorts_tools: bool = False,
         folder: Path | None = None,
     ):
@@ -81,7 +83,9 @@ class Tokenizer:
             )
             if (text := _token_text(config, name)) is not None
         }
-        self._template = ChatTemplate(template, variables, sorts_tools) if template else None
+        if isinstance(template, str | Mapping):
+            template = ChatTemplate(template, variables, sorts_tools) if template else None
+        self._template = template
 
     @property
     def has_template(self) -> bool:
@@ -170,8 +174,16 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def chat(self, messages: Sequence[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """The ids of a chat. BOS is the template's own business, so none is added."""
-        return self.encode(self.render(messages, add_generation_prompt, **variables), add_bos=False)
+        """The ids of a chat as `render` gives its text. BOS is the template's own business, so none is added.
+
+        The name of a control token in a message or variable is read as any other text (`text.typed`).
+        """
+        typed = Typed(added.content for added in self.backend.get_added_tokens_decoder().values())
+        hidden, more = typed.hidden(list(messages), variables)
+        if not typed:
+            return self.encode(self.render(messages, add_generation_prompt, **variables), add_bos=False)
+        text = self.render(hidden, add_generation_prompt, **more)
+        return encode_around(text, typed, self.backend, self._without_control)
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text that each token stands for, int32 [vocab_size]; special tokens stand for none.
@@ -253,7 +265,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise TokenizerError(
             f"{folder} has no {files.FAST}; without it or a {files.RANKS}, give and take token ids instead of text."
         )
-    return Tokenizer(backend, config, files.read_templates(folder, config), code.sorts_tools, folder)
+    template = files.read_templates(folder, config) or encoder_of(
+        folder, lambda tag: backend.token_to_id(tag) is not None
+    )
+    return Tokenizer(backend, config, template, code.sorts_tools, folder)
 
 
 def _token_text(config: dict, name: str) -> str | None:

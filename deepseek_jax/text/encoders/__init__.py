@@ -1,0 +1,1 @@
+"""Chat formats of releases that publish a program and no template: DeepSeek-V3.2 and V4."""
