@@ -34,7 +34,8 @@ class State:
     in a row's first.
     ``q``: float32 [B, P, V], what they were drawn from. ``recent``: [B, P - 1, D], the hidden states before
     the last known token (of several streams, these), which deeper modules need again. ``drafted``, ``accepted``: int32
-    [B]. ``records``: what is kept beside the tokens, of `RECORDS` those asked for, arrays [B, S, ...].
+    [B]. ``bias``: float32 [B, V], added to the logits that tokens are drawn from, or None. ``records``: what is kept
+    beside the tokens, of `RECORDS` those asked for, arrays [B, S, ...].
     """
 
     cache: Cache
@@ -51,11 +52,13 @@ class State:
     recent: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    bias: jax.Array | None
     records: dict[str, jax.Array]
 
 
 # "routing": int32 [B, S, L, K], the experts of every token that was fed, -1 elsewhere. Of every generated token's
 # distribution, "kept_size": int32 [B, S], tokens that the filters leave; "kept_mask": uint32 [B, S, V / 32], which.
+# Besides, for slots, "top_id" and "top_logprob": [B, S, N], the model's likeliest tokens in each one's place.
 RECORDS = ("routing", "kept_size", "kept_mask")
 
 
@@ -127,7 +130,7 @@ def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> 
     segment_BT = (active_B[:, None] & (ahead_T <= state.offered[:, None])).astype(jnp.int32)
     out = model(tokens_BT, segments=segment_BT, cache=state.cache, logits="all", ctx=ctx)
 
-    p_BTV = distribution(out.logits, sampling)
+    p_BTV = distribution(_biased(out.logits, state), sampling)
     drafts_BP = tokens_BT[:, 1:]
     accepted_B, last_B = verify(p_BTV, state.q, drafts_BP, state.offered, sampling, position_BT + 1)
     new_BT = jnp.pad(drafts_BP, ((0, 0), (0, 1)))
@@ -168,14 +171,16 @@ def _draft(model, state: State, carry_BT, first_B, accepted_B, sampling: Samplin
     at_B = depth - 1 + accepted_B
     real_BW = (position_BW >= 0) & (place_W <= at_B[:, None]) & ~state.done[:, None]
     seen = make_tokens(model.cfg, jnp.maximum(position_BW, 0), real_BW.astype(jnp.int32), position_BW)
-    again = jnp.maximum(position_BW[:, 0], 0)
+    # A row that does nothing, perhaps as its prompt is not fed yet, keeps all.
+    again = jnp.where(state.done, state.cache.capacity, jnp.maximum(position_BW[:, 0], 0))
     cache = replace(state.cache, mtp=tuple(module.up_to(again) for module in state.cache.mtp))
-    recent, tokens, q = _latest(state.recent, carry_BT, accepted_B + 1), state.tokens, []
+    recent = _latest(state.recent, carry_BT, jnp.where(state.done, 0, accepted_B + 1))
+    tokens, q = state.tokens, []
     for d in range(depth):
         next_BW = jnp.take_along_axis(tokens, position_BW + 1 + d, axis=1, mode="clip")
         carry_BW, seen, cache, *_ = model.predict_depth(d, carry_BW, next_BW, seen, cache, ctx)
         hidden_B1D = model.mtp[d].hidden(_taken(carry_BW, at_B), ctx)
-        q.append(distribution(model.unembed(hidden_B1D, ctx), sampling)[:, 0])
+        q.append(distribution(_biased(model.unembed(hidden_B1D, ctx), state), sampling)[:, 0])
         position_B = first_B + accepted_B + 2 + d
         token_B = draw(q[-1], sampling, position_B, DRAFT)
         tokens = _put(tokens, token_B[:, None], position_B[:, None], ~state.done[:, None])
@@ -185,8 +190,12 @@ def _draft(model, state: State, carry_BT, first_B, accepted_B, sampling: Samplin
         tokens=tokens,
         recent=recent,
         q=jnp.stack(q, axis=1),
-        offered=state.drafts,
+        offered=jnp.where(state.done, state.offered, state.drafts),
     )
+
+
+def _biased(logits_BTV, state: State):
+    return logits_BTV if state.bias is None else logits_BTV + state.bias[:, None]
 
 
 def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> dict[str, jax.Array]:
@@ -196,8 +205,13 @@ def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> di
     if "routing" in records:
         index_BTLK = out.aux.expert_index.transpose(1, 2, 0, 3)
         result["routing"] = _put(records["routing"], index_BTLK, position_BT, fed_BT)
+    if p_BTV is None:
+        return result
     found = {"kept_size": lambda: (p_BTV > 0).sum(-1, dtype=jnp.int32), "kept_mask": lambda: packed(p_BTV > 0)}
-    for name in found.keys() & records.keys() if p_BTV is not None else ():
+    if "top_id" in records:
+        top = jax.lax.top_k(jax.nn.log_softmax(out.logits), records["top_id"].shape[-1])
+        found |= {"top_logprob": lambda: top[0], "top_id": lambda: top[1]}
+    for name in found.keys() & records.keys():
         result[name] = _put(records[name], found[name](), position_BT + 1, kept_BT)
     return result
 

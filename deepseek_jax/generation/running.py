@@ -69,7 +69,30 @@ def stops(cfg, stop_ids, rows: int) -> np.ndarray:
     return stop_BN
 
 
-def _empty(name: str, batch: int, capacity: int, cfg) -> np.ndarray:
+def idle(model: Transformer, cache: Cache, stops: int, depth: int, ctx: Context, records) -> State:
+    """Rows without tokens, which are done; ``stops``: how many each may have; ``records``: empty ones."""
+    cfg, (batch, capacity) = model.cfg, cache.segment.shape
+    return State(
+        cache=cache,
+        tokens=np.zeros((batch, capacity), np.int32),
+        logprob=np.zeros((batch, capacity), np.float32),
+        behaviour=np.zeros((batch, capacity), np.float32),
+        known=np.zeros(batch, np.int32),
+        limit=np.zeros(batch, np.int32),
+        stop=np.full((batch, stops), -1, np.int32),
+        done=np.ones(batch, bool),
+        drafts=np.zeros(batch, np.int32),
+        offered=np.zeros(batch, np.int32),
+        q=np.zeros((batch, depth, cfg.vocab_size), np.float32),
+        recent=np.zeros((batch, max(depth - 1, 0), *cfg.stream_shape), model.compute_dtype(ctx)),
+        drafted=np.zeros(batch, np.int32),
+        accepted=np.zeros(batch, np.int32),
+        bias=None,
+        records=records,
+    )
+
+
+def empty_record(name: str, batch: int, capacity: int, cfg) -> np.ndarray:
     """A record of `loop.RECORDS` with nothing in it."""
     if name == "kept_mask":
         return np.zeros((batch, capacity, -(-cfg.vocab_size // 32)), np.uint32)
@@ -99,8 +122,7 @@ def begun(
     the first ``fed`` tokens of every prompt in it. ``new``, ``drafts``: integers [rows]."""
     cfg, rows = model.cfg, len(prompts)
     batch, capacity = cache.segment.shape
-    dtype, depth = model.compute_dtype(ctx), int(drafts.max())
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    depth, lengths = int(drafts.max()), np.array([len(p) for p in prompts], np.int32)
     seeds = sampling.seed
     if batch > rows:
         every = lambda a: a[np.arange(batch) % rows]  # noqa: E731
@@ -109,22 +131,15 @@ def begun(
     tokens_BS = np.zeros((batch, capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
-    state = State(
-        cache=cache,
+    records = {name: empty_record(name, batch, capacity, cfg) for name in record}
+    state = replace(
+        idle(model, cache, stop_BN.shape[1], depth, ctx, records),
         tokens=tokens_BS,
-        logprob=np.zeros((batch, capacity), np.float32),
-        behaviour=np.zeros((batch, capacity), np.float32),
         known=known,
         limit=(known + new).astype(np.int32),
         stop=stop_BN,
         done=np.arange(batch) >= rows,
         drafts=drafts,
-        offered=np.zeros(batch, np.int32),
-        q=np.zeros((batch, depth, cfg.vocab_size), np.float32),
-        recent=np.zeros((batch, max(depth - 1, 0), *cfg.stream_shape), dtype),
-        drafted=np.zeros(batch, np.int32),
-        accepted=np.zeros(batch, np.int32),
-        records={name: _empty(name, batch, capacity, cfg) for name in record},
     )
     return Generation(model, state, sampling, seeds, lengths, depth, ctx, chunk, steps, fed)
 
