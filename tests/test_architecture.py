@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
     "rl": {"configs", "core", "data", "generation", "model", "train"},
+    "serving": set(),
     "lab": {"analysis", "configs", "core", "data", "runs", "text", "train"},
     "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},
 }
