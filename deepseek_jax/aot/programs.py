@@ -112,7 +112,7 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     if program.weights != "bfloat16":
         model = _quantized(model, cfg, program.weights)
     model = _placed(model, ctx)
-    cache = jax.eval_shape(lambda: abstract(cfg).init_cache(rows, slots, ctx=Context(dtype=ctx.dtype)))
+    cache = _empty_cache(cfg, rows, slots, ctx)
     cache = jax.tree.map(partial(_rows_split, rows=rows, ctx=ctx), cache)
     tokens = _rows_split(jax.ShapeDtypeStruct((rows, length), jnp.int32), rows, ctx)
 
@@ -126,6 +126,17 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     return jax.jit(step, donate_argnums=2, in_shardings=(None, None, auto), out_shardings=(None, auto)).lower(
         model, tokens, cache
     )
+
+
+def _empty_cache(cfg: ModelConfig, rows: int, slots: int, ctx: Context):
+    return jax.eval_shape(lambda: abstract(cfg).init_cache(rows, slots, ctx=Context(dtype=ctx.dtype, cache=ctx.cache)))
+
+
+def cache_bytes(cfg: ModelConfig, slots: int, cache: str) -> float:
+    """What a token of a row of so many holds in all layers, MTP modules apart: bytes of the arrays, in bfloat16 or as
+    ``cache`` says, whatever a device adds to them."""
+    made = _empty_cache(cfg, 1, slots, Context(dtype=jnp.bfloat16, cache=cache))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(made.held)) / slots
 
 
 def _rows_split(a, rows: int, ctx: Context):

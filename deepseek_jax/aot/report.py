@@ -15,8 +15,9 @@ from deepseek_jax.aot.hlo import parse
 from deepseek_jax.aot.kernels import KernelFlops
 from deepseek_jax.aot.memory import HLO, Memory, dumped, read_memory
 from deepseek_jax.aot.process import built
-from deepseek_jax.aot.programs import balanced_fill, expected_trips
+from deepseek_jax.aot.programs import balanced_fill, cache_bytes, expected_trips
 from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, Estimate, Slice, estimate
+from deepseek_jax.core.context import Context
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Rates:
     """``tokens``: a second and chip. ``useful``: convention -> (FLOPs a token, MFU: their share of the chip's peak).
 
     "causal": 6 for each activated parameter, and attention over half of the row; with MTP: its modules too. "full
-    attention": over the whole row, as MaxText counts, without MTP. Prefill has a third of it.
+    attention": over the whole row, as MaxText counts, without MTP. Prefill has a third of it. ``cache``: bytes that a
+    token holds when a row is full, in decoding.
     """
 
     tokens: float
     useful: dict[str, tuple[float, float]]
+    cache: float | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Report:
             "time": time | {"binds": found.binds, "matrix_rate": MATRIX_RATE, "hbm_rate": HBM_RATE},
             "tokens_per_second_chip": self.rates.tokens,
             "flops_per_token_and_mfu": self.rates.useful,
+            "cache_bytes_per_token": self.rates.cache,
             "compiler": self.compiler,
         }
 
@@ -101,9 +105,10 @@ def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None,
 def rates(job: Job, seconds: float) -> Rates:
     """Tokens and MFU of a program that takes so long."""
     program = job.program
-    tokens = program.rows * (1 if program.kind == "decode" else program.length) / seconds
+    tokens, cache = program.rows * (1 if program.kind == "decode" else program.length) / seconds, None
     if program.kind == "decode":
         useful = {"absorbed attention": counts(job.cfg, program.context).decode_flops_per_token}
+        cache = cache_bytes(job.cfg, program.context, program.options.get("cache", Context.cache))
     else:
         figures = counts(job.cfg, program.length)
         causal = figures.flops_per_token if program.kind == "train" else figures.forward_flops_per_token
@@ -112,4 +117,4 @@ def rates(job: Job, seconds: float) -> Rates:
         if program.kind == "train" and program.mtp and job.cfg.mtp_depth:
             useful["causal, with MTP"] = causal + figures.flops_per_token_mtp
     peak = job.topology.chip.flops
-    return Rates(tokens, {name: (flops, flops * tokens / peak) for name, flops in useful.items()})
+    return Rates(tokens, {name: (flops, flops * tokens / peak) for name, flops in useful.items()}, cache)

@@ -116,6 +116,8 @@ def _operations(report: Report, most: int) -> Table:
 def _rates(report: Report) -> Table:
     table = _table("Rate", ("what", "left"), ("", "right"), ("MFU", "right"))
     table.add_row("tokens a second and chip", f"{report.rates.tokens:,.1f}", "")
+    if report.rates.cache is not None:
+        table.add_row("bytes that a token holds in the cache", f"{report.rates.cache:,.0f}", "")
     for name, (flops, share) in report.rates.useful.items():
         table.add_row(f"useful GFLOPs a token, {name}", f"{flops / 1e9:.4g}", f"{share:.1%}")
     return table

@@ -26,6 +26,7 @@ REMAT = {
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel")
+CACHES = ("compute", "served")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Context:
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
     a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere. Kernels named here run interpreted
     on the CPU: to check them, slowly.
+    ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
+    (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
     ``loss_chunk``: tokens of each row whose logits the loss has in memory at once; None for all.
     ``fp8``: how products of linear maps and experts are emulated in FP8, on one device; None: they are not.
@@ -57,6 +60,7 @@ class Context:
     experts: str = "auto"
     mla: str = "auto"
     attention: str = "auto"
+    cache: str = "compute"
     remat: str = "none"
     loss_chunk: int | None = None
     expert_buffer: float = 2.0
@@ -84,7 +88,7 @@ class Context:
             raise ValueError(f"Context(expert_chunks={self.expert_chunks!r}): must be at least 1.")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"Context(loss_chunk={self.loss_chunk!r}): must be at least one token, or None.")
-        fields = {"experts": EXPERTS, "mla": MLA_FORMS, "attention": ATTENTION, "remat": tuple(REMAT)}
+        fields = {"experts": EXPERTS, "mla": MLA_FORMS, "attention": ATTENTION, "cache": CACHES, "remat": tuple(REMAT)}
         for name, choices in fields.items():
             value = getattr(self, name)
             if value not in choices:

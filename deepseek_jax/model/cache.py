@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from deepseek_jax.configs.schema import Compressed, ModelConfig
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
+from deepseek_jax.core.served import Served
 from deepseek_jax.model.tokens import Tokens, make_tokens, place_in_segment
 
 
@@ -40,6 +41,12 @@ class Cache:
     @property
     def capacity(self) -> int:
         return self.position.shape[1]
+
+    @property
+    def is_served(self) -> bool:
+        """Whether its keys are in FP8 and FP4."""
+        found = jax.tree.leaves(self.held, is_leaf=lambda x: isinstance(x, Served))
+        return any(isinstance(x, Served) for x in found)
 
     def rewind(self, n_B: jax.Array) -> "Cache":
         """Takes back the last ``n_B`` tokens of each row (int32 [B], 0 to ``max_rewind``).

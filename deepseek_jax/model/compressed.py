@@ -19,18 +19,24 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.configs import schema
+from deepseek_jax.core import served
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.product import product
+from deepseek_jax.core.quant import FP4_BLOCK
 from deepseek_jax.core.rope import apply_rope, rope_tables
+from deepseek_jax.core.served import Form, Served
 from deepseek_jax.model import ring
 from deepseek_jax.model.attention import KEPT_PROBABILITIES, in_blocks
 from deepseek_jax.model.compressor import Compressor
 from deepseek_jax.model.indexer import EntryIndexer, Seeking, chosen_keys, divergence_of, only_chosen
 from deepseek_jax.model.tokens import Tokens
+
+# Values of a key or an entry that share a scale where they are kept in FP8.
+KEY_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -40,10 +46,10 @@ class Held:
     ``parts``: what of the last ones goes into entries that are to come, a ring. ``entries``: [layers, B, E, K], by the
     number of their window; ``index``: the indexer's. None where a layer has none."""
 
-    recent: jax.Array
+    recent: jax.Array | Served
     parts: jax.Array | None
-    entries: jax.Array | None
-    index: jax.Array | None
+    entries: jax.Array | Served | None
+    index: jax.Array | Served | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class Compressed(nnx.Module):
             seeking = replace(seeking, q_BTHI=self._rotated(seeking.q_BTHI, tokens))
             parts = jnp.concatenate([parts, of_index], axis=-1)
         keys, held = self._keys(kv_BTK, parts, tokens, held, i)
+        if seeking is not None and held is not None and isinstance(held.index, Served):
+            seeking = seeking.turned()
 
         o_BTNK = checkpoint_name(self._attend(q_BTNK, seeking, keys, tokens, held is not None), "core")
         o_BTNK = self._rotated(o_BTNK, tokens, back=True)
@@ -116,19 +124,27 @@ class Compressed(nnx.Module):
         """For a cache of ``length`` tokens a row, of which ``rewind`` may be taken back."""
         cfg, m = self.cfg, self.cfg.ratio
 
-        def empty(size: int, width: int):
-            return ctx.ops.zeros((layers, batch, size, width), dtype, (None, BATCH, None, None))
+        def empty(size: int, width: int, form: Form | None = None):
+            zeros = lambda shape, dtype: ctx.ops.zeros(shape, dtype, (None, BATCH, None, None))  # noqa: E731
+            return served.empty(form, (layers, batch, size, width), dtype, zeros)
+
+        of_keys = of_index = None
+        if ctx.cache == "served":
+            of_keys = Form(cfg.head_dim - cfg.rope_dim, KEY_BLOCK, powers_of_two=True)
 
         parts = entries = index = None
         if self.compressor is not None:
             c = self.compressor
             width, made = c.width, -(-length // m)
-            entries = empty(made, cfg.head_dim)
+            entries = empty(made, cfg.head_dim, of_keys)
             if self.indexer is not None:
                 width += self.indexer.compressor.width
-                index = empty(made, cfg.indexer.index_dim)
+                size = cfg.indexer.index_dim
+                if ctx.cache == "served":
+                    of_index = Form(size, FP4_BLOCK[-1], bits=4, powers_of_two=True, turned=True)
+                index = empty(made, size, of_index)
             parts = empty(c.span - 1 + rewind, width)
-        return Held(empty(max(cfg.window - 1 + rewind, 1), cfg.head_dim), parts, entries, index)
+        return Held(empty(max(cfg.window - 1 + rewind, 1), cfg.head_dim, of_keys), parts, entries, index)
 
     def _rotated(self, x: jax.Array, tokens: Tokens, back: bool = False) -> jax.Array:
         """x [B, T, ..., K] of which the last dimensions are rotated at the tokens' positions, or back."""
@@ -166,17 +182,17 @@ class Compressed(nnx.Module):
 
         rows, E = jnp.arange(kv_BTK.shape[0])[:, None], held.entries.shape[2]
         slot_BE = jnp.where(made.segment != 0, number_BE, E)
-        write = lambda h, new: h.at[i, rows, slot_BE].set(new.astype(h.dtype), mode="drop")  # noqa: E731
+        write = lambda h, new: served.put(h, i, rows, slot_BE, served.kept(new, h))  # noqa: E731
         entries = write(held.entries, entries)
         index = None if index is None else write(held.index, index)
         held = replace(held, parts=ring_of_parts, entries=entries, index=index)
         number_BE = jnp.broadcast_to(jnp.arange(E), (kv_BTK.shape[0], E))
         # Of one segment: entries that are not made yet have numbers that no query sees.
-        read = lambda h: None if h is None else h[i].astype(kv_BTK.dtype)  # noqa: E731
         # Not cut out of the stack first: of many entries few are chosen.
-        chosen = lambda index_BTC: entries[i, rows[..., None], index_BTC].astype(kv_BTK.dtype)  # noqa: E731
-        one = jnp.ones_like(number_BE)
-        return Keys(recent, position, segment, read(entries), chosen, number_BE, one, read(index)), held
+        read = partial(served.taken, dtype=kv_BTK.dtype, i=i)
+        chosen = lambda index_BTC: served.taken(entries, kv_BTK.dtype, i, rows[..., None], index_BTC)  # noqa: E731
+        one, of_index = jnp.ones_like(number_BE), None if index is None else read(index)
+        return Keys(recent, position, segment, read(entries), chosen, number_BE, one, of_index), held
 
     def _entries(self, compressor: Compressor, parts, last_BE, number_BE) -> jax.Array:
         """Rotated at the position of their windows' first tokens."""

@@ -58,6 +58,11 @@ class GQA(nnx.Module):
 
     def held(self, layers: int, batch: int, length: int, rewind: int, dtype, ctx: Context) -> jax.Array:
         """[layers, B, S, 2 G H] for a cache: each token's rotated keys, then its values, of all key heads."""
+        if ctx.cache != "compute":
+            raise ValueError(
+                f'Context(cache="{ctx.cache}"): what grouped-query attention keeps is held in the compute dtype only; '
+                'leave out cache, or give "compute".'
+            )
         return ctx.ops.zeros((layers, batch, length, self.cfg.cache_width), dtype, (None, BATCH, None, None))
 
     def _attend(self, q_BTNH, k_BSGH, v_BSGH, tokens: Tokens, ctx: Context) -> jax.Array:

@@ -8,7 +8,7 @@ by `divergence`.
 Suffixes: B batch, T queries, S keys, K chosen keys, D width, Q query rank, H heads of the indexer, I their dimension.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
+from deepseek_jax.core import served
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, LayerNorm
@@ -39,6 +40,10 @@ class Seeking:
     q_BTHI: jax.Array
     weight_BTH: jax.Array
     top_k: int = field(metadata={"static": True})
+
+    def turned(self) -> "Seeking":
+        """For keys that are (`core.served`)."""
+        return replace(self, q_BTHI=served.turned(self.q_BTHI.astype(jnp.float32)))
 
 
 class Indexer(nnx.Module):

@@ -23,9 +23,13 @@ from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import softmax_scale
+from deepseek_jax.core.served import Form, Served, empty, kept, put, taken
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.indexer import Indexer, divergence
 from deepseek_jax.model.tokens import Tokens
+
+# Values of a latent or an indexer's key that share a scale where they are kept in FP8.
+KEY_BLOCK = 128
 
 
 @jax.tree_util.register_dataclass
@@ -84,9 +88,12 @@ class MLA(nnx.Module):
         keys = (latent_BTX, index)
         if held is not None:
             rows = jnp.arange(x_BTD.shape[0])[:, None]
-            write = lambda h, k: h.at[i, rows, tokens.slot].set(k.astype(h.dtype), mode="drop")  # noqa: E731
-            held = jax.tree.map(write, held, keys)
-            keys = jax.tree.map(lambda h: h[i].astype(x_BTD.dtype), held)
+            held = tuple(
+                None if h is None else put(h, i, rows, tokens.slot, kept(k, h)) for h, k in zip(held, keys, strict=True)
+            )
+            keys = tuple(None if h is None else taken(h, x_BTD.dtype, i) for h in held)
+            if seeking is not None and isinstance(held[1], Served):
+                seeking = seeking.turned()
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], keys[0].shape[1], ctx) else self._expanded
         form = partial(form, reports=seeking is not None and "index_kl" in report)
@@ -95,12 +102,22 @@ class MLA(nnx.Module):
 
     def held(
         self, layers: int, batch: int, length: int, rewind: int, dtype, ctx: Context
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array | Served, jax.Array | Served | None]:
         """For a cache, [layers, B, S, C + R]: each token's normalised latent, then its rotated key, shared by all heads
         (V2 §2.1.2; 576 numbers for V3); and [layers, B, S, I], the indexer's keys, where there is one."""
-        cfg, rows = self.cfg, (layers, batch, length)
-        empty = lambda width: ctx.ops.zeros((*rows, width), dtype, (None, BATCH, None, None))  # noqa: E731
-        return empty(cfg.kv_rank + cfg.rope_dim), None if cfg.indexer is None else empty(cfg.indexer.index_dim)
+        cfg, of_latent, of_index, index = self.cfg, None, None, None
+
+        def zeros(shape, dtype):
+            return ctx.ops.zeros(shape, dtype, (None, BATCH, None, None))
+
+        if ctx.cache == "served":
+            of_latent = Form(cfg.kv_rank, KEY_BLOCK)
+        if cfg.indexer is not None:
+            size = cfg.indexer.index_dim
+            if ctx.cache == "served":
+                of_index = Form(size, KEY_BLOCK, turned=True)
+            index = empty(of_index, (layers, batch, length, size), dtype, zeros)
+        return empty(of_latent, (layers, batch, length, cfg.kv_rank + cfg.rope_dim), dtype, zeros), index
 
     def _queries(self, x_BTD, q_BTQ, tokens: Tokens, ctx: Context):
         if q_BTQ is None:

@@ -6,24 +6,27 @@ Suffixes: B rows, T new tokens, S slots of a ring, L = S + T tokens in a line, X
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.core.served import Served, kept, put, read, taken
 from deepseek_jax.model.tokens import Tokens
 
 
-def entered(ring: jax.Array, i: jax.Array | int, new_BTX: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+def entered(ring: jax.Array | Served, i: jax.Array | int, new_BTX: jax.Array, tokens: Tokens):
     """Layer ``i``'s last S tokens, then the new ones, in order, [B, L, X]; and the ring [layers, B, S, X] with them.
 
     Padding is left out; the line then ends in zeros.
     """
     S, T = ring.shape[2], new_BTX.shape[1]
     rows = jnp.arange(new_BTX.shape[0])[:, None]
-    old_BSX = jnp.take_along_axis(ring[i], (_before(tokens, S) % S)[..., None], axis=1).astype(new_BTX.dtype)
+    slot_BS = _before(tokens, S) % S
+    old_BSX, new = taken(ring, new_BTX.dtype, i, rows, slot_BS), kept(new_BTX, ring)
+    new_BTX = read(new, ring, new_BTX.dtype)
     order_BT = order(tokens)
     line_BLX = jnp.concatenate([old_BSX, jnp.zeros_like(new_BTX)], axis=1)
     line_BLX = line_BLX.at[rows, S + order_BT].set(new_BTX, mode="drop")
     # Of more new tokens than there are slots the last ones stay.
     stays_BT = (order_BT < T) & (order_BT >= (tokens.segment != 0).sum(-1, keepdims=True) - S)
     slot_BT = jnp.where(stays_BT, tokens.slot % S, S)
-    return line_BLX, ring.at[i, rows, slot_BT].set(new_BTX.astype(ring.dtype), mode="drop")
+    return line_BLX, put(ring, i, rows, slot_BT, new)
 
 
 def marks(size: int, tokens: Tokens) -> tuple[jax.Array, jax.Array]:

@@ -71,7 +71,8 @@ class Transformer(nnx.Module):
         return tuple((Stack(layer, range(i, i + 1)),) for i, layer in enumerate(self.cfg.layers))
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
-        """An empty cache for ``length`` tokens a row, in the compute dtype; ``rewind``: `Cache.rewind`."""
+        """An empty cache for ``length`` tokens a row, in the compute dtype or as ``ctx.cache`` says; ``rewind``:
+        `Cache.rewind`. What is in a cache stays in its form, whatever the context of a later call."""
         check_cache_size(batch, length, rewind)
         ctx, dtype = ctx or DEFAULT, self.compute_dtype(ctx)
         make = partial(make_cache, batch=batch, length=length, rewind=rewind, ctx=ctx)
@@ -87,7 +88,8 @@ class Transformer(nnx.Module):
 
     def _empty(self, batch: int, cache: Cache) -> Cache:
         """The shapes of an empty cache of the same size."""
-        return jax.eval_shape(partial(self.init_cache, batch, cache.capacity, cache.max_rewind))
+        form = Context(cache="served" if cache.is_served else "compute")
+        return jax.eval_shape(partial(self.init_cache, batch, cache.capacity, cache.max_rewind, form))
 
     def compute_dtype(self, ctx: Context | None = None):
         """The dtype of activations: the context's, else that of the embedding: some parameters are float32 always."""

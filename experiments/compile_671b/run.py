@@ -54,6 +54,9 @@ CONFIGURATIONS = {
     "decode-fp8": Compile(V3, rows=8, weights="fp8", **SERVE),
     "v4-flash-train-r4-256": Compile(FLASH, "v5p:8x8x4", "fsdp=32,expert=8", rows=4),
     "v4-flash-decode-1m": Compile(FLASH, "v5p:4x4x4", "expert=64", program="decode", rows=1, context=1 << 20),
+    "v4-flash-decode-1m-served": Compile(
+        FLASH, "v5p:4x4x4", "expert=64", program="decode", rows=1, context=1 << 20, set=("cache=served",)
+    ),
 }
 SMOKE = {"smoke": Compile("tiny-v3", "v5e:2x2", "fsdp=2,expert=2", length=128, mtp=False, loss_chunk=64)}
 LARGEST = 12

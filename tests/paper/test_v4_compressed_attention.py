@@ -20,6 +20,7 @@ from deepseek_jax.model import compressed
 from deepseek_jax.model.attention import MIN_BLOCK
 from deepseek_jax.model.cache import make_cache, seen_tokens
 from deepseek_jax.model.indexer import chosen_keys, index_scores
+from deepseek_jax.model.transformer import abstract
 
 ATTENTION = Compressed(
     n_heads=4,
@@ -335,3 +336,19 @@ def test_a_cache_holds_one_segment_a_row():
     model = random_model(CFG)
     with pytest.raises(ValueError, match="segments go up to 2, but in a cache tiny holds entries of one segment a row"):
         model(np.zeros((1, 4), np.int32), segments=np.asarray([[1, 1, 2, 2]]), cache=model.init_cache(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("release", "published"), [("deepseek-v4-flash", (3453, 3517)), ("deepseek-v4-pro", (4944, 5036))]
+)
+def test_a_million_tokens_take_the_bytes_of_the_release(release, published):
+    """Entries, the indexer's keys and the window's, FP8 and FP4; V3.2's beside them."""
+    length, ctx = 1 << 20, dsj.Context(cache="served", dtype=jnp.bfloat16)
+    made = lambda name: jax.eval_shape(lambda: abstract(dsj.zoo(name)).init_cache(1, length, ctx=ctx)).held  # noqa: E731
+    nbytes = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / length  # noqa: E731
+    held = made(release)
+    # What the last tokens leave for entries to come, of no length, in the compute dtype.
+    parts = nbytes([h.parts for h in held])
+    assert parts < 10
+    assert published[0] <= round(nbytes(held) - parts) <= published[1]
+    assert nbytes(made("deepseek-v3.2")) == 48068

@@ -107,5 +107,5 @@ FIGURES = (
            lambda: (_v3_bytes() + counted("deepseek-v3").kv_bytes_per_token_mtp) * 131072,
            "62 layers, the MTP module's among them"),
     Figure("fp8-cache", "FP8 cache of a token and layer", "FlashMLA, V3.2-Exp", "656", "bytes", _fp8_bytes,
-           "from V3's attention, which V3.2 keeps; a cache in FP8 is not built"),
+           "from V3's attention, which V3.2 keeps: Context(cache=\"served\")"),
 )  # fmt: skip
