@@ -7,6 +7,8 @@ parameters on the real model's tree.
 from dataclasses import asdict, dataclass
 
 from deepseek_jax.analysis.forms import cache_values, collapse_parameters, parameters, reads
+from deepseek_jax.analysis.janus import components
+from deepseek_jax.configs.multimodal import JanusConfig
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -80,18 +82,50 @@ class Counts:
         return asdict(self)
 
 
-def counts(cfg: ModelConfig, context: int = 4096) -> Counts:
-    """Counts a model. ``context``: tokens, the length at which FLOPs are counted.
+@dataclass(frozen=True)
+class JanusCounts:
+    """What `counts` returns of a Janus; exact integers.
+
+    ``language``: the language model's own counts. ``components``: component -> parameters of everything else, biases
+    and norms included. ``shown``, ``drawn``: tokens of a picture that is shown, and codes of one that is drawn.
+    """
+
+    model: str
+    language: Counts
+    components: dict[str, int]
+    shown: int
+    drawn: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.components.values()) + self.language.total
+
+    def as_dict(self) -> dict:
+        """All figures as plain Python values, for JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def counts(cfg: ModelConfig | JanusConfig, context: int = 4096) -> Counts | JanusCounts:
+    """Counts a model. ``context``: tokens, the length at which FLOPs are counted. Of a Janus: `JanusCounts`.
 
     Conventions: V3 §4.2 for parameters, V2 table 1 for the cache. The FLOP formula is the one that gives the
     250 GFLOPs a token of V3 in "Insights into DeepSeek-V3" (2505.09343, table 2).
 
     Raises ValueError for what is no config and for a context that is not positive.
     """
-    if not isinstance(cfg, ModelConfig):
+    if not isinstance(cfg, ModelConfig | JanusConfig):
         raise ValueError(f"counts are of a ModelConfig, such as dsj.zoo('deepseek-v3'), not {shown(cfg)}.")
     if not isinstance(context, int) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {shown(context)}.")
+    if isinstance(cfg, JanusConfig):
+        language = language_counts(cfg.language, context)
+        return JanusCounts(cfg.name, language, components(cfg), cfg.vision.n_tokens, cfg.n_codes)
+    return language_counts(cfg, context)
+
+
+def language_counts(cfg: ModelConfig, context: int) -> Counts:
+    """`counts` of a language model."""
     moe, layers, mtp_layer = cfg.moe, cfg.layers, cfg.mtp_layer
     embedding = cfg.vocab_size * cfg.dim
     attention = [parameters(layer.attention, cfg.dim) for layer in layers]

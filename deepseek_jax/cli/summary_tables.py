@@ -22,7 +22,7 @@ def print_summary(cfg: ModelConfig, c: Counts, console: Console | None = None) -
     tables = [_parameters(cfg, c), _mtp(cfg, c) if cfg.mtp_depth else None, _cache(cfg, c), _flops(c)]
     release = release_of(cfg)
     if figures := of_release(release):
-        tables.append(_published(figures))
+        tables.append(published_table(figures))
     if release in COSTS:
         # Published FLOPs hold at one length, whatever length the other tables are for.
         tables.append(_cost(counts(cfg, CONTEXT), COSTS[release]))
@@ -72,7 +72,7 @@ def _(a: Compressed) -> str:
     )
 
 
-def _table(title: str, *columns: tuple[str, str]) -> Table:
+def new_table(title: str, *columns: tuple[str, str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in columns:
         table.add_column(name, justify=justify, no_wrap=justify == "right")
@@ -80,7 +80,7 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
 
 
 def _parameters(cfg: ModelConfig, c: Counts) -> Table:
-    table = _table("Parameters", ("component", "left"), ("made of", "left"), ("count", "right"))
+    table = new_table("Parameters", ("component", "left"), ("made of", "left"), ("count", "right"))
     made_of = {
         "embedding": f"{cfg.vocab_size:,} x {cfg.dim:,}",
         "attention": f"{cfg.n_layers} x {c.attention_per_layer:,}",
@@ -116,7 +116,7 @@ def _parameters(cfg: ModelConfig, c: Counts) -> Table:
 
 
 def _mtp(cfg: ModelConfig, c: Counts) -> Table:
-    table = _table(f"MTP, depth {cfg.mtp_depth}", ("component", "left"), ("made of", "left"), ("count", "right"))
+    table = new_table(f"MTP, depth {cfg.mtp_depth}", ("component", "left"), ("made of", "left"), ("count", "right"))
     projection = c.mtp_components["projection"]
     table.add_row("layer", "attention, experts, router, norms", f"{c.mtp - projection:,}")
     table.add_row("projection", f"{2 * cfg.dim:,} x {cfg.dim:,}", f"{projection:,}")
@@ -136,7 +136,7 @@ def _form(a) -> str:
 
 
 def _cache(cfg: ModelConfig, c: Counts) -> Table:
-    table = _table(
+    table = new_table(
         "Cache, bfloat16",
         ("attention", "left"),
         ("bytes a token", "right"),
@@ -160,7 +160,7 @@ def _cache(cfg: ModelConfig, c: Counts) -> Table:
 
 
 def _flops(c: Counts) -> Table:
-    table = _table(
+    table = new_table(
         f"GFLOPs a token at {c.context:,} tokens", ("what", "left"), ("formula", "left"), ("GFLOPs", "right")
     )
     for name, formula, value in (
@@ -180,8 +180,8 @@ def _giga(value: int) -> str:
     return f"{value / 1e9:,.2f}" if value >= 1e9 else f"{value / 1e9:.6f}"
 
 
-def _published(figures: tuple[Figure, ...]) -> Table:
-    table = _table("Beside what is published", ("figure", "left"), ("ours", "right"), ("published", "right"))
+def published_table(figures: tuple[Figure, ...]) -> Table:
+    table = new_table("Beside what is published", ("figure", "left"), ("ours", "right"), ("published", "right"))
     table.add_column("source")
     for figure in figures:
         table.add_row(figure.name, outcome(figure).text, figure.published_text, figure.source)
@@ -189,7 +189,7 @@ def _published(figures: tuple[Figure, ...]) -> Table:
 
 
 def _cost(c: Counts, cost: Cost) -> Table:
-    table = _table(
+    table = new_table(
         f"Training, as published: {cost.n_gpus:,} {cost.gpu}, {cost.tokens / 1e12:.1f}T tokens",
         ("stage", "left"),
         (f"{cost.gpu} hours", "right"),

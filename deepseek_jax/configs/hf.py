@@ -28,6 +28,7 @@ TRADITIONS = {
     "llama": llama.LLAMA,
     "qwen2": llama.QWEN2,
 }
+JANUS = ("multi_modality", "janus")
 NOT_BUILT = {"deepseek_v41": "DeepSeek-V4.1, another architecture (a causal encoder-decoder with Engram tables)"}
 
 
@@ -42,6 +43,12 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
     model_type = fields.value("model_type", None)
     if isinstance(model_type, str) and model_type in NOT_BUILT:
         raise ConfigError(f"config.json: model_type {model_type} is {NOT_BUILT[model_type]}, which is not built.")
+    if isinstance(model_type, str) and model_type in JANUS:
+        raise ConfigError(
+            f"config.json: model_type {model_type} is a Janus, not a language model alone: "
+            "deepseek_jax.multimodal.checkpoint.load_pretrained loads it, and the commands generate, draw, summary and "
+            "verify take it."
+        )
     if not isinstance(model_type, str) or model_type not in TRADITIONS:
         raise ConfigError(
             f"config.json: model_type {shown(model_type)} is not supported; supported: {', '.join(TRADITIONS)}."
@@ -125,14 +132,14 @@ def check_carried(cfg: ModelConfig, data: dict) -> None:
     except ConfigError as error:
         raise ConfigError(f"config.json cannot carry this model, which is not saved: {error}") from None
     if again != cfg:
-        lost = "; ".join(_differences("", cfg, again)) or f"it is a {type(cfg).__name__}"
+        lost = "; ".join(differences("", cfg, again)) or f"it is a {type(cfg).__name__}"
         raise ConfigError(
             f"config.json cannot carry this model, which is not saved: {lost}. What the file holds is said in "
             "deepseek_jax/configs/hf.py and published/."
         )
 
 
-def _differences(where: str, ours, read) -> list[str]:
+def differences(where: str, ours, read) -> list[str]:
     """The fields in which a config differs from the one that its file would be read as."""
     if not is_dataclass(ours) or not is_dataclass(read):
         return [] if ours == read else [f"{where or 'it'} is {shown(ours)} and would be read as {shown(read)}"]
@@ -142,5 +149,5 @@ def _differences(where: str, ours, read) -> list[str]:
         if not hasattr(read, field.name):
             found.append(f"{name} is {shown(getattr(ours, field.name))} and has no field in the file")
         else:
-            found += _differences(name, getattr(ours, field.name), getattr(read, field.name))
+            found += differences(name, getattr(ours, field.name), getattr(read, field.name))
     return found

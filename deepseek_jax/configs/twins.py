@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from deepseek_jax.configs.multimodal import VQ, JanusConfig, Vision
 from deepseek_jax.configs.releases.dense import dense
 from deepseek_jax.configs.releases.v2 import softmax_moe
 from deepseek_jax.configs.schema import (
@@ -118,4 +119,18 @@ def tiny_v4(name: str) -> ModelConfig:
         init_std=0.02,
         model_type="deepseek_v4",
         residual=HyperConnections(),
+    )
+
+
+def tiny_janus(name: str) -> JanusConfig:
+    """Janus-Pro's mechanisms at a size for tests and laptops: pictures of 64 pixels are 64 tokens, or 64 codes."""
+    attention = GQA(n_heads=4, n_kv_heads=4, head_dim=64)
+    language = tiny_dense(name, attention, "llama")
+    return JanusConfig(
+        name,
+        language,
+        vision=Vision(image_size=64, patch=8, dim=128, n_layers=4, n_heads=4, ffn_dim=512),
+        vq=VQ(n_codes=512, code_dim=8, z_dim=64, channels=32, multipliers=(1, 1, 2, 2)),
+        head_dim=256,
+        image_id=2047,
     )

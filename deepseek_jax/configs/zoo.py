@@ -5,11 +5,12 @@ from dataclasses import replace
 from functools import partial
 
 from deepseek_jax.configs import twins
-from deepseek_jax.configs.releases import dense, v2, v3, v4
+from deepseek_jax.configs.multimodal import JanusConfig
+from deepseek_jax.configs.releases import dense, janus, v2, v3, v4
 from deepseek_jax.configs.schema import ConfigError, ModelConfig
 from deepseek_jax.notes import shown
 
-_BUILT = {
+_LANGUAGE = {
     "deepseek-llm-7b": partial(dense.deepseek_llm, sizes=(102400, 4096, 30, 11008), heads=(32, 32)),
     "deepseek-llm-67b": partial(dense.deepseek_llm, sizes=(102400, 8192, 95, 22016), heads=(64, 8)),
     "deepseek-moe-16b": v2.deepseek_moe_16b,
@@ -49,18 +50,20 @@ _BUILT = {
     "tiny-distill-qwen": twins.tiny_distill_qwen,
     "tiny-distill-llama": twins.tiny_distill_llama,
 }
+_MULTIMODAL = {
+    "janus-pro-1b": partial(janus.janus_pro, sizes=(102400, 2048, 24, 5632), n_heads=16),
+    "janus-pro-7b": partial(janus.janus_pro, sizes=(102400, 4096, 30, 11008), n_heads=32),
+    "tiny-janus": twins.tiny_janus,
+}
+_BUILT = _LANGUAGE | _MULTIMODAL
 
 # Releases of the family whose mechanisms are not built yet; asking for one says so.
-_PLANNED = (
-    "deepseek-v4.1-flash",
-    "janus-pro-1b",
-    "janus-pro-7b",
-    "tiny-janus",
-)
+_PLANNED = ("deepseek-v4.1-flash",)
 
 
-def zoo(name: str | None = None, **changes) -> ModelConfig | tuple[str, ...]:
-    """The config of a release, with ``changes`` applied to it; without a name, all names.
+def zoo(name: str | None = None, **changes) -> ModelConfig | JanusConfig | tuple[str, ...]:
+    """The config of a release, with ``changes`` applied to it; without a name, all names. Janus's are `JanusConfig`s,
+    which `deepseek_jax.multimodal` runs.
 
     Raises ConfigError for a name that is unknown or not built yet.
     """
@@ -73,6 +76,11 @@ def zoo(name: str | None = None, **changes) -> ModelConfig | tuple[str, ...]:
         guess = f"did you mean {' or '.join(near)}? B" if near else "b"
         raise ConfigError(f"there is no model {shown(name)}; {guess}uilt are: {', '.join(_BUILT)}.")
     return replace(_BUILT[name](name), **changes)
+
+
+def language_models() -> tuple[str, ...]:
+    """The names of `zoo` whose configs are `ModelConfig`s."""
+    return tuple(_LANGUAGE)
 
 
 def meant(name: str) -> list[str]:

@@ -5,6 +5,7 @@ Tensors are read one at a time into the leaves' final, stacked arrays: memory is
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ from deepseek_jax.model.transformer import Transformer, abstract
 from deepseek_jax.notes import cut, note
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.shardings import shardings
+
+Tree = TypeVar("Tree")
 
 ALIGNMENT = 64
 STRIP = 64
@@ -153,6 +156,20 @@ def _load(
             by_leaf.setdefault(tensor.path, []).append(tensor)
         elif isinstance(checkpoint, Checkpoint) and tensor.name in checkpoint.entries:
             check_copy(checkpoint, tensor, tensors, ctx)
+    like = abstract(cfg, np.float32 if dtype is None else dtype)
+    return filled(like, checkpoint, by_leaf, leaves, dtype, ctx)
+
+
+def filled(
+    like: Tree,
+    checkpoint: Checkpoint | Layers,
+    by_leaf: dict[tuple, list[Tensor]],
+    leaves: dict[tuple, Leaf],
+    dtype: np.dtype | None,
+    ctx: Context = DEFAULT,
+) -> Tree:
+    """``like``, a tree of shapes, with the values of a checkpoint whose tensors are checked; ``by_leaf``: those of each
+    leaf."""
     forms = {path: tuple(stored(checkpoint.entries, t) for t in group) for path, group in by_leaf.items()}
     if dtype is None:
         _tell_mixed(checkpoint, by_leaf, forms)
@@ -168,7 +185,7 @@ def _load(
         kept = {} if dtype is not None or set(forms[path]) == {held_as(value)} else {STORED: forms[path]}
         return type(variable)(value, **variable.get_metadata(), **kept)
 
-    return map_variables(fill, abstract(cfg, np.float32 if dtype is None else dtype))
+    return map_variables(fill, like)
 
 
 def _shared(checkpoint: Checkpoint | Layers, tensors: list[Tensor], forms: tuple[Stored, ...]) -> Stored:

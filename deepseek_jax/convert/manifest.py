@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.configs.schema import ModelConfig
-from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.configs.zoo import language_models, zoo
 from deepseek_jax.convert.check import check_tensors
 from deepseek_jax.convert.config_file import read_config
 from deepseek_jax.convert.files import nbytes
@@ -78,7 +78,7 @@ def _form(release: str, tensor: Tensor) -> Stored:
 def releases_of(cfg: ModelConfig) -> tuple[str, ...]:
     """The zoo's models with this architecture; names, lengths, stop tokens and initialisation apart."""
     neutral = {"name": "", "init_std": 1.0, "max_length": 1, "bos_id": None, "eos_ids": ()}
-    return tuple(name for name in zoo() if replace(zoo(name), **neutral) == replace(cfg, **neutral))
+    return tuple(name for name in language_models() if replace(zoo(name), **neutral) == replace(cfg, **neutral))
 
 
 @dataclass(frozen=True)

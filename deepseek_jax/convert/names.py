@@ -100,7 +100,7 @@ def layout(cfg: ModelConfig) -> tuple[tuple[Tensor, ...], dict[Path, Leaf]]:
             path = (*prefix, *ours.split("."))
             if path not in variables:
                 continue
-            leaf = leaves.setdefault(path, _leaf(variables[path], path, len(lead)))
+            leaf = leaves.setdefault(path, leaf_of(variables[path], path, len(lead)))
             dtype = variables[path].get_value().dtype
             fixed = None if dtype == jnp.bfloat16 else np.dtype(dtype)
             found = _tensors(leaf, path, published + theirs, lead, fp8, names)
@@ -177,7 +177,8 @@ def check_size(cfg: ModelConfig, names: Collection[str], folder: FilePath) -> No
         )
 
 
-def _leaf(variable, path: Path, stacked: int) -> Leaf:
+def leaf_of(variable, path: Path, stacked: int) -> Leaf:
+    """The shapes of a variable of which the first ``stacked`` axes are layers."""
     shape, form = variable.get_value().shape, matrix_of(variable, ".".join(map(str, path)))
     front, between = ([shape[a] for a in axes] for axes in (form.front, form.between))
     inputs = [math.prod(shape[a] for a in form.inputs)] if form.inputs else []

@@ -154,6 +154,18 @@ def check_knock_out(cfg: ModelConfig, without: KnockOut) -> None:
         )
 
 
+def check_embeddings(cfg: ModelConfig, embeddings, tokens, with_mtp: bool) -> None:
+    """Raises ValueError for embeddings that do not stand for the tokens, or beside MTP modules, which look ids up."""
+    if embeddings is None:
+        return
+    shape = (*tokens.shape, cfg.dim)
+    if getattr(embeddings, "shape", None) != shape or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        found = [getattr(embeddings, name, type(embeddings).__name__) for name in ("dtype", "shape")]
+        raise ValueError(f"embeddings must be floats of shape {shape}, not {found[0]} of shape {found[1]}.")
+    if with_mtp:
+        raise ValueError("embeddings are given, but MTP modules look up the next tokens: leave with_mtp out.")
+
+
 def check_windows(cfg: ModelConfig, positions, segments, cache, ctx: Context) -> None:
     """Raises ValueError for what compressed attention cannot do: its windows are runs of tokens from a segment's start
     on, which a row's device has to have whole."""

@@ -24,6 +24,7 @@ from deepseek_jax.model.arguments import (
     check_cache_size,
     check_call,
     check_context,
+    check_embeddings,
     check_init,
     check_new_config,
     check_windows,
@@ -107,6 +108,7 @@ class Transformer(nnx.Module):
         logits: str = "all",
         capture: Sequence[str] = (),
         ctx: Context | None = None,
+        embeddings: jax.Array | None = None,
     ) -> Output:
         """Runs tokens int32 [B, T] through the model.
 
@@ -117,7 +119,8 @@ class Transformer(nnx.Module):
         its slot in the MTP cache then stays empty. ``routing``: int32 [L_moe, B, T, K], experts to use instead of
         choosing, -1 for none, or a `router.KnockOut`, experts to choose without; MTP modules choose freely. ``logits``:
         "all", "last" (of each row's last real token; MTP logits stay whole) or "none" (MTP logits neither).
-        ``capture``: names of activations to return.
+        ``capture``: names of activations to return. ``embeddings``: [B, T, D] in place of the tokens' own, such as a
+        picture's; the ids then only say what hash routing asks for.
 
         A model that compresses (V4) takes no ``positions``, has a segment in one run, and one segment a row of a cache.
 
@@ -129,6 +132,7 @@ class Transformer(nnx.Module):
         tokens_BT, positions, segments, next_tokens, routing = check_call(
             self.cfg, tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture
         )
+        check_embeddings(self.cfg, embeddings, tokens_BT, with_mtp)
         check_windows(self.cfg, positions, segments, cache, ctx)
         if segments is not None:
             # What stands at padding is never looked up.
@@ -137,7 +141,11 @@ class Transformer(nnx.Module):
             check_cache(cache, self._empty(tokens_BT.shape[0], cache), tokens_BT, segments)
             ctx = ctx.whole_rows()
         tokens, cache = seen_tokens(self.cfg, tokens_BT, positions, segments, cache, ctx)
-        x = spread(ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx)), self.cfg, ctx)
+        if embeddings is None:
+            embeddings = ctx.ops.lookup(self.embed, tokens_BT, self.compute_dtype(ctx))
+        else:
+            embeddings = ctx.ops.constrain(embeddings.astype(self.compute_dtype(ctx)), (BATCH, SEQUENCE, None))
+        x = spread(embeddings, self.cfg, ctx)
         held = None if cache is None else cache.held
         x, held, aux, captured = run_stacks(self.stacks, self.segments, x, tokens, ctx, held, routing, tuple(capture))
         streams = None if self.collapse is None else x

@@ -16,7 +16,7 @@ from deepseek_jax.analysis.published.table import release_of
 from deepseek_jax.analysis.shapes import disagreements, shape_counts
 from deepseek_jax.configs.releases.v4 import deepseek_v4_flash, deepseek_v4_pro
 from deepseek_jax.configs.schema import HyperConnections
-from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.configs.zoo import language_models, zoo
 from deepseek_jax.convert.names import layout
 
 
@@ -195,7 +195,7 @@ def test_gqa_decodes_as_it_trains():
     assert c.kv_bytes_per_token == c.kv_bytes_per_token_gqa8 == c.kv_bytes_per_token_mha // 8
 
 
-@pytest.mark.parametrize("name", zoo())
+@pytest.mark.parametrize("name", language_models())
 def test_the_full_size_model_holds_what_is_counted(name):
     cfg = zoo(name)
     c = counts(cfg)
@@ -228,7 +228,7 @@ def test_ablations_hold_what_is_counted(changes):
 
 @pytest.mark.parametrize(
     "cfg",
-    [*map(zoo, zoo()), tiny_config(mtp_depth=2, tie_embeddings=True)],
+    [*map(zoo, language_models()), tiny_config(mtp_depth=2, tie_embeddings=True)],
     ids=lambda cfg: cfg.name,
 )
 def test_published_files_hold_what_is_counted(cfg):

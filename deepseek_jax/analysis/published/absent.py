@@ -12,8 +12,6 @@ ABSENT = (
     Absent("mhc-traffic", "mHC, reads and writes of a layer's streams", f"{_MHC} table 2", "formulas", "not built",
            "hyper-connections"),
     Absent("mhc-overhead", "mHC, time added with 4 streams at 27B", _MHC, "6.7%", "measured", "their cluster"),
-    Absent("janus-sizes", "Janus-Pro, parameters", "2501.17811", "1B, 7B", "not built", "Janus's vision parts"),
-    Absent("janus-tokens", "Janus-Pro, tokens of an image", "2501.17811", "576", "not built", "Janus's vision parts"),
     Absent("r1-zero-batch", "R1-Zero, samples of a step", _R1, "512", "not built", _RL),
     Absent("r1-zero-steps", "R1-Zero, steps", _R1, "10,400", "not built", _RL),
     Absent("r1-zero-rollout", "R1-Zero, samples of a rollout", _R1, "8,192", "not built", _RL),

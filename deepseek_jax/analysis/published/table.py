@@ -1,12 +1,14 @@
 """All published figures in one table, which `deepseek-jax report numbers` prints and the tests hold."""
 
-from deepseek_jax.analysis.published import cache, computation, costs, formulas, parameters, serving
+from deepseek_jax.analysis.published import cache, computation, costs, formulas, janus, parameters, serving
 from deepseek_jax.analysis.published.figure import Figure
+from deepseek_jax.configs.multimodal import JanusConfig
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.configs.zoo import zoo
 
 SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Parameters": parameters.FIGURES,
+    "Janus-Pro": janus.FIGURES,
     "Key-value cache": cache.FIGURES,
     "Computation": computation.FIGURES,
     "Cost of training": costs.FIGURES,
@@ -21,6 +23,6 @@ def of_release(release: str | None) -> tuple[Figure, ...]:
     return tuple(figure for figure in FIGURES.values() if release in figure.releases)
 
 
-def release_of(cfg: ModelConfig) -> str | None:
+def release_of(cfg: ModelConfig | JanusConfig) -> str | None:
     """The release that a config is, None for an ablation or any other model of the same name."""
     return cfg.name if cfg.name in zoo() and cfg == zoo(cfg.name) else None
