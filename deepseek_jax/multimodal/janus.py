@@ -114,6 +114,14 @@ class Janus(nnx.Module):
             )
 
 
+def with_language(model: Janus, language: Transformer) -> Janus:
+    """The same Janus around another form of its language model, such as `generation` makes of it."""
+    leaves, structure = jax.tree.flatten(model)
+    result = jax.tree.unflatten(structure, leaves)
+    result.language = language
+    return result
+
+
 def abstract(cfg: JanusConfig, dtype=jnp.float32) -> Janus:
     """The model's tree with shapes and dtypes in place of arrays; allocates nothing."""
     return jax.eval_shape(lambda: Janus(cfg, jnp.dtype(dtype)))

@@ -1,0 +1,91 @@
+"""Text about pictures: the same tokens as whole passes over all that is known, several pictures a prompt."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from janus import IMAGE, pictures, run, tiny_janus
+from PIL import Image
+
+from deepseek_jax.multimodal.pictures import read_picture, shown, write_png
+from deepseek_jax.multimodal.understand import generate
+
+P, NEW = 16, 6
+PROMPTS = ([1, *[IMAGE] * P, 7, 8, *[IMAGE] * P, 9], [1, 20, *[IMAGE] * P, 30, 31, 32])
+
+
+@pytest.fixture(scope="module")
+def images():
+    a, b, c = pictures(3, seed=11)
+    return [[a, b], [c]]
+
+
+def test_tokens_and_their_probabilities(images):
+    model = tiny_janus()
+    tokens, info = generate(model, PROMPTS, images, NEW, stop_ids=())
+    for prompt, own, new, logprobs in zip(PROMPTS, images, tokens, info.logprobs, strict=True):
+        row = np.zeros((1, 48), np.int32)
+        text = [*prompt, *new]
+        row[0, : len(text)] = text
+        logits = run(model, row, np.stack(own), (np.arange(48) < len(text))[None].astype(np.int32)).logits[0]
+        at = np.arange(len(prompt) - 1, len(text) - 1)
+        assert np.argmax(logits[at], -1).tolist() == new
+        score = jnp.take_along_axis(
+            logits[at] - jnp.log(jnp.exp(logits[at]).sum(-1, keepdims=True)), np.array(new)[:, None], 1
+        )
+        np.testing.assert_allclose(logprobs, score[:, 0], atol=2e-5)
+    other = generate(model, PROMPTS[1:], [[images[0][0]]], NEW, stop_ids=())[1]
+    assert not np.allclose(other.logprobs[0], info.logprobs[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [
+        ([[1, 5, 6]], 1, "prompt 0 has 0 tokens of pictures, its 1 pictures have 16 each"),
+        ([[1, *[IMAGE] * 17, 6]], 1, "prompt 0 has 17 tokens of pictures"),
+        ([[1, *[IMAGE] * 16]], 1, "prompt 0 ends in a picture"),
+    ],
+)
+def test_pictures_and_their_places_have_to_match(prompts, count, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_janus(), prompts, [list(pictures(count))], NEW)
+
+
+def test_a_call_says_what_does_not_match():
+    model = tiny_janus()
+    with pytest.raises(ValueError, match=r"images must have shape \[pictures, 8, 8, 3\], not \[1, 8, 9, 3\]"):
+        model(np.array([[IMAGE] * 16]), np.zeros((1, 8, 9, 3), np.float32))
+    with pytest.raises(ValueError, match="1 pictures have 16 tokens each, but image_id 250 stands 15 times"):
+        model(np.array([[IMAGE] * 15]), pictures(1))
+    with pytest.raises(ValueError, match=r"embeddings must be floats of shape \(1, 2, 64\)"):
+        model.language(np.array([[1, 2]]), embeddings=jnp.zeros((1, 3, 64)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (37, 91), (50, 50), (8, 900)])
+def test_a_picture_as_it_is_shown_equals_transformers(width, height, tmp_path):
+    """Where its sizes are whole pixels without rounding; the grey is that of the bars."""
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    rng = np.random.default_rng(width)
+    write_png(tmp_path / "a.png", rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    picture = read_picture(tmp_path / "a.png")
+    ours = shown(picture, 48)
+    assert (ours.dtype, ours.shape) == (np.float32, (48, 48, 3))
+    processor = JanusImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 48, "width": 48})
+    if all(float(n / max(width, height) * 48).is_integer() or n < 14 for n in (width, height)):
+        theirs = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
+        np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), atol=1e-5)
+    cut = [max(int(n / max(width, height) * 48), 14) for n in (width, height)]
+    bars = np.isclose(ours, (127 / 255 - 0.5) / 0.5, atol=1e-6).all(-1)
+    assert [int(bars.all(axis).sum()) for axis in (0, 1)] == [48 - size for size in cut]
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a.png is no picture that Pillow reads"):
+        read_picture(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError):
+        read_picture(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="is no picture"):
+        read_picture(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert Image.MAX_IMAGE_PIXELS
