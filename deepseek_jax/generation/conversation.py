@@ -11,6 +11,7 @@ from deepseek_jax.generation.arguments import (
     check_model,
     check_prompts,
 )
+from deepseek_jax.generation.choices import shared
 from deepseek_jax.generation.running import Generation, begun, filled, prepared, stops
 from deepseek_jax.generation.sampling import make_sampling
 from deepseek_jax.model.transformer import Transformer
@@ -59,13 +60,8 @@ class Conversation:
             held = int(np.asarray(cache.length)[0])
             # The last token is decoding's first; the MTP modules have seen the end of what is held with drafts in
             # the place of tokens, or not at all where a text has ended.
-            fed = max(0, min(_shared(known, prompts[0]), held, len(prompts[0]) - 1) - 2 * depth)
+            fed = max(0, min(shared(known, prompts[0]), held, len(prompts[0]) - 1) - 2 * depth)
             cache = cache.rewind(np.pad(np.array([held - fed], np.int32), (0, rows - 1)))
         stop_BN = stops(cfg, None, 1)
         self._before = begun(self._model, cache, prompts, new, sampling, stop_BN, self._drafts, ctx, fed=fed)
         return self._before
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists have in common from the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -58,7 +58,8 @@ class Delta:
     """What came of one choice in one step: one token or more, and at its end a reason.
 
     ``request``, ``choice``: what `Batcher.submit` gave, and 0 to n - 1. ``tokens``: the new ids, a stop id included.
-    ``logprobs``: of each the model's log-softmax, in nats, no temperature, bias or filter. ``top``: of each the
+    ``logprobs``: of each the model's log-softmax, in nats, no temperature, bias or filter; ``behaviour``: the
+    log-probability with which it was drawn. ``top``: of each the
     likeliest ids and their log-probabilities, best first; empty where none were asked for. ``finish``: "stop" (a stop
     id came, or the grammar lets nothing follow), "length", "error" (``error`` says what its grammar raised), None while
     it goes on. A cancelled request has no further deltas.
@@ -74,6 +75,7 @@ class Delta:
     choice: int
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    behaviour: tuple[float, ...] = ()
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish: Finish | None = None
     error: str = ""

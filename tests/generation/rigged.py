@@ -15,9 +15,10 @@ def config(mtp_depth: int = 1, **changes):
     return tiny_config(**{"n_layers": 2, "mtp_depth": mtp_depth, **changes})
 
 
-def agreeing_model(cfg, mixing: float, seed: int = 0):
+def agreeing_model(cfg, mixing: float, seed: int = 0, reading: float = 0):
     """A random model whose layers add ``mixing`` times what they would, and whose MTP modules read the next
-    token's embedding only: at 0 model and modules are the same function of one token, and agree always."""
+    token's embedding and ``reading`` times the hidden state: at 0 and 0 model and modules are the same function of one
+    token, and agree always."""
 
     def scale(path, variable):
         value = variable.get_value()
@@ -25,9 +26,9 @@ def agreeing_model(cfg, mixing: float, seed: int = 0):
             value = value * mixing
         elif path[-1] == "proj":
             D = cfg.dim
-            value = jax.numpy.concatenate([jax.numpy.eye(D), 0 * value[D:]])
+            value = jax.numpy.concatenate([jax.numpy.eye(D), reading * value[D:]])
         elif path[-1] in ("embed_proj", "hidden_proj"):
-            value = jax.numpy.eye(cfg.dim) if path[-1] == "embed_proj" else 0 * value
+            value = jax.numpy.eye(cfg.dim) if path[-1] == "embed_proj" else reading * value
         elif path[-1] == "weight" and "router" not in path:
             value = jax.numpy.ones_like(value)
         return type(variable)(value, **variable.get_metadata())

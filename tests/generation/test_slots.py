@@ -17,14 +17,14 @@ from deepseek_jax.generation.running import prepared
 from deepseek_jax.generation.sampling import Sampling, packed
 from deepseek_jax.model.transformer import abstract
 
-DEPTH, SLOTS, LENGTH, CHUNK, ROOM, TOP, NEW, SEED = 2, 3, 64, 8, 4, 4, 12, 7
+DEPTH, SLOTS, LENGTH, CHUNK, ROOM, TOP, NEW, SEED = 2, 3, 64, 8, 4, 20, 12, 7
 
 
 class Bench:
     """Slots of one model, driven by hand."""
 
     def __init__(self, cfg):
-        self.plain = agreeing_model(cfg, mixing=0.3)
+        self.plain = agreeing_model(cfg, mixing=0.3, reading=0.3)
         self.model, self.cfg = prepared(self.plain, DEFAULT), cfg
         self.static = {"depth": cfg.mtp_depth, "ctx": DEFAULT}
         self.prompts = random_prompts(cfg, (19, 5, 33, 1))

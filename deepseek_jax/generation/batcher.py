@@ -1,0 +1,293 @@
+"""Requests that come and go, continued together: continuous batching on the slots of one cache.
+
+Plain Python without threads. Between two calls of decoding at most one call feeds a prompt, so that a long prompt holds
+nobody up for longer than that. A slot keeps its tokens when its choice ends: where a new prompt begins with them, only
+the rest of it is fed.
+"""
+
+import time
+from collections import Counter, deque
+
+import jax
+import numpy as np
+
+from deepseek_jax.core.context import Context
+from deepseek_jax.generation import slots as device
+from deepseek_jax.generation.arguments import check_count, check_drafts, check_length, check_model
+from deepseek_jax.generation.choices import Choice, Offer, Phase, Slot, check_request, choices_of, row_of
+from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, QueueFull, Request, Stats
+from deepseek_jax.generation.running import CHUNK, prepared
+from deepseek_jax.generation.sampling import unpacked
+from deepseek_jax.generation.slots import News
+from deepseek_jax.model.transformer import Transformer
+
+STEPS = 8  # decoding steps of a call
+COUNTS = ("prompt", "queried", "cached", "generated", "drafted", "accepted", "drafting_steps")
+
+
+class Batcher:
+    """Continues requests, ``slots`` texts at a time, each with its prompt of up to ``length`` tokens.
+
+    A choice's tokens and log-probabilities do not depend on its slot or on what else is under way, to the last bit;
+    where a part of its prompt was kept, to rounding, as its prompt was then fed in other pieces. They are those of
+    `generate` up to near-ties. ``use_mtp``: the MTP modules draft for the requests that ask for it; a step then has
+    room for drafts in every slot. ``queue``: requests that may wait. ``chunk``: tokens of a prompt that a call feeds.
+    ``steps``: decoding steps of a call, after which new requests are looked at; 1 while a grammar binds a choice, which
+    all others then wait for. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
+    ``routing``: experts are recorded. ``ctx``: of one device.
+
+    Everything is compiled here. Raises ValueError for arguments out of range, and for a context with a mesh.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int = 8,
+        length: int = 4096,
+        use_mtp: bool = False,
+        queue: int = 64,
+        *,
+        chunk: int = CHUNK,
+        steps: int = STEPS,
+        prefixes: bool = True,
+        routing: bool = False,
+        ctx: Context | None = None,
+    ):
+        ctx = check_model(model, ctx)
+        if ctx.mesh is not None:
+            raise ValueError("a batcher runs on one device: its slots are not split over a mesh; use dsj.generate.")
+        for name, value in {"slots": slots, "length": length, "queue": queue, "chunk": chunk, "steps": steps}.items():
+            check_count(name, value)
+        cfg = model.cfg
+        check_length(cfg, 1, length - 1)
+        if routing and cfg.moe is None:
+            raise ValueError(f"routing=True, but {cfg.name} has no experts.")
+        depth = int(check_drafts(cfg, use_mtp, 1)[0])
+        self.offer = Offer(cfg, slots, length, depth, routing)
+        self.reuses = prefixes and device.truncates(model, length + depth, ctx)
+        self._model, self._most, self._chunk, self._steps = prepared(model, ctx), queue, chunk, steps
+        self._static = {"depth": depth, "ctx": ctx}
+        top = min(MAX_TOP_LOGPROBS, cfg.vocab_size)
+        self._device = device.make_slots(self._model, slots, length, depth, top, routing, ctx)
+        self._slots = [Slot(i) for i in range(slots)]
+        self._queue: deque[list[Choice]] = deque()
+        self._ids = self._clock = 0
+        self._counts, self._finished = Counter(), Counter()
+        self._every = np.full((slots, -(-cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        self.warm()
+
+    def warm(self) -> None:
+        """Runs each program once, for nobody: all are compiled then, and no request compiles another."""
+        number, none = np.int32(0), Choice(0, 0, Request([0]), [0], [], 0, 0.0)
+        self._device = device.admit(self._device, number, row_of(none, self.offer), number)
+        self._prefill(0, 0)
+        self._device = device.fork(self._device, number, number, np.uint32(0))
+        for top in (False, True):
+            self._call([], self._every, 1, top)
+        if self.offer.routing:
+            device.routing_of(self._device, number)
+        self._forget()
+        jax.block_until_ready(self._device)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where `submit` would. Any thread may ask."""
+        check_request(request, self.offer)
+
+    def submit(self, request: Request) -> int:
+        """Puts a request in the queue; its number. Raises ValueError for one that cannot be continued, QueueFull."""
+        self.check(request)
+        if len(self._queue) >= self._most + len(self._free()):
+            raise QueueFull(f"{len(self._queue)} requests are waiting, as many as may; try again later.")
+        self._ids += 1
+        self._queue.append(choices_of(self._ids, request, self.offer.cfg, time.monotonic()))
+        return self._ids
+
+    def cancel(self, request: int) -> None:
+        """Gives up a request, queued or under way; its slots are free at once. One that has ended is none."""
+        gone = [choices for choices in self._queue if choices[0].request == request]
+        self._queue = deque(choices for choices in self._queue if choices[0].request != request)
+        mine = [slot for slot in self._slots if slot.choice is not None and slot.choice.request == request]
+        self._finished["cancelled"] += sum(map(len, gone)) + len(mine)
+        for slot in mine:
+            self._release(slot)
+
+    def step(self) -> list[Delta]:
+        """Lets requests in, feeds a part of one prompt, decodes; what came of it."""
+        self._admit()
+        self._feed()
+        return self._decode()
+
+    def update(self, model: Transformer) -> None:
+        """Goes on with other weights of the same model; nothing of what was kept is shared any more.
+
+        Raises ValueError for another model, and while choices are under way, which began with the weights before.
+        """
+        if len(self._free()) < len(self._slots):
+            raise ValueError("choices are under way: step until they end, or cancel them, before weights change.")
+        new = prepared(model, check_model(model, self._static["ctx"]))
+        leaves, structures = zip(*map(jax.tree.flatten, (new, self._model)), strict=True)
+        shapes = [[(a.shape, a.dtype) for a in of_one] for of_one in leaves]
+        if structures[0] != structures[1] or shapes[0] != shapes[1]:
+            raise ValueError(f"the new weights are not of {self.offer.cfg.name} in the dtypes that this batcher runs.")
+        self._model = new
+        self._forget()
+
+    def stats(self) -> Stats:
+        taken = [slot for slot in self._slots if slot.phase != Phase.FREE]
+        return Stats(
+            slots=len(self._slots),
+            running=len(taken),
+            waiting=sum(map(len, self._queue)),
+            held=sum(slot.fed for slot in taken),
+            room=len(self._slots) * self.offer.length,
+            finished=dict(self._finished),
+            **{name: self._counts[name] for name in COUNTS},
+        )
+
+    def _free(self) -> list[Slot]:
+        """Free slots, the longest unused first."""
+        return sorted((slot for slot in self._slots if slot.phase == Phase.FREE), key=lambda slot: slot.used)
+
+    def _forget(self) -> None:
+        for slot in self._slots:
+            slot.tokens, slot.fed = [], 0
+
+    def _release(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.phase, slot.choice, slot.twins, slot.used = Phase.FREE, None, [], self._clock
+
+    def _admit(self) -> None:
+        """In the order of their coming: choices of one request together, since one prompt is fed for all."""
+        while self._queue and len(free := self._free()) >= len(self._queue[0]):
+            choices, now = self._queue.popleft(), time.monotonic()
+            prompt = choices[0].prompt
+            kept = {slot: slot.kept(prompt, 2 * self.offer.depth) if self.reuses else 0 for slot in self._slots}
+            # Of equals the free one, and of these the longest unused.
+            source = max([*free, *self._slots], key=kept.get)
+            target = source if source.phase == Phase.FREE else free[0]
+            number = np.int32(target.number)
+            if source is not target and kept[source]:
+                self._device = device.fork(self._device, np.int32(source.number), number, np.uint32(0))
+            self._device = device.admit(self._device, number, row_of(choices[0], self.offer), np.int32(kept[source]))
+            taken = [target, *[slot for slot in free if slot is not target][: len(choices) - 1]]
+            for slot, choice in zip(taken, choices, strict=True):
+                slot.phase, slot.choice, slot.tokens, slot.fed = Phase.TWIN, choice, [], 0
+                choice.admitted, choice.cached = now, kept[source]
+            target.phase, target.tokens, target.fed, target.twins = Phase.FEEDING, list(prompt), kept[source], taken[1:]
+            self._counts.update(prompt=len(prompt), queried=len(prompt) if self.reuses else 0, cached=kept[source])
+
+    def _feed(self) -> None:
+        """One call for the prompt that has waited longest; those that are fed begin to decode."""
+        feeding = [slot for slot in self._slots if slot.phase == Phase.FEEDING]
+        hungry = [slot for slot in feeding if slot.fed < len(slot.tokens) - 1]
+        if hungry:
+            slot = min(hungry, key=lambda slot: slot.choice.request)
+            self._prefill(slot.number, slot.fed)
+            slot.fed = min(slot.fed + self._chunk, len(slot.tokens) - 1)
+        for slot in feeding:
+            if slot.fed == len(slot.tokens) - 1:
+                self._begin(slot)
+
+    def _begin(self, slot: Slot) -> None:
+        for twin in slot.twins:
+            numbers = np.int32(slot.number), np.int32(twin.number), np.uint32(twin.choice.seed)
+            self._device = device.fork(self._device, *numbers)
+            twin.tokens, twin.fed = list(slot.tokens), slot.fed
+        for started in (slot, *slot.twins):
+            started.phase, started.choice.began = Phase.RUNNING, time.monotonic()
+        slot.twins = []
+
+    def _decode(self) -> list[Delta]:
+        deltas, allowed, steps = [], self._every, self._steps
+        bound = [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.given.grammar is not None]
+        if bound:
+            allowed, steps = allowed.copy(), 1
+        for slot in bound:
+            if ended := self._bind(slot, allowed):
+                deltas.append(self._delta(slot, *ended))
+        running = [slot for slot in self._slots if slot.phase == Phase.RUNNING]
+        if running:
+            news = self._call(running, allowed, steps, any(slot.choice.given.top_logprobs for slot in running))
+            deltas += [self._heard(slot, news) for slot in running]
+        return deltas
+
+    def _bind(self, slot: Slot, allowed: np.ndarray) -> tuple[Finish, str] | None:
+        """Enters what a choice's grammar lets follow; an end where that is nothing, or where the grammar fails: it came
+        with the request, and ends no other."""
+        choice = slot.choice
+        try:
+            choice.grammar = choice.grammar or choice.given.grammar()
+            mask = choice.grammar.mask()
+            if mask is None:
+                return None
+            allowed[slot.number] = np.asarray(mask).view(np.uint32)
+        except Exception as error:
+            return "error", f"the grammar failed: {error}"
+        # Bits behind the vocabulary's last token are nobody's.
+        found = unpacked(allowed[slot.number], self.offer.cfg.vocab_size).any()
+        return None if found else ("stop", "")
+
+    def _heard(self, slot: Slot, news: News) -> Delta:
+        """What a call to decode has brought a slot."""
+        i, choice, count = slot.number, slot.choice, int(news.count[slot.number])
+        tokens, drafted = news.tokens[i, :count].tolist(), int(news.drafted[i])
+        if not np.isfinite(news.logprob[i, :count]).all():
+            raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
+        slot.tokens += tokens
+        slot.fed = len(slot.tokens) - 1
+        accepted, depth = int(news.accepted[i]), max(self.offer.depth, 1)
+        self._counts.update(
+            generated=count,
+            drafted=drafted - choice.drafted,
+            accepted=accepted - choice.accepted,
+            drafting_steps=(drafted - choice.drafted) // depth,
+        )
+        choice.drafted, choice.accepted = drafted, accepted
+        finish, error = None, ""
+        if news.done[i]:
+            finish = "stop" if tokens[-1] in choice.stops else "length"
+        if choice.grammar is not None:
+            try:
+                choice.grammar.accept(tokens)
+            except Exception as raised:
+                finish, error = "error", f"the grammar failed: {raised}"
+        return self._delta(slot, finish, error, news, count)
+
+    def _delta(self, slot: Slot, finish: Finish | None, error: str, news: News | None = None, count: int = 0) -> Delta:
+        i, choice, routing = slot.number, slot.choice, None
+        new = () if news is None else [a[i, :count].tolist() for a in (news.tokens, news.logprob, news.behaviour)]
+        most, top = choice.given.top_logprobs, ()
+        if most and count:
+            ids, values = (news.top[name][i, :count, :most].tolist() for name in device.TOP)
+            top = tuple(tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True))
+        if choice.given.routing:
+            routing = np.asarray(device.routing_of(self._device, np.int32(i)))[choice.reported : slot.fed]
+            choice.reported = slot.fed
+        if finish is not None:
+            self._finished[finish] += 1
+            self._release(slot)
+        return Delta(
+            choice.request,
+            choice.number,
+            *(map(tuple, new) if new else ((), ())),
+            top=top,
+            finish=finish,
+            error=error,
+            drafted=choice.drafted,
+            accepted=choice.accepted,
+            cached=choice.cached,
+            waited=choice.admitted - choice.submitted,
+            prefilled=choice.began - choice.admitted,
+            routing=routing,
+        )
+
+    def _prefill(self, slot: int, start: int) -> None:
+        where = np.int32(slot), np.int32(start)
+        self._device = device.prefill(self._model, self._device, *where, chunk=self._chunk, **self._static)
+
+    def _call(self, running: list[Slot], allowed: np.ndarray, steps: int, top: bool) -> News:
+        runs = np.isin(np.arange(len(self._slots)), [slot.number for slot in running])
+        self._device, news = device.decode(
+            self._model, self._device, runs, allowed, np.int32(steps), room=self._steps, top=top, **self._static
+        )
+        return jax.device_get(news)

@@ -1,0 +1,162 @@
+"""What a request asks of a slot, checked before anything runs; and what a slot holds.
+
+Suffixes: S tokens of room in a slot, N stop ids, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.generation.arguments import check_count, check_drafts, check_ids, check_stops
+from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Grammar, Request
+from deepseek_jax.generation.sampling import Sampling, make_sampling
+from deepseek_jax.generation.slots import STOPS, Row
+from deepseek_jax.notes import shown
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a batcher has: ``slots``, each with room for ``length`` tokens; ``depth``: MTP modules in use; ``routing``:
+    experts are recorded."""
+
+    cfg: Any  # of the model
+    slots: int
+    length: int
+    depth: int
+    routing: bool
+
+
+@dataclass(eq=False)
+class Choice:
+    """One text of a request, from the queue to its end.
+
+    ``request``, ``number``: as `Delta` names it. ``prompt``, ``stops``, ``seed``: its own. ``submitted``, ``admitted``,
+    ``began``: seconds of a clock. ``cached``: tokens of the prompt that were not fed. ``reported``: tokens whose
+    experts were.
+    """
+
+    request: int
+    number: int
+    given: Request
+    prompt: list[int]
+    stops: list[int]
+    seed: int
+    submitted: float
+    grammar: Grammar | None = None
+    admitted: float = 0.0
+    began: float = 0.0
+    cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    reported: int = 0
+
+
+class Phase(Enum):
+    """A twin waits for another's prompt to be fed, and goes on from there."""
+
+    FREE = "free"
+    TWIN = "twin"
+    FEEDING = "feeding"
+    RUNNING = "running"
+
+
+@dataclass(eq=False)
+class Slot:
+    """``choice``: whose it is. ``tokens``: known ones, of which the first ``fed`` are in the cache, also when it is
+    free. ``twins``: slots that are to go on from this one's prompt. ``used``: when it was last, by a count."""
+
+    number: int
+    phase: Phase = Phase.FREE
+    choice: Choice | None = None
+    tokens: list[int] = field(default_factory=list)
+    fed: int = 0
+    twins: list["Slot"] = field(default_factory=list)
+    used: int = 0
+
+    def kept(self, prompt: list[int], again: int) -> int:
+        """Tokens of a prompt that are in the cache, less those to be fed ``again``. Its very last is decoding's first.
+
+        With MTP modules twice as many as they are: they have seen the end of a text with drafts in the place of tokens,
+        or not at all.
+        """
+        return max(0, min(shared(self.tokens, prompt), self.fed, len(prompt) - 1) - again)
+
+
+def shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists have in common from the start."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:size]) != np.asarray(b[:size]))
+    return int(differ[0]) if differ.size else size
+
+
+def check_request(request: Request, offer: Offer) -> None:
+    """Raises ValueError, in a sentence, for what cannot be continued. Reads nothing that changes."""
+    if not isinstance(request, Request):
+        raise ValueError(f"a batcher takes a generation.request.Request, not {shown(request)}.")
+    cfg, given = offer.cfg, request
+    prompt = check_ids("prompt", given.prompt, cfg.vocab_size)
+    check_count("max_new_tokens", given.max_new_tokens)
+    needed = len(prompt) + given.max_new_tokens
+    if needed > offer.length:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and {given.max_new_tokens} new ones make {needed}, beyond the "
+            f"{offer.length} that a slot takes; shorten the prompt or lower max_new_tokens."
+        )
+    check_count("n", given.n)
+    if given.n > offer.slots:
+        raise ValueError(f"n={given.n}: there are {offer.slots} slots, and choices of one prompt decode together.")
+    _sampling(given, given.n)
+    (stops,) = check_stops(cfg.eos_ids if given.stop_ids is None else given.stop_ids, cfg.vocab_size, 1)
+    if len(set(stops)) > STOPS:
+        raise ValueError(f"stop_ids has {len(set(stops))} ids; a slot takes {STOPS} at most.")
+    top = given.top_logprobs
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise ValueError(f"top_logprobs={top!r}: must be an integer of 0 to {MAX_TOP_LOGPROBS}.")
+    if given.logit_bias:
+        check_ids("logit_bias", list(given.logit_bias), cfg.vocab_size)
+    for i, value in given.logit_bias.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"logit_bias of id {i} is {value!r}: must be a finite number.")
+    if given.grammar is not None and not callable(given.grammar):
+        raise ValueError(f"grammar={shown(given.grammar)}: must be a function that makes a choice's grammar.")
+    check_drafts(cfg, given.use_mtp, 1)
+    if given.use_mtp and not offer.depth:
+        raise ValueError("use_mtp=True, but this batcher was made without drafts (use_mtp=False).")
+    if given.routing and not offer.routing:
+        raise ValueError("routing=True, but this batcher records no experts (routing=False).")
+
+
+def choices_of(number: int, request: Request, cfg, now: float) -> list[Choice]:
+    """Of a request that was checked."""
+    prompt = check_ids("prompt", request.prompt, cfg.vocab_size)
+    stops = sorted(set(cfg.eos_ids if request.stop_ids is None else request.stop_ids))
+    seeds = _sampling(request, request.n).seed.tolist()
+    return [Choice(number, i, request, prompt, stops, seed, now) for i, seed in enumerate(seeds)]
+
+
+def row_of(choice: Choice, offer: Offer) -> Row:
+    given, known, vocab = choice.given, len(choice.prompt), offer.cfg.vocab_size
+    tokens_S, stop_N = np.zeros(offer.length + offer.depth, np.int32), np.full(STOPS, -1, np.int32)
+    tokens_S[:known] = choice.prompt
+    stop_N[: len(choice.stops)] = choice.stops
+    bias_V = np.zeros(vocab, np.float32)
+    bias_V[list(given.logit_bias)] = list(given.logit_bias.values())
+    # What a grammar makes of a draft is not known when it is drawn.
+    drafts = offer.depth if given.use_mtp and given.grammar is None else 0
+    sampling = {name: values[0] for name, values in vars(_sampling(given, 1)).items()}
+    return Row(
+        tokens=tokens_S,
+        known=np.int32(known),
+        limit=np.int32(known + given.max_new_tokens),
+        drafts=np.int32(drafts),
+        stop=stop_N,
+        bias=bias_V,
+        sampling=Sampling(**sampling | {"seed": np.uint32(choice.seed)}),
+    )
+
+
+def _sampling(given: Request, rows: int) -> Sampling:
+    return make_sampling(rows, given.temperature, given.top_k, given.top_p, given.min_p, given.seed)
