@@ -13,8 +13,8 @@ from typing import Any
 
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.published import deepseek, llama, v4
-from deepseek_jax.configs.published.fields import COMMON, IDLE, MODEL, MOST_LAID_OUT, Fields
-from deepseek_jax.configs.published.tradition import written
+from deepseek_jax.configs.published.fields import IDLE, MODEL, MOST_LAID_OUT, Fields
+from deepseek_jax.configs.published.tradition import written, written_streams
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.notes import shown
 
@@ -54,7 +54,7 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
             f"config.json: model_type {shown(model_type)} is not supported; supported: {', '.join(TRADITIONS)}."
         )
     tradition = TRADITIONS[model_type]
-    fields.note_unknown({*COMMON, *tradition.known, *tradition.fixed}, IDLE)
+    fields.note_unknown(tradition.fields, IDLE)
     for field, built in tradition.fixed.items():
         value = fields.value(field, built)
         if value != built:
@@ -80,14 +80,14 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         model_type=model_type,
         bos_id=fields.integer("bos_token_id", None) if "bos_token_id" in data else default["bos_token_id"],
         eos_ids=eos_ids(fields.value("eos_token_id", default["eos_token_id"]), "config.json"),
-        residual=networks.residual,
+        residual=None if tradition.residual is None else tradition.residual(fields),
     )
 
 
 def reads(data: dict, field: str) -> bool:
     """Whether files of this one's model_type have a field that is read; of an unknown model_type, none."""
     tradition = TRADITIONS.get(str(data.get("model_type")))
-    return tradition is not None and field in (COMMON | tradition.known)
+    return tradition is not None and field in tradition.fields
 
 
 def eos_ids(value, file: str) -> tuple[int, ...]:
@@ -118,6 +118,8 @@ def config_to_json(cfg: ModelConfig, quantization: dict | None = None) -> dict:
         )
     data: dict[str, Any] = {"architectures": [tradition.architecture]}
     data |= written(cfg, MODEL | {"ffn_dim": tradition.ffn}) | tradition.write(cfg) | tradition.fixed
+    if tradition.residual is not None:
+        data |= written_streams(cfg.residual)
     data["eos_token_id"] = cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None
     if quantization is not None:
         data["quantization_config"] = quantization

@@ -28,6 +28,13 @@ def build_modules(config: dict) -> tuple[Any, Any]:
         raise VerifyError(
             f"there is no reference for model_type {shown(model_type)}, only for {', '.join(REFERENCES)}."
         )
+    if model_type != "deepseek_v4" and config.get("hc_mult") is not None:
+        raise VerifyError(
+            f"there is no reference for this config: only deepseek_v4's has a residual of several streams (hc_mult), "
+            f"not {model_type}'s."
+        )
+    if config.get("hc_constrained") is False:
+        raise VerifyError("there is no reference for this config: transformers has no unconstrained hyper-connections.")
     try:
         import torch
         from transformers.initialization import no_init_weights

@@ -91,8 +91,20 @@ LLAMA = Names(
     copies=(),
     scale=scale_inv,
 )
+
+
+def _streams(ours: str, theirs: str) -> Rows:
+    return tuple(
+        (f"{ours}.{a}", f"{theirs}_{b}", False) for a, b in (("map", "fn"), ("base", "base"), ("scale", "scale"))
+    )
+
+
+# Beside the released tensors those of a residual of several streams, under V4's names.
 DEEPSEEK = replace(
     LLAMA,
+    root=(*LLAMA.root, *_streams("collapse", "model.hc_head")),
+    attention_norm=(*LLAMA.attention_norm, *_streams("attn_streams", "hc_attn")),
+    ffn_norm=(*LLAMA.ffn_norm, *_streams("ffn_streams", "hc_ffn")),
     rows={
         **LLAMA.rows,
         MLA: (
@@ -123,16 +135,13 @@ DEEPSEEK = replace(
         ("embed_norm.weight", "enorm.weight", False),
         ("hidden_norm.weight", "hnorm.weight", False),
         ("proj", "eh_proj.weight", False),
+        ("embed_proj", "e_proj.weight", True),
+        ("hidden_proj", "h_proj.weight", True),
         ("norm.weight", "shared_head.norm.weight", False),
+        *_streams("collapse", "hc_head"),
     ),
     copies=(("embed_tokens.weight", "embed"), ("shared_head.head.weight", "head")),
 )
-
-
-def _streams(ours: str, theirs: str) -> Rows:
-    return tuple(
-        (f"{ours}.{a}", f"{theirs}_{b}", False) for a, b in (("map", "fn"), ("base", "base"), ("scale", "scale"))
-    )
 
 
 def _compressor(ours: str, theirs: str) -> Rows:

@@ -8,8 +8,9 @@ import pytest
 
 from deepseek_jax.configs.hf import config_from_json, config_to_json
 from deepseek_jax.configs.releases.v4 import deepseek_v4_flash, deepseek_v4_pro
-from deepseek_jax.configs.schema import ConfigError, Rope, Yarn
+from deepseek_jax.configs.schema import ConfigError, HyperConnections, Rope, Yarn
 from deepseek_jax.configs.twins import tiny_v4
+from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.notes import CheckpointWarning
 
 # A released file, less what concerns no tensor and no number.
@@ -239,3 +240,13 @@ def test_what_no_file_can_carry_is_not_written():
     ):
         with pytest.raises(ConfigError, match=f"config.json cannot carry this model, which is not saved: .*{what}"):
             config_to_json(cfg)
+
+
+@pytest.mark.parametrize("residual", [HyperConnections(2, sinkhorn_steps=5), HyperConnections(3, constrained=False)])
+@pytest.mark.parametrize("name", ["tiny-v3", "tiny-v2", "tiny-moe"])
+def test_other_files_carry_a_residual_of_several_streams(name, residual):
+    cfg = replace(zoo(name), residual=residual)
+    assert config_from_json(config_to_json(cfg), cfg.name) == cfg
+    assert "hc_mult" not in config_to_json(zoo(name))
+    with pytest.raises(ConfigError, match="residual"):
+        config_to_json(replace(zoo("tiny-llm"), residual=residual))

@@ -10,11 +10,13 @@ import pytest
 from architectures import ARCHITECTURES
 from folders import arrays, assert_same_tensors
 from measured import measured
-from tiny import random_model
+from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.configs.schema import HyperConnections
 from deepseek_jax.convert.ladder import Gradients, Row, ladder
 from deepseek_jax.convert.stream import convert
+from deepseek_jax.convert.verify import VerifyError, reference_model
 
 NAMES = {
     "v4": {"hc_attn_fn", "attn.wo_a.weight", "attn.attn_sink", "attn.indexer.compressor.ape", "ffn.gate.tid2eid"},
@@ -39,6 +41,22 @@ BIASES = ("e_score_correction_bias", "ffn.gate.bias")
 @cache
 def model_of(name: str):
     return random_model(ARCHITECTURES[name], seed=4, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("residual", [HyperConnections(2, sinkhorn_steps=5), HyperConnections(3, constrained=False)])
+def test_v3_files_carry_a_residual_of_several_streams(residual, tmp_path):
+    """V4's names and fields beside V3's own; and no reference takes it for a plain V3."""
+    model = random_model(tiny_config(residual=residual), dtype=jnp.bfloat16)
+    dsj.save_pretrained(model, tmp_path / "a", quantize="fp8")
+    names = set(arrays(tmp_path / "a"))
+    assert {"model.layers.0.hc_attn_fn", "model.layers.3.hc_ffn_base", "model.layers.3.e_proj.weight"} <= names
+    assert ("model.hc_head_fn" in names) == residual.constrained
+    again = dsj.load_pretrained(tmp_path / "a", dtype=None)
+    assert again.cfg == replace(model.cfg, name=again.cfg.name)
+    dsj.save_pretrained(again, tmp_path / "b", like=tmp_path / "a")
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(VerifyError, match="there is no reference for this config: only deepseek_v4's has a residual"):
+        reference_model(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -22,7 +22,14 @@ from deepseek_jax.configs.published.fields import (
     Fields,
 )
 from deepseek_jax.configs.published.rope import read_rope, write_rope
-from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, head_size, written
+from deepseek_jax.configs.published.tradition import (
+    Networks,
+    Tradition,
+    check_following,
+    head_size,
+    streams_if_any,
+    written,
+)
 from deepseek_jax.configs.schema import ModelConfig, MoE
 from deepseek_jax.notes import shown
 
@@ -203,6 +210,7 @@ V3 = Tradition(
     networks=_v3_networks,
     write=_write_v3,
     fixed=FIXED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    residual=streams_if_any,
     known=frozenset({*_V2, *DEPTHS.values(), *ALIASES.values(), "rope_interleave"}),
     defaults=_SIZES | {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1},
 )
@@ -222,6 +230,7 @@ V2 = Tradition(
     networks=_v2_networks,
     write=_write_v2,
     fixed=SOFTMAX | {"mlp_bias": False},
+    residual=streams_if_any,
     known=frozenset(_V2),
     defaults=_SIZES | {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )
@@ -232,6 +241,7 @@ V1 = Tradition(
     networks=_softmax_networks,
     write=_write_v1,
     fixed=SOFTMAX,
+    residual=streams_if_any,
     known=frozenset({*_COUNTED, "num_attention_heads"}),
     # Those of the released files: no class of the reference reads this model_type.
     defaults=_SIZES | {"max_position_embeddings": 4096, "bos_token_id": 100000, "eos_token_id": 100001},

@@ -60,6 +60,8 @@ COMPRESSED = {
 }
 HASHED = {"n_hash": "num_hash_layers", "limit": "swiglu_limit"}
 STREAMS = {"n_streams": "hc_mult", "sinkhorn_steps": "hc_sinkhorn_iters", "eps": "hc_eps"}
+# Ours: no release has the baseline. Only false is written.
+UNCONSTRAINED = "hc_constrained"
 ROPE = {"theta": "rope_theta", "interleaved": "rope_interleave"}
 YARN = {
     "factor": "factor",

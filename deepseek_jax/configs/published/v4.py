@@ -20,13 +20,12 @@ from deepseek_jax.configs.published.fields import (
     MOE,
     MOST_LAID_OUT,
     MOST_MTP,
-    STREAMS,
     YARN,
     Fields,
 )
 from deepseek_jax.configs.published.rope import ROPE_KEYS
-from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, written
-from deepseek_jax.configs.schema import HyperConnections, ModelConfig, MoE, Rope, Yarn
+from deepseek_jax.configs.published.tradition import Networks, Tradition, check_following, streams, written
+from deepseek_jax.configs.schema import ModelConfig, MoE, Rope, Yarn
 from deepseek_jax.notes import note, shown
 
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -186,13 +185,7 @@ def _networks(fields: Fields, layers: int) -> Networks:
         n_hash=n_hash,
         limit=fields.number("swiglu_limit", 10.0),
     )
-    residual = fields.make(
-        HyperConnections,
-        n_streams=fields.integer("hc_mult"),
-        sinkhorn_steps=fields.integer("hc_sinkhorn_iters", 20),
-        eps=fields.number("hc_eps", 1e-6),
-    )
-    return Networks(0, moe, _mtp_depth(fields), residual)
+    return Networks(0, moe, _mtp_depth(fields))
 
 
 def _mtp_depth(fields: Fields) -> int:
@@ -206,7 +199,7 @@ def _mtp_depth(fields: Fields) -> int:
 
 
 def _write(cfg: ModelConfig) -> dict[str, Any]:
-    a, moe, residual = cfg.attention, cfg.moe, cfg.residual
+    a, moe = cfg.attention, cfg.moe
     data = written(a, COMPRESSED) | written(a.indexer, INDEXER) | {"num_nextn_predict_layers": cfg.mtp_depth}
     data |= {"num_key_value_heads": 1, "compress_ratios": [*a.ratios, *[0] * cfg.mtp_depth]}
     rates = {kind: ratio for ratio, kind in zip(_rates(a), (SPARSE, HEAVY), strict=True) if ratio}
@@ -217,8 +210,6 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     if moe is not None:
         but = ("n_groups", "top_groups", "group_score", "n_shared", "normalize")
         data |= {theirs: getattr(moe, ours) for ours, theirs in MOE.items() if ours not in but} | written(moe, HASHED)
-    if residual is not None:
-        data |= written(residual, STREAMS)
     yarn = a.entry_rope.yarn
     scaling = None if yarn is None else {"type": "yarn", **written(yarn, YARN)}
     for name in ("mscale", "mscale_all_dim") if scaling else ():
@@ -254,7 +245,6 @@ V4 = Tradition(
             *COMPRESSED.values(),
             *INDEXER.values(),
             *HASHED.values(),
-            *STREAMS.values(),
             *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
             *("routed_scaling_factor", "scoring_func", "num_nextn_predict_layers", "num_mtp_layers"),
             *("num_key_value_heads", "compress_rope_theta", "layer_types", "mlp_layer_types", "compress_rates"),
@@ -271,4 +261,5 @@ V4 = Tradition(
         "eos_token_id": 1,
     },
     ffn="moe_intermediate_size",
+    residual=streams,
 )
