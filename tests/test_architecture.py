@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "multimodal": {"analysis", "configs", "core", "model", "convert", "generation", "text"},
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
-    "rl": {"configs", "core", "data", "generation", "model", "train"},
+    "rl": {"configs", "convert", "core", "data", "generation", "model", "parallel", "runs", "text", "train"},
     "serving": set(),
     "lab": {"analysis", "configs", "core", "data", "runs", "text", "train"},
     "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},

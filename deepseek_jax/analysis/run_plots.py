@@ -10,6 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from deepseek_jax.analysis.rl_panels import policy_picture, rewards_picture
 from deepseek_jax.analysis.run_panels import (
     BLUE,
     GREY,
@@ -276,6 +277,8 @@ def _some(chosen: list[int], layers: int) -> str:
 
 PICTURES: Mapping[str, Callable[[Run, str], Figure | None]] = {
     "loss": loss_picture,
+    "rewards": rewards_picture,
+    "policy": policy_picture,
     "schedule": schedule_picture,
     "balance": balance_picture,
     "load": load_picture,

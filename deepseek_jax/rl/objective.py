@@ -11,87 +11,16 @@ Suffixes: B answers, T tokens (prompt, answer, padding), V vocabulary. Entry t o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.configs.checks import check_types
-from deepseek_jax.rl.advantage import SCALES
+from deepseek_jax.rl.variants import Grpo
 
-CHOICES = {
-    "ratio": ("token", "sequence", "mean"),
-    "average": ("answer", "token", "fixed"),
-    "scale": SCALES,
-    "kl": ("k2", "k3", "unbiased"),
-    "truncated": ("keep", "mask"),
-}
 # Logarithms of ratios beyond this are cut, and counted: e^20 is 5e8, and the product over an answer may overflow. Where
 # one is cut its gradient is 0.
 LARGEST = 20.0
-
-
-@dataclass(frozen=True)
-class Grpo:
-    """One form of the objective; each part is switched by itself with `dataclasses.replace`.
-
-    ``ratio``: "token", each token's own; "sequence", the product over the answer; "mean", its root of the answer's
-    length (GSPO 2507.18071). The KL's ratios follow it. ``low``, ``high``: the clip's range is 1 - low .. 1 + high.
-    ``average``: "answer", the mean over each answer's tokens, then over answers; "token", over all tokens (DAPO
-    2503.14476); "fixed", sums divided by ``length`` tokens an answer (Dr. GRPO 2503.20783). A ratio of a sequence
-    stands at each of its tokens.
-    ``scale``, ``ddof``: `advantage.advantages`. ``beta``: weight of the KL, 0 for none; ``kl``: `kl_terms`.
-    ``delta``: answers of a negative advantage whose mean log(old / policy) exceeds it lose their surrogate; None for no
-    mask. The paper does not print its value. ``keep_routing``: the policy's forward pass replays the experts that wrote
-    the answer. ``keep_sampling_mask``: its probabilities are over the tokens that the sampler's filters left.
-    ``truncated``: whether an answer that met its limit of tokens counts ("keep"), or is no part of the loss; its reward
-    is part of its group's mean either way.
-
-    Raises ValueError for unknown choices, values out of range, and choices of which one undoes the other.
-    """
-
-    ratio: str = "token"
-    low: float = 0.2
-    high: float = 0.2
-    average: str = "answer"
-    length: int | None = None
-    scale: str = "std"
-    ddof: int = 0
-    beta: float = 0.0
-    kl: str = "k3"
-    delta: float | None = None
-    keep_routing: bool = False
-    keep_sampling_mask: bool = False
-    truncated: str = "keep"
-
-    def __post_init__(self):
-        check_types(self, ValueError)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                why = ": the gradient of k1 is 0 on average" if (name, self.kl) == ("kl", "k1") else ""
-                raise ValueError(f"Grpo({name}={getattr(self, name)!r}): choose one of {', '.join(choices)}{why}.")
-        for name in ("low", "high", "beta"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"Grpo({name}={getattr(self, name)!r}): must be at least 0.")
-        if self.ddof not in (0, 1):
-            raise ValueError(f"Grpo(ddof={self.ddof!r}): must be 0 or 1.")
-        if self.scale == "none" and self.ddof:
-            raise ValueError('Grpo(scale="none", ddof=1): without a deviation there is nothing to count.')
-        if (self.average == "fixed") != (self.length is not None) or (self.length is not None and self.length < 1):
-            raise ValueError(
-                f"Grpo(average={self.average!r}, length={self.length!r}): a length of at least 1 belongs to "
-                'average="fixed", and to no other.'
-            )
-        if self.delta is not None and not self.delta >= 0:
-            raise ValueError(f"Grpo(delta={self.delta!r}): must be at least 0, or None for no mask.")
-
-
-MATH = Grpo(beta=0.04)
-V3 = Grpo(ratio="sequence", beta=0.001)
-V32 = Grpo(scale="none", beta=0.001, kl="unbiased", delta=0.5, keep_routing=True, keep_sampling_mask=True)
-# R1's report gives beta, and a clip of 10 for its first stage. DeepSeekMath gives beta; V3 and V3.2 print neither, and
-# no paper of the three its clip: those are the usual 0.2, and R1's beta.
-VARIANTS = {"deepseek-math": MATH, "v3": V3, "r1": replace(V3, low=10.0, high=10.0), "v3.2": V32}
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.generation.sampling import unpacked
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.rl.objective import Counts, Grpo, count, loss, token_logprobs
+from deepseek_jax.rl.objective import Counts, count, loss, token_logprobs
+from deepseek_jax.rl.variants import Grpo
 from deepseek_jax.train.objective import CAPTURE, loads, squares
 
 

@@ -14,7 +14,8 @@ from deepseek_jax.generation.engine import generate
 from deepseek_jax.generation.running import Info
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.rl.advantage import Advantages
-from deepseek_jax.rl.objective import Grpo, answer_mask
+from deepseek_jax.rl.objective import answer_mask
+from deepseek_jax.rl.variants import Grpo
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,12 @@ def rollout(
     min_p: float = 0.0,
     stop_ids: Sequence[int] | None = None,
     ctx: Context | None = None,
+    width: int | None = None,
 ) -> Rollout:
     """``size`` answers to each prompt, of a temperature above 0. What ``cfg`` keeps is recorded: the experts of every
-    token that was fed, the tokens that the filters left. Errors are those of `generation.engine.generate`."""
+    token that was fed, the tokens that the filters left. ``width``: tokens of the longest prompt that there will be:
+    calls of as many rows then run one compiled program, with a cache of just what is needed. Errors are those of
+    `generation.engine.generate`."""
     check_count("size", size)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r}: greedy answers to a prompt are all the same; sample them.")
@@ -52,7 +56,8 @@ def rollout(
     stop_ids = tuple(model.cfg.eos_ids if stop_ids is None else stop_ids)
     rows = [list(prompt) for prompt in prompts for _ in range(size)]
     sampling = (temperature, top_k, top_p, min_p, seed)
-    answers, info = generate(model, rows, max_new_tokens, *sampling, stop_ids=stop_ids, ctx=ctx, record=record)
+    shape = {} if width is None else {"cache_length": width + max_new_tokens, "chunk": width}
+    answers, info = generate(model, rows, max_new_tokens, *sampling, stop_ids=stop_ids, ctx=ctx, record=record, **shape)
     return Rollout(rows, answers, np.repeat(np.arange(len(prompts)), size), info, stop_ids)
 
 

@@ -223,12 +223,13 @@ def parse_exercise(spelled: str) -> Exercise:
 def scored(
     task: Exercise, problems: Sequence[Problem], texts: Sequence[str], opened: bool = False
 ) -> dict[str, np.ndarray]:
-    """Each text's rewards, float64 [N] a column: "accuracy", of what stands in its ``<answer>``, and "format".
-    ``opened``: as `rewards.parts`."""
+    """Each text's rewards, float64 [N] a column: "accuracy", of what stands in its ``<answer>``, "format", and
+    "graded", the accuracy by degrees. ``opened``: as `rewards.parts`."""
     answers = [answer_of(text, opened) for text in texts]
     return {
         "accuracy": np.array([task.right(problem, answer) for problem, answer in zip(problems, answers, strict=True)]),
         "format": np.array([format_reward(text, opened) for text in texts]),
+        "graded": np.array([task.graded(problem, answer) for problem, answer in zip(problems, answers, strict=True)]),
     }
 
 

@@ -161,6 +161,8 @@ class Panel:
             ("loss", "loss {:.4f}"),
             ("main", "main {:.4f}"),
             ("mtp", "MTP {:.4f}"),
+            ("reward", "reward {:.3f}"),
+            ("length", "length {:.1f}"),
             ("max_violation", "MaxVio {:.2f}"),
             ("grad_norm", "gradient {:.3g}"),
             ("lr", "rate {:.2e}"),
@@ -177,6 +179,8 @@ class Panel:
     def _held_out(self) -> list[str]:
         labels = (
             ("bits_per_byte", "held-out {:.4f} bits/byte"),
+            ("pass_at_1", "held-out pass@1 {:.1%}"),
+            ("pass_at_k", "pass@k {:.1%}"),
             ("ema_bits_per_byte", "average {:.4f}"),
             ("trigram_bits_per_byte", "trigram {:.4f}"),
             ("draft_agreement", "drafts agree {:.1%}"),

@@ -20,6 +20,7 @@ from deepseek_jax.runs.export import export_model
 from deepseek_jax.runs.metrics import Reporter, Reporters
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.prepare import check_fit, file_hash, make_tokenizer, open_run
+from deepseek_jax.runs.reading import Reading
 from deepseek_jax.runs.run import Result, Work, carry_out
 from deepseek_jax.text.files import copy_tokenizer
 from deepseek_jax.train.begin import fresh
@@ -99,5 +100,6 @@ def train(
             if run.writes:
                 copy_tokenizer(run.tokenizer, folder)
 
-        work = Work(cfg, recipe, data, make, write, anew=source is None)
+        anew = source is None
+        work = Work(cfg, recipe, Reading(data, write, anew=anew), make, anew)
         return carry_out(run, work, options=options, view=view, ctx=ctx, began=began)

@@ -3,38 +3,31 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.analysis.peaks import peak_of, training_flops
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.params import named
-from deepseek_jax.core.partition import Trained
-from deepseek_jax.data.batches import Batches
-from deepseek_jax.data.chat_rows import ChatData
-from deepseek_jax.data.pipeline import Data
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.placement import row_share
 from deepseek_jax.parallel.processes import Agreement, from_first
 from deepseek_jax.runs.checkpoint import Checkpoints
+from deepseek_jax.runs.course import Batches, Course, Source
 from deepseek_jax.runs.journal import Journal, Progress, phase, progress_damage
-from deepseek_jax.runs.measure import exporter, measurer
 from deepseek_jax.runs.metrics import JsonLines, Reporter, Reporters, TensorBoard, TextLog, number, plain
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.prepare import origin
 from deepseek_jax.runs.run_folder import RunFolder
 from deepseek_jax.runs.signals import StopSignals
 from deepseek_jax.runs.throughput import Throughput
-from deepseek_jax.runs.trainer import Measure, Trainer
+from deepseek_jax.runs.trainer import Trainer
 from deepseek_jax.text.files import tokenizer_files
-from deepseek_jax.train.begin import begin, like
-from deepseek_jax.train.objective import Objective
+from deepseek_jax.train.begin import like
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.step import State
 from deepseek_jax.version import __version__
@@ -51,7 +44,7 @@ class Result:
     is trained further), and of the weights' moving average. ``crossed_at``: minutes into the run of the first
     measurement at which the model was better than the trigram; None if it never was. ``stored_bits``: of the exported
     weights.
-    ``checkpoint``: the published folder; None when SIGTERM left no time for it.
+    ``checkpoint``: the published folder; None when SIGTERM left no time for it. ``figures``: the last evaluation whole.
     """
 
     steps: int
@@ -65,28 +58,22 @@ class Result:
     draft_agreement: float | None
     stored_bits: float | None
     checkpoint: Path | None
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Work:
     """What a run trains, on what, and what becomes of it.
 
-    ``make``: the model as it begins. ``write``: exports a model into a folder, ``load`` reads that again, by default
-    as a published one. ``anew``: the model has seen no text before, and a trigram counted on what it sees is measured
-    beside it; any other is measured before the first step too. ``trained``: which parameters are trained, by default
-    all. ``objective``: what is made small, by default next-token prediction with the recipe's weights. ``told``: a line
-    for the log on what is learned from.
+    ``source``: what it learns from. ``make``: the model as it begins. ``anew``: it has learned nothing before; any
+    other is measured before the first step too. ``told``: a line for the log on what is learned from.
     """
 
     cfg: ModelConfig
     recipe: Recipe
-    data: Data | ChatData
+    source: Source
     make: Callable[[], Transformer]
-    write: Callable[[Transformer, Path], None]
-    load: Callable[[Path], Transformer] | None = None
     anew: bool = False
-    trained: Trained | None = None
-    objective: Objective | None = None
     told: str | None = None
 
 
@@ -95,38 +82,22 @@ def carry_out(run: RunFolder, work: Work, *, options: Options, view: Reporter, c
 
     ``ctx``: what measurements run in; steps compute in the recipe's dtype.
     """
-    recipe, data = work.recipe, work.data
-    rows = {"length": recipe.length, "rows": recipe.pass_rows, "seed": recipe.order_seed}
-    batches, held_out = data.batches(**rows, shard=row_share(ctx)), data.held_out(recipe.length)
-    run.describe(
-        model=asdict(work.cfg), recipe=asdict(recipe), data=data.record(), held_out_tokens=len(held_out.stream_n)
-    )
+    run.describe(model=asdict(work.cfg), recipe=asdict(work.recipe))
+    course = work.source.open(run, work.recipe, options, ctx)
     run.write_config(config_to_json(work.cfg))
-    measure = measurer(held_out, ctx, partial(data.batches, **rows) if work.anew else None)
-    export = exporter(run, options, held_out, ctx, work.write, work.load)
-    ctx = replace(ctx, dtype=jnp.dtype(recipe.dtype))
-    with closing(batches):
-        return _fit(run, work, batches, measure, export, options=options, view=view, ctx=ctx, began=began)
+    with closing(course.batches):
+        return _fit(run, work, course, options=options, view=view, ctx=ctx, began=began)
 
 
 def _fit(
-    run: RunFolder,
-    work: Work,
-    batches: Batches,
-    measure: Measure,
-    export: Callable[[State], float],
-    *,
-    options: Options,
-    view: Reporter,
-    ctx: Context,
-    began: float,
+    run: RunFolder, work: Work, course: Course, *, options: Options, view: Reporter, ctx: Context, began: float
 ) -> Result:
-    recipe = work.recipe
+    recipe, batches = work.recipe, course.batches
     checkpoints = Checkpoints(run.checkpoints, options.keep_last, options.keep_best, _model_files(run), run.check)
     with phase(view, "making the model"):
         model = work.make()
     cfg, size = model.cfg, sum(v.size for v in named(model).values())
-    state, step = begin(model, recipe, ctx, work.trained, work.objective)
+    state, step = course.begin(model)
     moving = sum(v.size for v in named(state.params).values())
     del model
     progress, damaged = Progress(data_state=batches.get_state()), ()
@@ -134,7 +105,7 @@ def _fit(
         # Not both at once: on an accelerator there may be room for one state only.
         wanted, state = like(state), None
         with phase(view, "reading the checkpoint"):
-            found = checkpoints.restore(wanted, partial(_damage, batches))
+            found = checkpoints.restore(wanted, lambda record: _damage(batches, record))
         state, damaged, progress = found.state, found.damaged, Progress(**found.extra)
         batches.set_state(found.data_state)
         began -= 60 * progress.minutes
@@ -171,29 +142,29 @@ def _fit(
             state,
             step,
             batches,
-            measure,
+            course.measure,
+            course.figure,
             recipe=recipe,
             options=options,
             checkpoints=checkpoints,
             journal=journal,
             throughput=Throughput(flops, None if peak is None else peak.flops * devices),
             progress=progress,
-            ctx=ctx,
         )
         del state
         with StopSignals(Agreement() if jax.process_count() > 1 else None) as stop:
             if not (work.anew or progress.step):
                 trainer.evaluate()
             trainer.run(stop)
-            return _end(run, trainer, stop, export)
+            return _end(run, trainer, stop, course.export)
 
 
-def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[State], float]) -> Result:
+def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[State], float | None]) -> Result:
     """Measures and exports, unless SIGTERM leaves no time for it."""
     progress, journal, asked = trainer.progress, trainer.journal, stop.settled()
-    found, stored = progress.evaluation, None
+    found, stored, exported = progress.evaluation, None, False
     if asked is not None:
-        kept = f"saved in {trainer.checkpoints.newest()}; train with --resume goes on from there"
+        kept = f"saved in {trainer.checkpoints.newest()}; --resume goes on from there"
         journal.event("interrupted", f"by {asked}, {kept}", progress)
     if asked != "SIGTERM" and progress.step:
         if found is None or found["step"] != progress.step:
@@ -202,9 +173,10 @@ def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[
                 found = plain(trainer.measure(trainer.state, progress))
         run.check()
         with phase(journal.reporter, "exporting"):
-            stored = export(trainer.state)
+            stored, exported = export(trainer.state), True
         size = sum(f.stat().st_size for f in run.export.iterdir())
-        journal.say(f"exported {run.export}: {size / 1e6:.2f} MB, bits per byte as stored {stored:.4f}")
+        told = "" if stored is None else f", bits per byte as stored {stored:.4f}"
+        journal.say(f"exported {run.export}: {size / 1e6:.2f} MB{told}")
     found = found or {}
     result = Result(
         steps=progress.step,
@@ -217,10 +189,11 @@ def _end(run: RunFolder, trainer: Trainer, stop: StopSignals, export: Callable[[
         crossed_at=progress.crossed_at,
         draft_agreement=found.get("draft_agreement"),
         stored_bits=stored,
-        checkpoint=None if stored is None else run.export,
+        checkpoint=run.export if exported else None,
+        figures=found,
     )
     record = asdict(result) | {"checkpoint": result.checkpoint and result.checkpoint.name}
-    del record["minutes"]
+    del record["minutes"], record["figures"]  # every record has the minutes, and the last evaluation the figures
     journal.record("result", step=progress.step, **record)
     return result
 

@@ -22,7 +22,7 @@ from deepseek_jax.small_files import LARGE, read_json
 from deepseek_jax.version import __version__
 
 # Settings that a resumed run may have more of: it is extended.
-GROWING = ("recipe.tokens", "epochs")
+GROWING = ("recipe.tokens", "epochs", "rl.steps")
 # What a process that was killed before it had written run.json leaves.
 LEFT_OVERS = frozenset({".lock", ".run.json.part"})
 

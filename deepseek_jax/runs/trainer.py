@@ -1,16 +1,13 @@
 """Steps, measurements and checkpoints in their order: what a run does between its beginning and its end."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import jax
 
-from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.arguments import check_ids
-from deepseek_jax.parallel.placement import place_batch
 from deepseek_jax.runs.checkpoint import Checkpoints
+from deepseek_jax.runs.course import Measure, Step
 from deepseek_jax.runs.feed import Fed, Feed
 from deepseek_jax.runs.guards import Skips, Spikes, TrainingStopped, fault
 from deepseek_jax.runs.journal import Journal, Progress, phase
@@ -23,23 +20,21 @@ from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.recipe import Recipe
 from deepseek_jax.train.step import State
 
-Measure = Callable[[State, Progress], dict[str, Any]]
-
 
 class Trainer:
     """Takes the steps of a recipe from wherever ``progress`` stands.
 
-    ``batches``: an iterator over micro-batches with ``get_state``, that stands there too, of this process's rows.
-    ``measure``: the figures of an evaluation, "bits_per_byte" among them. ``ctx``: where batches go.
+    ``batches``, ``measure``, ``figure``: as a `course.Course` has them; the batches stand there too.
     A step's figures are fetched while the next one runs; only a step that is logged is waited for.
     """
 
     def __init__(
         self,
         state: State,
-        step: Callable,
+        step: Step,
         batches,
         measure: Measure,
+        figure: str,
         *,
         recipe: Recipe,
         options: Options,
@@ -47,11 +42,10 @@ class Trainer:
         journal: Journal,
         throughput: Throughput,
         progress: Progress,
-        ctx: Context = DEFAULT,
     ):
-        self.state, self.step, self.batches, self.measure = state, step, batches, measure
+        self.state, self.step, self.batches, self.measure, self.figure = state, step, batches, measure, figure
         self.recipe, self.options, self.checkpoints, self.journal = recipe, options, checkpoints, journal
-        self.throughput, self.progress, self.ctx = throughput, progress, ctx
+        self.throughput, self.progress = throughput, progress
         self.spikes = Spikes(progress.recent_losses)
         self.skips = Skips(recipe.max_skipped, progress.skipped_in_a_row, progress.skipped)
         self.saved = progress.step if progress.step else None
@@ -86,7 +80,7 @@ class Trainer:
         self._look()
         progress = self.progress
         if not progress.step:
-            self.journal.say("measuring the held-out text before the first step")
+            self.journal.say("measuring what is held out, before the first step")
         with phase(self.journal.reporter, "measuring"):
             found = plain(self.measure(self.state, progress))
         progress.evaluation = {"step": progress.step, "tokens": progress.tokens, **found}
@@ -104,7 +98,7 @@ class Trainer:
         progress.skipped_in_a_row, progress.skipped = self.skips.in_a_row, self.skips.total
         found, metric = progress.evaluation, None
         if found is not None and found["step"] == progress.step:
-            metric = number(found["ema_bits_per_byte" if self.options.export == "ema" else "bits_per_byte"])
+            metric = number(found[f"ema_{self.figure}" if self.options.export == "ema" else self.figure])
         self.checkpoints.save(progress.step, self.state, progress.data_state, asdict(progress), metric)
         self.saved = progress.step
         where = f"{self.checkpoints.folder.name}/{progress.step}"
@@ -117,11 +111,11 @@ class Trainer:
         size = self.state.rest.cfg.vocab_size
         check_ids(f"tokens of step {progress.step + 1}", fed.batch["tokens"], fed.batch.get("segments"), size)
         if compiled:
-            self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
+            self.state, metrics = self.step(self.state, fed.batch, Knobs.of(fed.setting))
         else:
             self.journal.say("compiling the step")
             with phase(self.journal.reporter, "compiling"):
-                self.state, metrics = self.step(self.state, place_batch(fed.batch, self.ctx), Knobs.of(fed.setting))
+                self.state, metrics = self.step(self.state, fed.batch, Knobs.of(fed.setting))
                 jax.block_until_ready(metrics["loss"])
         tokens = fed.setting.rows * self.recipe.length
         progress.step, progress.tokens, progress.data_state = (
@@ -157,7 +151,7 @@ class Trainer:
             good = self.checkpoints.newest()
             raise TrainingStopped(
                 f"{self.skips.in_a_row} steps in a row changed nothing; in the last of them, step {step}, "
-                f"{cause.what}. The last good checkpoint is {good or 'none'} (train --from continues from one): "
+                f"{cause.what}. The last good checkpoint is {good or 'none'} (--from continues from one): "
                 f"{cause.advice}."
             )
 

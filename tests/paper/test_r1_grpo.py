@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.rl.advantage import advantages, share_without_signal
-from deepseek_jax.rl.objective import MATH, V3, V32, VARIANTS, Grpo, kl_terms, loss
+from deepseek_jax.rl.objective import kl_terms, loss
+from deepseek_jax.rl.variants import MATH, V3, V32, VARIANTS, Grpo
 
 RNG = np.random.default_rng(1)
 V = 6

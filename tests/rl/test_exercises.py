@@ -29,7 +29,7 @@ def test_the_formats():
 def test_solutions_are_right_and_what_is_changed_in_them_is_not(task):
     problems = task.held_out(40)
     columns = scored(task, problems, [p.solution for p in problems])
-    assert set(columns) == {"accuracy", "format"}
+    assert set(columns) == {"accuracy", "format", "graded"}
     for problem in problems:
         assert problem.text == problem.prompt + problem.solution
         assert problem.text[slice(*problem.answers[0][:2])] == problem.solution

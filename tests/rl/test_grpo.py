@@ -7,18 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.rl.objective import (
-    MATH,
-    V3,
-    V32,
-    VARIANTS,
-    Grpo,
-    answer_mask,
-    count,
-    loss,
-    reverse_kl,
-    token_logprobs,
-)
+from deepseek_jax.rl.objective import answer_mask, count, loss, reverse_kl, token_logprobs
+from deepseek_jax.rl.variants import MATH, V3, V32, VARIANTS, Grpo
 
 RNG = np.random.default_rng(0)
 B, T = 4, 7

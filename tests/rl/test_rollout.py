@@ -11,10 +11,11 @@ from tiny import random_model, tiny_config
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named
 from deepseek_jax.rl.advantage import advantages
-from deepseek_jax.rl.objective import MATH, V32, loss
+from deepseek_jax.rl.objective import loss
 from deepseek_jax.rl.policy import Policy, logprobs
 from deepseek_jax.rl.rollout import batch, rollout
 from deepseek_jax.rl.tasks import Tags, scored
+from deepseek_jax.rl.variants import MATH, V32
 from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import start, train_step

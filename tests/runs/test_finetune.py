@@ -27,9 +27,10 @@ from deepseek_jax.model.transformer import abstract
 from deepseek_jax.notes import CheckpointWarning
 from deepseek_jax.runs import pretrain
 from deepseek_jax.runs.export import export_model
-from deepseek_jax.runs.finetune import fine_tune, thawed
+from deepseek_jax.runs.finetune import fine_tune
 from deepseek_jax.runs.metrics import Reporter
 from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.tuned import thawed
 from deepseek_jax.text import bpe
 from deepseek_jax.train.lora import adapt
 from deepseek_jax.train.patterns import select
@@ -112,7 +113,7 @@ def test_chats_are_learned_and_the_export_answers(source, chats, tmp_path, capsy
     assert records(tmp_path / "run", "evaluation")[0]["step"] == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert "16 chats to learn" in log
-    assert log.index("measuring the held-out text before the first step") < log.index("compiling the step")
+    assert log.index("measuring what is held out, before the first step") < log.index("compiling the step")
     events = [(r["event"], r["message"]) for r in records(tmp_path / "run", "event")]
     assert ("repeated", "chats has text for one pass; this run passes it 6 times") in events
     assert [message for event, message in events if event == "pass"][-1].startswith("chats has been passed 6 times")
@@ -325,7 +326,7 @@ def test_a_model_with_rows_for_more_ids_than_its_tokenizer_is_trained_further(so
     text = DataConfig(data=(f"t={tmp_path / 'text'}",), workers=0)
 
     def first(run, work, **more):
-        batches = work.data.batches(length=RECIPE.length, rows=RECIPE.pass_rows, seed=0)
+        batches = work.source.data.batches(length=RECIPE.length, rows=RECIPE.pass_rows, seed=0)
         return work.make().cfg, next(batches)["tokens"]
 
     monkeypatch.setattr(pretrain, "carry_out", first)

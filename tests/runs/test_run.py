@@ -399,6 +399,7 @@ def test_figures_that_are_not_finite_stop_no_save(tmp_path):
         None,
         None,
         lambda state, progress: found,
+        "bits_per_byte",
         recipe=RECIPE,
         options=Options(export="ema"),
         checkpoints=checkpoints,

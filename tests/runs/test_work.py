@@ -16,6 +16,7 @@ from deepseek_jax.data.pipeline import load_data
 from deepseek_jax.runs.metrics import Reporters
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.prepare import make_tokenizer, open_run
+from deepseek_jax.runs.reading import Reading
 from deepseek_jax.runs.run import Work, carry_out
 from deepseek_jax.train.begin import fresh
 from deepseek_jax.train.objective import loads
@@ -72,9 +73,8 @@ def test_the_order_of_the_text_may_have_a_seed_of_its_own(data_seed, asked):
         def batches(self, *, seed, **rest):
             raise Asked(seed)
 
-    work = Work(CFG, replace(RECIPE, seed=3, data_seed=data_seed), Text(), make=None, write=None)
     with pytest.raises(Asked, match=f"^{asked}$"):
-        carry_out(None, work, options=Options(), view=Reporters([]), ctx=DEFAULT, began=0.0)
+        Reading(Text(), None).open(None, replace(RECIPE, seed=3, data_seed=data_seed), Options(), DEFAULT)
 
 
 @pytest.mark.slow
@@ -91,11 +91,9 @@ def test_a_run_of_another_objective(tmp_path):
             work = Work(
                 CFG,
                 RECIPE,
-                data,
+                Reading(data, dsj.save_pretrained, anew=True, objective=Smoothed(0.1)),
                 make=lambda: fresh(CFG, RECIPE, DEFAULT),
-                write=dsj.save_pretrained,
                 anew=True,
-                objective=Smoothed(0.1),
             )
             began = time.monotonic()
             return carry_out(run, work, options=Options(), view=Reporters([]), ctx=DEFAULT, began=began)
