@@ -23,6 +23,10 @@ def step(n: int, layers: int = 2, experts: int = 4, loss: float = 2.0) -> dict:
         "main": loss - 0.5,
         "mtp": loss + 0.5,
         "balance": {"sequence": 1.0},
+        "rewards": {"accuracy": 0.25, "format": 0.75},
+        "silent": 0.5,
+        "clipped_low": 0.01,
+        "mismatch": 0.001,
         "grad_norm": 0.5,
         "gradient_norms": {
             "embed": 0.1,
@@ -60,6 +64,8 @@ def evaluation(n: int, layers: int = 2, bits: float = 1.5) -> dict:
         "trigram_bits_per_byte": 1.6,
         "domains": {"code": bits - 0.2, "prose": bits + 0.2},
         "draft_agreement": 0.5,
+        "pass_at_1": 0.25,
+        "pass_at_k": 0.5,
         "max_violation_global": np.full(layers, 0.5),
     }
 
@@ -157,6 +163,8 @@ def test_every_picture_says_what_it_shows(tmp_path):
     run = write(tmp_path, [*(step(n) for n in range(1, 61)), evaluation(30), spike, evaluation(60)])
     said = {
         "loss": ["Training loss", "nats a token", "MTP", "next token", "bits a byte", "model", "code", "MTP drafts"],
+        "rewards": ["Rewards by part", "accuracy", "format", "pass@1", "pass@k", "groups without signal", "share (%)"],
+        "policy": ["clipped below", "Mismatch", "nats a token"],
         "schedule": ["Learning rate", "rows a step", "change a step", "Weight of the MTP loss"],
         "balance": ["MaxVio", "MoE layer 1", "global", "entropy (nats)", "even load: 1.39", "sequence"],
         "load": ["expert", "MoE layer 1 over time", "load, times the mean of the layer"],

@@ -1,4 +1,4 @@
-"""Rollouts as a training step takes them: groups, log-probabilities that agree, what is kept; a smoke test of all."""
+"""Rollouts as a training step takes them: groups, log-probabilities that agree, what is kept."""
 
 from dataclasses import replace
 
@@ -14,12 +14,10 @@ from deepseek_jax.rl.advantage import advantages
 from deepseek_jax.rl.objective import loss
 from deepseek_jax.rl.policy import Policy, logprobs
 from deepseek_jax.rl.rollout import batch, rollout
-from deepseek_jax.rl.tasks import Tags, scored
 from deepseek_jax.rl.variants import MATH, V32
-from deepseek_jax.train.objective import Knobs, NextToken
+from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import start, train_step
-from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config(n_layers=2, mtp_depth=0, vocab_size=16)
 step = jax.jit(train_step, static_argnames=("optimizer", "objective", "ctx", "clip"))
@@ -104,40 +102,3 @@ def test_what_is_missing_is_named(rolled):
         batch(found, advantages(np.zeros(12), found.group), form, 5)
     with pytest.raises(ValueError, match="greedy answers"):
         rollout(model, [[1]], 2, MATH, 3, seed=0, temperature=0.0)
-
-
-# A character each, a tag each, and the end.
-LETTERS = [*"abcdefghij:", "<think>", "</think>", "<answer>", "</answer>", "END"]
-END = 15
-
-
-def ids(text: str) -> list[int]:
-    for i, tag in enumerate(LETTERS[11:15]):
-        text = text.replace(tag, chr(i))
-    return [11 + ord(c) if ord(c) < 4 else LETTERS.index(c) for c in text]
-
-
-def test_tags_are_learned_in_order():
-    """Rung 0: a base that has seen the tags in any order, then twenty steps of GRPO on the form alone."""
-    task, adam = Tags(documents=1280), optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale(-1.0))
-    problems = list(task.training_items())
-    texts = np.array([[*ids(p.text), END] for p in problems], np.int32)
-    state = start(random_model(CFG), adam)
-    for i in range(60):
-        rows = {"tokens": texts[None, i % 20 * 64 : i % 20 * 64 + 64]}
-        state, _ = step(
-            state, rows, knobs(3e-3), optimizer=adam, objective=NextToken(LossWeights(), 0), ctx=DEFAULT, clip=1.0
-        )
-    form, shares, model = replace(MATH, beta=0.0), [], state.model
-    state = start(model, adam)
-    for i in range(20):
-        asked = problems[8 * i : 8 * i + 8]
-        found = rollout(state.model, [ids(p.prompt) for p in asked], 16, form, 7, seed=i, stop_ids=(END,))
-        said = ["".join(LETTERS[t] for t in answer if t != END) for answer in found.answers]
-        reward = scored(task, [p for p in asked for _ in range(16)], said)["format"]
-        shares.append(reward.mean())
-        rows = batch(found, advantages(reward, found.group, form.scale, form.ddof), form, 12)
-        shaped = {name: a[None] for name, a in rows.items()}
-        state, _ = step(state, shaped, knobs(1e-3), optimizer=adam, objective=Policy(form), ctx=DEFAULT, clip=1.0)
-    assert 0.02 < shares[0] < 0.3
-    assert np.mean(shares[-5:]) > 0.95

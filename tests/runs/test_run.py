@@ -22,6 +22,7 @@ from deepseek_jax.convert.training import read_leaves, read_record, write_record
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.runs import reading
 from deepseek_jax.runs import run as run_module
 from deepseek_jax.runs.checkpoint import Checkpoints
 from deepseek_jax.runs.guards import FEWEST, Skips, Spikes, TrainingStopped, fault
@@ -101,7 +102,7 @@ def go(text, folder, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def step():
     """The step of all runs here: tracing it again for each is most of their time."""
-    made, begin = [], run_module.begin
+    made, begin = [], reading.begin
 
     def shared(*args):
         state, step = begin(*args)
@@ -109,7 +110,7 @@ def step():
         return state, made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "begin", shared)
+        patch.setattr(reading, "begin", shared)
         yield lambda: made[0]
 
 
@@ -334,7 +335,7 @@ def test_one_process_at_a_time(run):
 
 def test_steps_that_are_not_finite_stop_the_run(text, tmp_path, monkeypatch):
     """The last good checkpoint is named and is the state before them."""
-    begin = run_module.begin
+    begin = reading.begin
 
     def broken(*args):
         state, step = begin(*args)
@@ -346,7 +347,7 @@ def test_steps_that_are_not_finite_stop_the_run(text, tmp_path, monkeypatch):
 
         return state, bad
 
-    monkeypatch.setattr(run_module, "begin", broken)
+    monkeypatch.setattr(reading, "begin", broken)
     recipe = replace(RECIPE, max_skipped=3)
     with pytest.raises(TrainingStopped, match=r"3 steps in a row.*step 5, the loss is nan\..*checkpoints/4"):
         train(CFG, recipe, text, VOCABULARY, tmp_path / "run", options=OPTIONS)

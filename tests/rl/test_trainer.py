@@ -1,0 +1,151 @@
+"""Runs of reinforcement learning: a format that is learned, what is logged, resuming bit for bit, what is refused."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import random_model, tiny_config
+
+import deepseek_jax as dsj
+from deepseek_jax.analysis.rl_panels import policy_picture, rewards_picture
+from deepseek_jax.analysis.run_records import read_run
+from deepseek_jax.cli.main import main
+from deepseek_jax.convert.training import read_leaves, read_record
+from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.rl.recipe import Rewards, RlRecipe
+from deepseek_jax.rl.tasks import Tags
+from deepseek_jax.rl.traces import write_traces
+from deepseek_jax.rl.trainer import improve
+from deepseek_jax.rl.variants import MATH
+from deepseek_jax.train.objective import Knobs, NextToken
+from deepseek_jax.train.schedule import Setting
+from deepseek_jax.train.step import start, train_step
+from deepseek_jax.train.weights import LossWeights
+
+TASK = Tags(documents=1280)
+RECIPE = RlRecipe(steps=16, form="text", max_new_tokens=6, lr=2e-3, held_out=16, evaluate_every=8)
+FORM = replace(MATH, beta=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model that has seen the tags in any order, one text in ten in theirs, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    write_traces(TASK, folder / "traces")
+    words = dsj.load_tokenizer(folder / "traces/tokenizer")
+    texts = [json.loads(line)["text"] for line in (folder / "traces/traces.jsonl").read_text().splitlines()]
+    rows = np.array([[*ids, words.eos_id] for ids in words.encode_batch(texts)], np.int32)
+    cfg = tiny_config(n_layers=1, n_dense_layers=0, mtp_depth=0, vocab_size=words.vocab_size)
+    adam = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale(-1.0))
+    step = jax.jit(train_step, static_argnames=("optimizer", "objective", "ctx"))
+    state = start(random_model(cfg), adam)
+    for i in range(50):
+        batch = {"tokens": rows[None, i % 20 * 64 : i % 20 * 64 + 64]}
+        knobs = Knobs.of(Setting(3e-3, 0.0, 0.0, 1, rows=64))
+        state, _ = step(state, batch, knobs, optimizer=adam, objective=NextToken(LossWeights(), 0), ctx=DEFAULT)
+    dsj.save_pretrained(state.model, folder / "base")
+    words.backend.save(str(folder / "base/tokenizer.json"))
+    (folder / "base/tokenizer_config.json").write_text((folder / "traces/tokenizer/tokenizer_config.json").read_text())
+    return folder / "base"
+
+
+def records(folder, kind):
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+class Stop:
+    """Presses Ctrl-C after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def record(self, record: dict) -> None:
+        if record["kind"] == "step" and record["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_format_is_learned(base, tmp_path, capsys):
+    """Rung 0: from a base that rarely keeps the form to one that does, in sixteen steps; by the command."""
+    options = f"--steps 16 --form text --max-new-tokens 6 --lr 2e-3 --held-out 16 --evaluate-every 8 --from {base}"
+    begun = ["rl", str(tmp_path / "run"), *options.split(), "--task", "tags,documents=1280"]
+    assert main([*begun, "--variant", "deepseek-math", "--grpo.beta", "0"]) == 0
+    assert "pass@1" in capsys.readouterr().out
+    steps, (first, _, last) = records(tmp_path / "run", "step"), records(tmp_path / "run", "evaluation")
+    assert [s["step"] for s in steps] == list(range(1, 17))
+    assert first["step"] == 0
+    assert first["format"] < 0.3
+    assert last["format"] > 0.9
+    assert steps[0]["rewards"]["format"] < 0.3
+    assert last["pass_at_1"] == last["format"] == pytest.approx(1 - last["wrong"])
+    assert last["pass_at_k"] >= last["maj_at_k"] >= 0.9
+    assert {"reward", "silent", "clipped_low", "clipped_high", "kl", "entropy", "truncated", "masked"} <= set(steps[0])
+    # What wrote the answers is what learns from them.
+    assert all(abs(s["mismatch"]) < 1e-6 and abs(s["ratio"] - 1) < 1e-5 for s in steps)
+    assert all(s["bias_speed"] == 0 and s["bias"] == steps[0]["bias"] for s in steps)
+    exported = {path.name for path in (tmp_path / "run/checkpoint").iterdir()}
+    assert {"model.safetensors", "tokenizer.json"} <= exported
+    run = read_run(tmp_path / "run")
+    assert [len(draw(run, "step").axes) for draw in (rewards_picture, policy_picture)] == [4, 4]
+    # Of other settings it is another run; with one more step it is extended.
+    assert main(["rl", str(tmp_path / "run"), "--resume", "--group", "8"]) == 1
+    assert "begun with rl.group = 16, not 8" in capsys.readouterr().err
+    assert main(["rl", str(tmp_path / "run"), "--resume", "--steps", "17"]) == 0
+    assert records(tmp_path / "run", "step")[-1]["step"] == 17
+
+
+def test_a_resumed_run_is_bit_equal_with_its_rollouts(base, tmp_path):
+    """With two updates a rollout, which weights of a step before have written."""
+    recipe = replace(RECIPE, steps=4, inner=2, stale=1, evaluate_every=4)
+    for name, view in (("whole", None), ("parts", Stop(2))):
+        result = improve(base, TASK, tmp_path / name, recipe=recipe, grpo=FORM, view=view)
+    assert (result.interrupted, result.steps) == ("SIGINT", 2)
+    improve(base, TASK, tmp_path / "parts", recipe=recipe, grpo=FORM, resume=True)
+    found = []
+    for name in ("whole", "parts"):
+        folder = tmp_path / name / "checkpoints" / "4"
+        leaves = read_record(folder)["leaves"]
+        assert any(leaf.startswith("old.0.") for leaf in leaves)
+        shapes = {name: jax.ShapeDtypeStruct(*spec[::-1]) for name, spec in leaves.items()}
+        found.append(read_leaves(folder, shapes))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    whole, parts = (records(tmp_path / name, "step") for name in ("whole", "parts"))
+    timed = {"minutes", "tokens_per_second", "data_wait"}
+    assert [{k: v for k, v in s.items() if k not in timed} for s in whole] == [
+        {k: v for k, v in s.items() if k not in timed} for s in parts
+    ]
+    # Off-policy: the first rollout's second update, and every later one.
+    assert all(s["mismatch"] > 1e-6 for s in whole)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path, capsys):
+    def refused(*arguments) -> str:
+        assert main(["rl", *arguments]) == 1
+        return capsys.readouterr().err
+
+    out = str(tmp_path / "run")
+    assert "name it with --from" in refused(out)
+    assert "no variant 'r2'" in refused(out, "--variant", "r2")
+    assert "no task" in refused(out, "--from", str(base), "--task", "chess")
+    assert "whole groups of 16" in refused(out, "--from", str(base), "--micro-rows", "24")
+    assert "exceed the model's max_length" in refused(out, "--from", str(base), "--max-new-tokens", "300")
+    assert "leave OUT and --from out" in refused(out, "--traces", str(tmp_path / "t"))
+    assert not any(tmp_path.iterdir())
+    for wrong, said in (
+        ({"temperature": 0.0}, "greedy"),
+        ({"steps": 0}, "at least 1"),
+        ({"form": "poem"}, "must be one of chat, text"),
+        ({"rewards": Rewards(0, 0, 1), "stale": -1}, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RlRecipe(**wrong)
+    with pytest.raises(ValueError, match="all rewards weigh 0"):
+        Rewards(0, 0, 0)
