@@ -178,7 +178,7 @@ def test_sigterm_saves_and_resume_takes_the_runs_own_options(arguments, tmp_path
 @pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_bit_equal(arguments, tmp_path):
     """SIGKILL, many times, also before the first checkpoint and while one is written."""
-    words = ["--tokens", "6000", *arguments, "--evaluate-every", "12", "--keep-last", "2"]
+    words = ["--tokens", "4500", *arguments, "--evaluate-every", "12", "--keep-last", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = started(whole, *words)
     assert process.communicate()[1] == ""
