@@ -71,17 +71,19 @@ class Bench:
         steps = np.int32(steps)
         return device.decode(self.model, slots, running, bits, steps, room=ROOM, top=True, **self.static)
 
-    def finished(self, slots, slot, others=(), steps=ROOM, allowed=None):
-        """Steps until a slot is done: what came of it, a list a field, then its counts of drafts."""
-        found = []
+    def finished(self, slots, slot, others=(), allowed=None):
+        """Steps until a slot is done: what came of it, a list a field, then its counts of drafts; and what these were
+        drawn from, now and then."""
+        found, drawn = [], []
         while True:
-            slots, news = self.decoded(slots, (slot, *others), steps, allowed)
+            slots, news = self.decoded(slots, (slot, *others), ROOM - 1, allowed)
             news = jax.device_get(news)
             fields = (news.tokens, news.logprob, news.behaviour, news.top["top_id"], news.top["top_logprob"])
             found.append([field[slot, : news.count[slot]].tolist() for field in fields])
             if news.done[slot]:
                 counts = (int(news.drafted[slot]), int(news.accepted[slot]))
-                return slots, ([list(chain(*column)) for column in zip(*found, strict=True)], counts)
+                return slots, ([list(chain(*column)) for column in zip(*found, strict=True)], counts, drawn)
+            drawn.append(np.asarray(slots.state.q[slot]).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +110,9 @@ def check_alone_and_beside(bench, drafts, temperature):
     for slot in (0, SLOTS - 1):
         slots, others = crowded(bench, slot)
         slots = bench.entered(slots, slot, prompt, between=others, **settings)
-        assert bench.finished(slots, slot, others, steps=3)[1] == alone[0]
+        assert bench.finished(slots, slot, others)[1] == alone[0]
     new, info = bench.generated(prompt, [SEED, 1], temperature, 0.9, [drafts, DEPTH])
-    (tokens, logprobs, behaviour, *_), counts = alone[0]
+    (tokens, logprobs, behaviour, *_), counts, _ = alone[0]
     assert tokens == new[0]
     np.testing.assert_allclose(logprobs, info.logprobs[0], atol=2e-5)
     np.testing.assert_allclose(behaviour, info.behaviour_logprobs[0], atol=2e-5)
@@ -151,8 +153,8 @@ def test_what_is_kept_of_a_former_row_is_not_fed_again(bench):
     assert np.asarray(slots.state.cache.length).tolist() == [0, 0, kept]
     for start in range(kept, len(prompt) - 1, CHUNK):
         slots = device.prefill(bench.model, slots, np.int32(2), np.int32(start), chunk=CHUNK, **bench.static)
-    _, (found, counts) = bench.finished(slots, 2)
-    _, (fresh, fresh_counts) = bench.finished(bench.entered(bench.empty(), 2, prompt, drafts=DEPTH), 2)
+    _, (found, counts, _) = bench.finished(slots, 2)
+    _, (fresh, fresh_counts, _) = bench.finished(bench.entered(bench.empty(), 2, prompt, drafts=DEPTH), 2)
     assert found[0] == fresh[0]
     np.testing.assert_allclose(found[1], fresh[1], atol=2e-5)
     assert counts == fresh_counts
@@ -164,7 +166,7 @@ def test_biases_and_grammars_bind_what_is_drawn_and_no_log_probability(bench):
     allowed = np.zeros((SLOTS, 1, bench.cfg.vocab_size), bool)
     allowed[1, 0, [5, 6]] = True
     slots = bench.entered(bench.empty(), 1, prompt, new=3, bias={5: -100})
-    slots, ((tokens, logprobs, behaviour, top_id, top_logprob), _) = bench.finished(slots, 1, allowed=allowed)
+    slots, ((tokens, logprobs, behaviour, top_id, top_logprob), *_) = bench.finished(slots, 1, allowed=allowed)
     assert tokens == [6, 6, 6]
     assert behaviour == [0, 0, 0]
     rows, _ = full_forward(bench.plain, padded([prompt + tokens], 24))
