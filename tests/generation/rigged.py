@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 from tiny import random_model, tiny_config
 
+import deepseek_jax as dsj
 from deepseek_jax.core.params import map_variables
 
 PROMPT_LENGTHS = (1, 7, 8, 9, 16, 17, 23)
@@ -47,10 +48,39 @@ def nan_model(model):
 
 @jax.jit
 def full_forward(model, tokens_BT):
-    """float32 log-probabilities [B, T, V] without a cache, and the margin between first and second logit."""
-    logits = model(tokens_BT).logits
-    top = jax.lax.top_k(logits, 2)[0]
-    return jax.nn.log_softmax(logits), top[..., 0] - top[..., 1]
+    """float32 log-probabilities [B, T, V] without a cache, the margin between first and second logit, and the experts
+    [L, B, T, K]."""
+    out = model(tokens_BT)
+    top = jax.lax.top_k(out.logits, 2)[0]
+    return jax.nn.log_softmax(out.logits), top[..., 0] - top[..., 1], out.aux and out.aux.expert_index
+
+
+# As many rows, and so long, as `test_engine` gives these: they then have its programs.
+ROWS, LONGEST = len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + 30
+
+
+def generated(model, prompt, new, temperature=0.0, seeds=(0,), use_mtp=False, stop_ids=(), **filters):
+    """By `generate`: each seed's tokens and `Info`, of rows that draft or not beside one that does."""
+    rest = ROWS - len(seeds)
+    drafts = [use_mtp] * len(seeds) + [True] * rest
+    seeds = [*map(int, seeds), *range(rest)]
+    return dsj.generate(
+        model,
+        [prompt] * ROWS,
+        new,
+        temperature,
+        seed=seeds,
+        use_mtp=drafts,
+        stop_ids=stop_ids,
+        chunk=CHUNK,
+        **filters,
+    )
+
+
+def forward_of(model, text):
+    """log-probabilities [T, V] and experts [T, L, K] of one text, of at most LONGEST tokens."""
+    logprobs, _, experts = full_forward(model, padded([text] * ROWS, LONGEST))
+    return np.asarray(logprobs)[0, : len(text)], np.asarray(experts)[:, 0, : len(text)].transpose(1, 0, 2)
 
 
 def padded(rows: list[list[int]], length: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
-from generation.rigged import agreeing_model, config, full_forward, padded, random_prompts
+from generation.rigged import agreeing_model, config, forward_of, generated, random_prompts
 from generation.test_slots import CHUNK, DEPTH, LENGTH, NEW, ROOM, SLOTS
 from tiny import random_model
 
@@ -49,24 +49,18 @@ def joined(deltas, name):
     return [value for delta in deltas for value in getattr(delta, name)]
 
 
-def alone(model, request, choice=0):
-    """`generate`'s tokens of a choice, and its row's `Info`: two rows, one with drafts, so that it has one program."""
-    seed = np.random.SeedSequence(request.seed).generate_state(request.n)[choice] if choice else request.seed
-    tokens, info = dsj.generate(
+def alone(model, request):
+    """`generate`'s tokens and `Info` of a request's choices, and of others."""
+    seeds = np.random.SeedSequence(request.seed).generate_state(request.n)
+    names = ("top_k", "top_p", "min_p", "use_mtp", "stop_ids")
+    return generated(
         model,
-        [request.prompt] * 2,
+        request.prompt,
         request.max_new_tokens,
         request.temperature,
-        request.top_k,
-        request.top_p,
-        request.min_p,
-        [int(seed), 0],
-        use_mtp=[request.use_mtp, True],
-        stop_ids=request.stop_ids,
-        chunk=CHUNK,
-        record=("routing",),
+        [request.seed, *seeds[1:]],
+        **{name: getattr(request, name) for name in names},
     )
-    return tokens[0], info
 
 
 @contextmanager
@@ -85,20 +79,23 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(heard)
 
 
-def check_text(model, request, choice, deltas):
-    tokens, info = alone(model, request, choice)
-    assert joined(deltas, "tokens") == tokens
-    np.testing.assert_allclose(joined(deltas, "logprobs"), info.logprobs[0], atol=2e-5)
-    np.testing.assert_allclose(joined(deltas, "behaviour"), info.behaviour_logprobs[0], atol=2e-5)
-    assert [d.finish for d in deltas[:-1]] == [None] * (len(deltas) - 1)
-    assert deltas[-1].finish == info.finish_reason[0]
-    assert (deltas[-1].drafted, deltas[-1].accepted) == (info.drafted[0], info.accepted[0])
-    assert min(deltas[-1].waited, deltas[-1].prefilled) >= 0
-    if request.routing:
-        routing = np.concatenate([d.routing for d in deltas]).transpose(1, 0, 2)
-        np.testing.assert_array_equal(routing, info.routing[0])
-    else:
-        assert deltas[-1].routing is None
+def check_text(model, request, number, found):
+    texts, info = alone(model, request)
+    for choice, tokens in enumerate(texts[: request.n]):
+        deltas = found[number, choice]
+        last = deltas[-1]
+        assert joined(deltas, "tokens") == tokens
+        np.testing.assert_allclose(joined(deltas, "logprobs"), info.logprobs[choice], atol=2e-5)
+        np.testing.assert_allclose(joined(deltas, "behaviour"), info.behaviour_logprobs[choice], atol=2e-5)
+        assert [d.finish for d in deltas] == [*[None] * (len(deltas) - 1), info.finish_reason[choice]]
+        assert (last.drafted, last.accepted) == (info.drafted[choice], info.accepted[choice])
+        assert min(last.waited, last.prefilled) >= 0
+        if request.routing:
+            routing = np.concatenate([d.routing for d in deltas])
+            experts = forward_of(model, request.prompt + tokens)[1]
+            np.testing.assert_array_equal(routing, experts[:-1])
+        else:
+            assert last.routing is None
 
 
 def test_a_mixed_workload_gives_generates_texts_and_compiles_nothing(model, prompts):
@@ -109,7 +106,7 @@ def test_a_mixed_workload_gives_generates_texts_and_compiles_nothing(model, prom
         Request(prompts[1], 20, use_mtp=True, routing=True),
         Request(prompts[2], **sampled, seed=3, n=2, use_mtp=True),
         Request(prompts[3], **sampled, seed=4, top_logprobs=3),
-        Request(prompts[4], NEW, stop_ids=range(0, 250, 16), use_mtp=True),
+        Request(prompts[4], NEW, stop_ids=range(0, 250, 32), use_mtp=True),
         Request(prompts[5], **sampled, seed=5, top_k=9, min_p=0.01, n=SLOTS, use_mtp=True, routing=True),
     ]
     with compilations() as compiled:
@@ -119,11 +116,10 @@ def test_a_mixed_workload_gives_generates_texts_and_compiles_nothing(model, prom
         finished(batcher, found=found)
     assert compiled == []
     for number, request in zip(ids, requests, strict=True):
-        for choice in range(request.n):
-            check_text(model, request, choice, found[number, choice])
+        check_text(model, request, number, found)
     top = joined(found[ids[3], 0], "top")
     tokens = joined(found[ids[3], 0], "tokens")
-    logprobs = np.asarray(full_forward(model, padded([prompts[3] + tokens], NEW + 1))[0])[0, :-1]
+    logprobs = forward_of(model, prompts[3] + tokens)[0][:-1]
     for alternatives, row in zip(top, logprobs, strict=True):
         order = np.argsort(-row)[:3]
         assert [i for i, _ in alternatives] == order.tolist()
@@ -171,9 +167,10 @@ def test_only_what_differs_of_a_prompt_is_fed(model, prompts, talk):
     said, deltas = one(talk, Request(prompts[0], **settings))
     assert deltas[-1].cached == 0
     turn = Request(prompts[0] + said + prompts[1], **settings)
-    _, deltas = one(talk, turn)
-    assert deltas[-1].cached == len(prompts[0] + said) - 1 - again
-    check_text(model, turn, 0, deltas)
+    number = talk.submit(turn)
+    found = finished(talk)
+    assert found[number, 0][-1].cached == len(prompts[0] + said) - 1 - again
+    check_text(model, turn, number, found)
 
     first = talk.submit(Request(prompts[2], 30))
     found = defaultdict(list)
@@ -182,8 +179,8 @@ def test_only_what_differs_of_a_prompt_is_fed(model, prompts, talk):
     second = talk.submit(Request(prompts[2][:25] + prompts[1], NEW))
     finished(talk, found=found)
     assert found[second, 0][-1].cached == 25 - again
-    check_text(model, Request(prompts[2], 30), 0, found[first, 0])
-    check_text(model, Request(prompts[2][:25] + prompts[1], NEW), 0, found[second, 0])
+    check_text(model, Request(prompts[2], 30), first, found)
+    check_text(model, Request(prompts[2][:25] + prompts[1], NEW), second, found)
     stats = talk.stats()
     assert stats.cached == len(prompts[0] + said) - 1 - again + 25 - again
     assert stats.queried == stats.prompt
@@ -213,14 +210,14 @@ def test_who_leaves_is_forgotten_at_once(model, prompts, talk):
     assert {number for number, _ in found} == {*stays, leaves}
     assert found.pop((leaves, 0))[-1].finish is None
     for number, request in zip(stays, requests, strict=True):
-        assert joined(found[number, 0], "tokens") == alone(model, request)[0]
+        assert joined(found[number, 0], "tokens") == alone(model, request)[0][0]
     after = talk.stats().finished
     assert after["cancelled"] - before.get("cancelled", 0) == 3
     twins = talk.submit(Request(prompts[2], 3, n=SLOTS, temperature=1.0))
     talk.step()
     talk.cancel(twins)
     assert talk.stats().running == 0
-    assert one(talk, Request(prompts[2], NEW))[0] == alone(model, Request(prompts[2], NEW))[0]
+    assert one(talk, Request(prompts[2], NEW))[0] == alone(model, Request(prompts[2], NEW))[0][0]
 
 
 def test_a_full_queue_says_so(prompts, talk):
@@ -266,7 +263,7 @@ class Broken(Counting):
 
 def test_a_grammar_binds_its_choice_alone(model, prompts, talk):
     vocab, free = model.cfg.vocab_size, Request(prompts[0], NEW)
-    plain = alone(model, free)[0]
+    plain = alone(model, free)[0][0]
     made = [Counting(vocab, 40, 5), Counting(vocab, 60, 3, opens=plain[4]), Broken(vocab, 80, 9)]
     bound = [Request(prompts[0], NEW, use_mtp=True, grammar=lambda one=one: one) for one in made]
     numbers = [talk.submit(request) for request in (*bound, free)]
@@ -299,7 +296,7 @@ def test_new_weights_share_nothing_with_the_old(model, prompts, talk):
     talk.update(other)
     tokens, deltas = one(talk, request)
     assert deltas[-1].cached == 0
-    assert tokens == alone(other, request)[0] != alone(model, request)[0]
+    assert tokens == alone(other, request)[0][0] != alone(model, request)[0][0]
     talk.update(jax.tree.map(lambda a: a * np.nan if a.dtype == np.float32 else a, model))
     talk.submit(request)
     with pytest.raises(ValueError, match="not finite"):

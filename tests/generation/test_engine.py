@@ -43,7 +43,7 @@ def plain(model, prompts):
 def forward_of(model, prompts, tokens):
     """Log-probabilities and margins at the positions that produced each row's new tokens."""
     rows = [p + t for p, t in zip(prompts, tokens, strict=True)]
-    logprobs, margins = (np.asarray(a) for a in full_forward(model, padded(rows, max(PROMPT_LENGTHS) + NEW)))
+    logprobs, margins, _ = map(np.asarray, full_forward(model, padded(rows, max(PROMPT_LENGTHS) + NEW)))
     spans = [slice(len(p) - 1, len(p) - 1 + len(t)) for p, t in zip(prompts, tokens, strict=True)]
     return [logprobs[i, s] for i, s in enumerate(spans)], [margins[i, s] for i, s in enumerate(spans)]
 

@@ -47,7 +47,7 @@ def filtered(logits, temperature, top_k, top_p, min_p):
 def exact_joint(model, settings) -> np.ndarray:
     """Probability of each continuation of NEW tokens, [V] * NEW."""
     prefixes = list(itertools.product(range(V), repeat=NEW - 1))
-    logprobs, _ = full_forward(model, np.array([PROMPT + list(p) for p in prefixes], np.int32))
+    logprobs, *_ = full_forward(model, np.array([PROMPT + list(p) for p in prefixes], np.int32))
     logprobs = np.asarray(logprobs, np.float64)[:, len(PROMPT) - 1 :]
     joint = np.zeros((V,) * NEW)
     for row, prefix in zip(logprobs, prefixes, strict=True):

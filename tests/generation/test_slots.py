@@ -5,11 +5,10 @@ from itertools import chain
 import jax
 import numpy as np
 import pytest
-from generation.rigged import agreeing_model, config, full_forward, padded, random_prompts
+from generation.rigged import agreeing_model, config, forward_of, generated, random_prompts
 from generation.test_engine import V4
 from tiny import tiny_config
 
-import deepseek_jax as dsj
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.generation import slots as device
@@ -28,21 +27,6 @@ class Bench:
         self.model, self.cfg = prepared(self.plain, DEFAULT), cfg
         self.static = {"depth": cfg.mtp_depth, "ctx": DEFAULT}
         self.prompts = random_prompts(cfg, (19, 5, 33, 1))
-
-    def generated(self, prompt, seeds, temperature, top_p=1.0, drafts=(DEPTH, DEPTH)):
-        """By `generate`, a row a seed: two, so that it has one program here."""
-        return dsj.generate(
-            self.plain,
-            [prompt] * 2,
-            NEW,
-            temperature,
-            top_p=top_p,
-            seed=seeds,
-            stop_ids=(),
-            use_mtp=np.array(drafts) > 0,
-            chunk=CHUNK,
-            record=("routing",),
-        )
 
     def empty(self):
         return device.make_slots(self.model, SLOTS, LENGTH, self.cfg.mtp_depth, TOP, True, DEFAULT)
@@ -111,7 +95,7 @@ def check_alone_and_beside(bench, drafts, temperature):
         slots, others = crowded(bench, slot)
         slots = bench.entered(slots, slot, prompt, between=others, **settings)
         assert bench.finished(slots, slot, others)[1] == alone[0]
-    new, info = bench.generated(prompt, [SEED, 1], temperature, 0.9, [drafts, DEPTH])
+    new, info = generated(bench.plain, prompt, NEW, temperature, [SEED], drafts > 0, top_p=0.9)
     (tokens, logprobs, behaviour, *_), counts, _ = alone[0]
     assert tokens == new[0]
     np.testing.assert_allclose(logprobs, info.logprobs[0], atol=2e-5)
@@ -136,12 +120,13 @@ def test_so_it_is_where_attention_keeps_last_tokens_only():
 
 def test_a_fork_goes_on_with_random_numbers_of_its_own(bench):
     prompt, settings = bench.prompts[2], {"temperature": 0.9, "drafts": DEPTH}
-    new, info = bench.generated(prompt, 3, 0.9)
-    slots = bench.entered(bench.empty(), 1, prompt, seed=3, **settings)
-    slots = device.fork(slots, np.int32(1), np.int32(0), np.uint32(info.seed[1]))
+    seeds = np.random.SeedSequence(3).generate_state(2)
+    new, _ = generated(bench.plain, prompt, NEW, 0.9, seeds, True)
+    slots = bench.entered(bench.empty(), 1, prompt, seed=seeds[0], **settings)
+    slots = device.fork(slots, np.int32(1), np.int32(0), seeds[1])
     slots, first = bench.finished(slots, 1)
     slots, second = bench.finished(slots, 0)
-    assert [first[0][0], second[0][0]] == new
+    assert [first[0][0], second[0][0]] == new[:2]
     assert new[0] != new[1]
 
 
@@ -169,8 +154,7 @@ def test_biases_and_grammars_bind_what_is_drawn_and_no_log_probability(bench):
     slots, ((tokens, logprobs, behaviour, top_id, top_logprob), *_) = bench.finished(slots, 1, allowed=allowed)
     assert tokens == [6, 6, 6]
     assert behaviour == [0, 0, 0]
-    rows, _ = full_forward(bench.plain, padded([prompt + tokens], 24))
-    rows = np.asarray(rows)[0, len(prompt) - 1 : len(prompt) + 2]
+    rows = forward_of(bench.plain, prompt + tokens)[0][len(prompt) - 1 : -1]
     np.testing.assert_allclose(logprobs, rows[:, 6], atol=2e-5)
     order = np.argsort(-rows, axis=-1)[:, :TOP]
     assert top_id == order.tolist()
@@ -179,10 +163,10 @@ def test_biases_and_grammars_bind_what_is_drawn_and_no_log_probability(bench):
 
 def test_the_experts_of_every_token_that_was_fed_are_there(bench):
     prompt = bench.prompts[0]
-    slots, _ = bench.finished(bench.entered(bench.empty(), 1, prompt, drafts=DEPTH, temperature=0.8), 1)
-    _, info = bench.generated(prompt, [SEED, 1], 0.8)
+    slots, ((tokens, *_), *_) = bench.finished(bench.entered(bench.empty(), 1, prompt, drafts=DEPTH), 1)
     fed = len(prompt) + NEW - 1
-    np.testing.assert_array_equal(device.routing_of(slots, np.int32(1))[:fed].transpose(1, 0, 2), info.routing[0])
+    routing = device.routing_of(slots, np.int32(1))[:fed]
+    np.testing.assert_array_equal(routing, forward_of(bench.plain, prompt + tokens)[1][:fed])
 
 
 def test_a_row_can_be_taken_back_where_nothing_but_tokens_is_held():
