@@ -48,7 +48,13 @@ KNOW_THE_MESH = {"core/context.py", "core/layout.py"}
 OF_MESHES = {"shard_map", "PartitionSpec", "NamedSharding", "Mesh", "AbstractMesh", "with_sharding_constraint", "psum"}
 OF_A_CONTEXT = {"mesh", "layout", "balanced", "folded"}
 REFERENCE = {"torch", "transformers", "safetensors"}
-REFERENCE_HOME = {"convert/pickles.py", "convert/reference_files.py", "convert/references.py", "convert/verify.py"}
+REFERENCE_HOME = {
+    "convert/pickles.py",
+    "convert/reference_files.py",
+    "convert/references.py",
+    "convert/verify.py",
+    "multimodal/reference.py",
+}
 # Flax's own transforms and side channels: modules are plain pytrees here, driven by jax alone.
 BANNED_NNX = {
     "jit",

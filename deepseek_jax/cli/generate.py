@@ -30,6 +30,8 @@ class Generate:
     """UTF-8 files, each a text to continue, without its last line end; after the texts of --prompt."""
     prompt_ids: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
     """Token ids to continue instead of text, for a checkpoint without tokenizer.json; nothing is added."""
+    image: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    """Pictures that a Janus is shown with every prompt, in the places of <image_placeholder> in it, or before it."""
     chat: bool = False
     """Take each prompt as a user's message, and render it by the checkpoint's own chat template."""
     max_new_tokens: int = 64
@@ -71,20 +73,28 @@ class Generate:
 
         from jax import process_count
 
+        from deepseek_jax.multimodal.checkpoint import holds_janus
         from deepseek_jax.parallel.processes import is_first
 
+        janus = holds_janus(self.ckpt)
+        if self.image and not janus:
+            raise ValueError(f"--image: {self.ckpt} holds no Janus, and no other model here is shown pictures.")
         tokenizer = open_tokenizer(self.ckpt, needed=None if self.prompt_ids else "--prompt-ids")
         if tokenizer is None and is_first():
             print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
-        prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, t) for t in texts]
-
-        from deepseek_jax.generation.engine import stream
-
         settings = {
             name: getattr(self, name)
             for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "use_mtp")
         }
-        run = stream(load_model(self.ckpt, self.dtype, ctx, self.adapter), prompts, ctx=ctx, **settings)
+        if janus:
+            from deepseek_jax.cli.generate_janus import begin
+
+            prompts, run = begin(self, tokenizer, texts, ctx, settings)
+        else:
+            from deepseek_jax.generation.engine import stream
+
+            prompts = [list(self.prompt_ids)] if self.prompt_ids else [self._encode(tokenizer, t) for t in texts]
+            run = stream(load_model(self.ckpt, self.dtype, ctx, self.adapter), prompts, ctx=ctx, **settings)
         if not is_first():
             for _ in run:
                 pass
@@ -117,6 +127,8 @@ class Generate:
                     for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
                 ]
                 used = {"adapter": self.adapter and str(self.adapter), "dtype": self.dtype}
+                if self.image:
+                    used["image"] = [str(file) for file in self.image]
                 write_json(self.json, {"checkpoint": str(self.ckpt), **used, **settings, "rows": rows})
         return EXIT_CODES[stop.asked]
 
@@ -187,6 +199,8 @@ def open_tokenizer(ckpt: Path, needed: str | None):
     ``needed``, and the tokenizer is missing or has ids beyond the model's vocabulary."""
     from deepseek_jax.convert.config_file import read_config
     from deepseek_jax.convert.folders import why_no_checkpoint
+    from deepseek_jax.multimodal.checkpoint import holds_janus
+    from deepseek_jax.multimodal.checkpoint import read_config as read_janus
     from deepseek_jax.text.files import has_tokenizer
     from deepseek_jax.text.tokenizer import load_tokenizer
 
@@ -195,7 +209,8 @@ def open_tokenizer(ckpt: Path, needed: str | None):
     if has_tokenizer(ckpt):
         tokenizer = load_tokenizer(ckpt)
         if needed:
-            tokenizer.check_fits(read_config(ckpt).vocab_size)
+            language = read_janus(ckpt).language if holds_janus(ckpt) else read_config(ckpt)
+            tokenizer.check_fits(language.vocab_size)
         return tokenizer
     if needed:
         raise ValueError(f"{ckpt} has no tokenizer.json, so it takes no text: give token ids with {needed}.")

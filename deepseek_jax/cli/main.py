@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("Convert", "published checkpoint layout to Orbax, or back"),
     "verify": ("Verify", "compare a checkpoint layer by layer with PyTorch transformers"),
     "generate": ("Generate", "continue a prompt with a checkpoint"),
+    "draw": ("Draw", "pictures of a text, by a Janus"),
     "chat": ("Chat", "a conversation with a checkpoint in the terminal"),
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),

@@ -42,7 +42,8 @@ class Verify:
     tokens: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
     """Token ids to compare on, instead of a text."""
     length: int = 96
-    """Number of random tokens; beyond the original context, YaRN's change of position shows most."""
+    """Number of random tokens, those of a Janus's picture apart; beyond the original context, YaRN's change of position
+    shows most."""
     steps: int = 8
     """Tokens to decode with the caches, from the first half of the tokens on."""
     seed: int = 0
@@ -59,13 +60,22 @@ class Verify:
         from deepseek_jax.cli.tables import Output, show
         from deepseek_jax.convert.gradients import GRADIENT_BOUND
         from deepseek_jax.convert.ladder import BOUND, ladder
+        from deepseek_jax.multimodal.checkpoint import holds_janus
+        from deepseek_jax.multimodal.verify import janus_ladder
 
         check_destination(self.json)
-        self._check()
+        janus = holds_janus(self.src)
+        if janus:
+            self._check_janus()
+        else:
+            self._check()
         keep_programs(self.compilation_cache)
-        tokens = self._tokens()
+        tokens = None if janus else self._tokens()
         with Console(stderr=True).status("transformers runs first, then deepseek_jax"):
-            rows = list(ladder(self.src, tokens, self.steps, self.against, self.layers, self.gradients))
+            if janus:
+                rows = list(janus_ladder(self.src, self.length, self.steps, self.seed, self.against))
+            else:
+                rows = list(ladder(self.src, tokens, self.steps, self.against, self.layers, self.gradients))
         wrong = [row for row in rows if not row.ok]
         show(Output(), table(rows))
         if self.gradients:
@@ -99,6 +109,15 @@ class Verify:
                 f"exported, or what `deepseek-jax convert {read} FOLDER` makes of this one."
             )
 
+    def _check_janus(self) -> None:
+        """Raises ValueError for options that are of language models alone."""
+        given = ("layers", "gradients", "prompt", "tokens")
+        if wrong := [f"--{option}" for option in given if getattr(self, option)]:
+            raise ValueError(
+                f"{', '.join(wrong)}: {self.src} holds a Janus, which is compared whole, on a random picture among "
+                "--length random tokens; leave them out."
+            )
+
     def _tokens(self) -> "np.ndarray":
         """int [1, T]."""
         import numpy as np
@@ -118,13 +137,13 @@ class Verify:
             return np.asarray([tokenizer.encode(self.prompt)])
         return np.random.default_rng(self.seed).integers(0, vocabulary, (1, self.length))
 
-    def _record(self, rows: "list[Row | Routing | Gradients]", tokens: "np.ndarray") -> dict:
+    def _record(self, rows: "list[Row | Routing | Gradients]", tokens: "np.ndarray | None") -> dict:
         return {
             **{name: version(name) for name in ("jax", "torch", "transformers")},
             "checkpoint": str(self.src),
             "against": None if self.against is None else str(self.against),
             "layers": self.layers,
-            "tokens": tokens.tolist(),
+            "tokens": None if tokens is None else tokens.tolist(),
             "ok": all(row.ok for row in rows),
             "comparisons": [{**asdict(row), "ok": row.ok} for row in rows],
         }

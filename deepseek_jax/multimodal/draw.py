@@ -36,6 +36,16 @@ class State:
     codes: jax.Array
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """``images``: uint8 [N, side, side, 3]. ``codes``: int32 [N, S]. ``seed``: of each; with it a picture alone is what
+    it was among others."""
+
+    images: np.ndarray
+    codes: np.ndarray
+    seed: list[int]
+
+
 def draw_pictures(
     model: Janus,
     prompts: Sequence[Sequence[int]],
@@ -45,8 +55,8 @@ def draw_pictures(
     seed: int | Sequence[int] = 0,
     progress: Callable[[int], None] = lambda drawn: None,
     ctx: Context | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 pictures [N, side, side, 3] of prompts, and their int32 codes [N, S]; all are drawn at once.
+) -> Drawn:
+    """Pictures of prompts, all drawn at once.
 
     ``prompts``: lists of ids that end where a picture begins (`PromptWriter.to_draw`). ``pad_id``: what stands for a
     prompt's words in its second row, between its first token and its last. ``weight``: 1 draws by the prompt alone, 0
@@ -87,7 +97,7 @@ def draw_pictures(
     codes = np.asarray(state.codes)
     # One after the other: the last convolutions have a hundred times the numbers of the codes.
     images = [pixels(_decode(model.vq, codes[i : i + 1]))[0] for i in range(N)]
-    return np.stack(images), codes
+    return Drawn(np.stack(images), codes, np.asarray(sampling.seed).tolist())
 
 
 def _begun(model: Janus, cache, tokens_BT, segments_BT, *, ctx: Context) -> State:

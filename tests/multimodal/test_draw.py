@@ -35,7 +35,7 @@ def scores(model, x, at):
 
 @pytest.fixture(scope="module")
 def greedy():
-    return {w: draw_pictures(tiny_janus(), PROMPTS, PAD, weight=w, temperature=0)[1] for w in (0.0, 1.0, 5.0)}
+    return {w: draw_pictures(tiny_janus(), PROMPTS, PAD, weight=w, temperature=0).codes for w in (0.0, 1.0, 5.0)}
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
@@ -77,7 +77,7 @@ def test_codes_and_pictures_equal_transformers(greedy, tmp_path):
         prompt, attention_mask=torch.ones_like(prompt), generation_mode="image", generation_config=settings
     )
     np.testing.assert_array_equal(greedy[5.0][0], codes[0].numpy())
-    images, _ = draw_pictures(model, PROMPTS[:1], PAD, temperature=0)
+    images = draw_pictures(model, PROMPTS[:1], PAD, temperature=0).images
     with torch.no_grad():
         drawn = theirs.decode_image_tokens(codes).numpy()
     exact = np.clip((drawn + 1) / 2 * 255, 0, 255)
@@ -91,15 +91,16 @@ def test_seeds():
     model = tiny_janus()
     same = [PROMPTS[0]] * 2
     told = []
-    a = draw_pictures(model, same, PAD, seed=7, progress=told.append)[1]
-    b = draw_pictures(model, same, PAD, seed=7)[1]
+    drawn = draw_pictures(model, same, PAD, seed=7, progress=told.append)
+    a = drawn.codes
+    b = draw_pictures(model, same, PAD, seed=7).codes
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a[0], a[1])
-    assert not np.array_equal(a, draw_pictures(model, same, PAD, seed=8)[1])
+    assert not np.array_equal(a, draw_pictures(model, same, PAD, seed=8).codes)
     assert told == [model.cfg.n_codes]
     # Its seed says what a picture is, not its place.
-    c = draw_pictures(model, same, PAD, seed=[9, 7])[1]
-    np.testing.assert_array_equal(c[1], a[0])
+    c = draw_pictures(model, same, PAD, seed=[drawn.seed[1], 7]).codes
+    np.testing.assert_array_equal(c, a[::-1])
 
 
 def test_a_code_is_nearest_to_what_it_looks_up():
