@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "convert": {"configs", "core", "model", "parallel", "text"},
     "analysis": {"configs", "core", "model"},
     "generation": {"core", "model", "parallel"},
-    "multimodal": {"analysis", "configs", "core", "model", "convert", "generation", "text"},
+    "multimodal": {"analysis", "configs", "core", "model", "convert", "generation", "text", "train"},
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
     "rl": {"configs", "convert", "core", "data", "generation", "model", "parallel", "runs", "text", "train"},

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from janus import tiny_janus
+from tiny_janus import tiny_janus
 
 from deepseek_jax.multimodal.draw import draw_pictures, guided
 from deepseek_jax.multimodal.pictures import pixels

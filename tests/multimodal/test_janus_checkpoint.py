@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from janus import tiny_config, tiny_janus
 from tiny import fill_randomly
+from tiny_janus import tiny_config, tiny_janus
 
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import CheckpointError, Writer

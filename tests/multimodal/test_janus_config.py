@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from janus import tiny_config
+from tiny_janus import tiny_config
 
 import deepseek_jax as dsj
 from deepseek_jax.configs.checks import ConfigError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from janus import IMAGE, pictures, run, tiny_janus
+from tiny_janus import IMAGE, pictures, run, tiny_janus
 from transformers import JanusForConditionalGeneration
 
 from deepseek_jax.core.context import DEFAULT

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from janus import tiny_janus
+from tiny_janus import tiny_janus
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.convert.checkpoint import Checkpoint

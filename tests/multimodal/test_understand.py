@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from janus import IMAGE, pictures, run, tiny_janus
 from PIL import Image
+from tiny_janus import IMAGE, pictures, run, tiny_janus
 
 from deepseek_jax.multimodal.pictures import read_picture, shown, write_png
 from deepseek_jax.multimodal.understand import generate
