@@ -5,7 +5,7 @@ A block of 128 x 128 FP8 (E4M3) values shares one scale; ``w = values * scale`` 
 FP4 (E2M1), of which 32 in a row share one; files hold two values a byte.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ class Quantized:
     """A weight kept as low-precision values with a scale a block.
 
     ``values``: [..., *dims], FP8, FP4, or a wider float that holds stacked matrices of FP8 and of that kind exactly,
-    these under scales of 1. ``scale``: [..., *ceil(dims / block)], float32, bfloat16, float16 or float8_e8m0fnu.
+    these under scales of 1; for decoding on a CPU uint8, the bits of FP8 (`with_bits`).
+    ``scale``: [..., *ceil(dims / block)], float32, bfloat16, float16 or float8_e8m0fnu.
     ``block``: the block's extent along each of the trailing ``len(block)`` axes. ``dims``: the logical shape
     of one leaf, to which ``values``'s trailing axes are reshaped (heads are fused in the stored matrix).
     Leading axes (stacked layers) stand before both.
@@ -53,11 +54,19 @@ class Quantized:
 
     @property
     def dtype(self):
-        return self.values.dtype
+        return jnp.dtype(FP8) if self.values.dtype == jnp.uint8 else self.values.dtype
+
+    def with_bits(self) -> "Quantized":
+        """FP8 values as their bits, sharing their memory; outside jit. XLA:CPU converts a whole stack of FP8 values
+        wherever one matrix of it is used; bits it cannot, and these are rebuilt in the product."""
+        if self.values.dtype != FP8:
+            return self
+        device = next(iter(self.values.devices()))
+        return replace(self, values=jax.device_put(np.asarray(self.values).view(np.uint8), device))
 
     def dequantize(self, dtype) -> jax.Array:
         """The weight as ``dtype``, the product taken in float32; shape [..., *dims]."""
-        values, scale = self.values.astype(jnp.float32), self.scale.astype(jnp.float32)
+        values, scale = _float32(self.values), self.scale.astype(jnp.float32)
         first, shape = values.ndim - len(self.block), values.shape
         # Along the last axis each column gets its scale; along the others rows are taken block by block where blocks
         # are whole, for a scale for each value would be an array as large as the weight.
@@ -73,6 +82,15 @@ class Quantized:
                 split += [n // size, size]
                 place += 2
         return (values.reshape(*split, shape[-1]) * scale).astype(dtype).reshape(self.shape)
+
+
+def _float32(values: jax.Array) -> jax.Array:
+    if values.dtype != jnp.uint8:
+        return values.astype(jnp.float32)
+    # float16 has one bit of exponent more, and its bias is 8 more; the magnitude 0x7f is no number.
+    bits = values.astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)
+    return jnp.where(bits & 0x7F == 0x7F, jnp.nan, half.astype(jnp.float32) * 256)
 
 
 def spread(scale, axis: int, size: int, length: int, xp):

@@ -11,6 +11,7 @@ from flax import nnx
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import Adapter, is_variable, matrix_of
+from deepseek_jax.core.quant import Quantized
 from deepseek_jax.model.mla import MLA, Absorbed
 from deepseek_jax.model.transformer import Transformer
 
@@ -19,9 +20,10 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
     """The same model with every layer a stack of its own, which `Transformer` runs without a scan, and with the
     maps of absorbed attention in ``dtype``, laid out for it (a step would otherwise transpose every kv_b again).
 
-    On a CPU bfloat16 maps become `Bits`. The new leaves share the old ones' memory (where a layer does not begin
-    on a boundary of 64 bytes they are copies): done once, outside jit. On an accelerator the model is returned as
-    it is: there one compiled layer is better than many. So is a model that this function has made, and one on a mesh.
+    On a CPU bfloat16 maps become `Bits`, and FP8 ones their bits (`Quantized.with_bits`). The new leaves share the old
+    ones' memory (where a layer does not begin on a boundary of 64 bytes they are copies): done once, outside jit. On an
+    accelerator the model is returned as it is: there one compiled layer is better than many. So is a model that this
+    function has made, and one on a mesh.
     """
     if ctx.mesh is not None:
         return model
@@ -46,10 +48,13 @@ def unstacked(model: Transformer, dtype, ctx: Context = DEFAULT) -> Transformer:
 
 
 def _as_bits(leaf):
-    """A bfloat16 map as `Bits`, be it a parameter or made of one; all else as it is, adapters too: they are thin."""
+    """A bfloat16 map as `Bits`, be it a parameter or made of one, and FP8 values as theirs; all else as it is, adapters
+    too: they are thin."""
     if not is_variable(leaf):
         return Bits.of(leaf) if leaf.dtype == jnp.bfloat16 else leaf
     value = leaf.get_value()
+    if isinstance(value, Quantized):
+        return leaf.replace(value.with_bits())
     held_so = isinstance(value, jax.Array) and value.dtype == jnp.bfloat16 and not isinstance(leaf, Adapter)
     return leaf.replace(Bits.of(value)) if held_so and matrix_of(leaf).inputs else leaf
 

@@ -25,6 +25,22 @@ def test_dequantized_matrices(rows, columns):
         np.testing.assert_array_equal(np.asarray(found).reshape(values.shape), wanted)
 
 
+def test_bits_of_every_fp8_value_are_that_value_in_the_same_memory():
+    codes = jnp.asarray(np.tile(np.arange(256, dtype=np.uint8), (2, 1)).view(FP8))
+    leaf = Quantized(codes, jnp.asarray([[0.5], [1e-30]], jnp.float32), (1, 256), (2, 256))
+    bits = leaf.with_bits()
+    assert (bits.values.dtype, bits.dtype, bits.shape) == (jnp.uint8, leaf.dtype, leaf.shape)
+    assert bits.values.unsafe_buffer_pointer() == codes.unsafe_buffer_pointer()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found, wanted = (np.asarray(jax.jit(lambda q, d=dtype: q.dequantize(d))(q)) for q in (bits, leaf))
+        assert found.tobytes() == wanted.tobytes() or np.array_equal(found, wanted, equal_nan=True)
+        # Zeros keep their sign.
+        np.testing.assert_array_equal(np.signbit(found[wanted == 0]), np.signbit(wanted[wanted == 0]))
+    scale = leaf.scale.astype(jnp.bfloat16)
+    fp4 = Quantized(codes.astype(jnp.float32).astype(FP4), scale, (1, 256), (2, 256))
+    assert fp4.with_bits() is fp4
+
+
 def test_two_matrices_side_by_side():
     """Gate and up lie beside each other, each in blocks of its own."""
     rng = np.random.default_rng(1)
