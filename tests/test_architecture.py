@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "train": {"configs", "core", "model", "convert", "parallel"},
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
     "rl": {"configs", "convert", "core", "data", "generation", "model", "parallel", "runs", "text", "train"},
-    "serving": {"generation"},
+    "serving": {"generation", "text"},
     "lab": {"analysis", "configs", "core", "data", "runs", "text", "train"},
     "aot": {"configs", "core", "kernels", "model", "parallel", "convert", "analysis", "train"},
 }

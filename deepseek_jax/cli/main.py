@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("Generate", "continue a prompt with a checkpoint"),
     "draw": ("Draw", "pictures of a text, by a Janus"),
     "chat": ("Chat", "a conversation with a checkpoint in the terminal"),
+    "serve": ("Serve", "a checkpoint over HTTP, as OpenAI's API"),
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "rl": ("Rl", "teach a checkpoint a task with verifiable rewards by GRPO"),
@@ -32,7 +33,7 @@ COMMANDS = {
     "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("serve", "distill")
+NOT_BUILT = ("distill",)
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

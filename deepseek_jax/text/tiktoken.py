@@ -87,7 +87,7 @@ def read(folder: Path, config: dict, code: Code) -> tokenizers.Tokenizer:
     """
     file = folder / RANKS
     ranks = _ranks(file)
-    alphabet = _alphabet()
+    alphabet = byte_alphabet()
     words = {rank: "".join(alphabet[byte] for byte in token) for token, rank in ranks.items()}
     vocab = {words[rank]: rank for rank in range(len(words))}
     merges = [
@@ -156,7 +156,7 @@ def _control(folder: Path, config: dict, first: int, reserved: int) -> dict[int,
     return dict(zip(range(first, stop), empty, strict=True)) | named
 
 
-def _alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The character that stands for each byte in a byte-level vocabulary: printable ones themselves, others moved."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = iter(range(0x100, 0x200))

@@ -178,7 +178,7 @@ class Tokenizer:
 
         The name of a control token in a message or variable is read as any other text (`text.typed`).
         """
-        typed = Typed(added.content for added in self.backend.get_added_tokens_decoder().values())
+        typed = Typed(added.content for added in self.control.values())
         hidden, more = typed.hidden(list(messages), variables)
         if not typed:
             return self.encode(self.render(messages, add_generation_prompt, **variables), add_bos=False)
@@ -202,6 +202,15 @@ class Tokenizer:
         for i, added in self.backend.get_added_tokens_decoder().items():
             size_V[i] = 0 if added.special else len(added.content.encode())
         return size_V
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text, None where there is none."""
+        return self.backend.token_to_id(token)
+
+    @cached_property
+    def control(self) -> dict:
+        """Control tokens by their ids, each with ``content``, its text, and ``special``."""
+        return self.backend.get_added_tokens_decoder()
 
     @cached_property
     def _known(self) -> frozenset[int]:

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from deepseek_jax.text.chat import TokenizerError
-from deepseek_jax.text.tiktoken import PATTERN, _alphabet
+from deepseek_jax.text.tiktoken import PATTERN, byte_alphabet
 from deepseek_jax.text.tokenizer import load_tokenizer
 
 HAN = "你好，世界！汉字𠀀〇々 naïve Ünïcödé don't WE'LL I've 日本語のテキスト 한국어 １２３ ٣٤ Ⅷ½\r\n\t  \n"
@@ -38,7 +38,7 @@ def learned(size):
     made.train_from_iterator(
         [TEXT], trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
-    byte = {character: i for i, character in enumerate(_alphabet())}
+    byte = {character: i for i, character in enumerate(byte_alphabet())}
     return {bytes(byte[c] for c in word): i for word, i in made.get_vocab().items()}
 
 

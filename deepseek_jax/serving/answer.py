@@ -1,0 +1,124 @@
+"""One choice of a completion: from the tokens that come to pieces of text, with log-probabilities beside them."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import tokenizers
+
+from deepseek_jax.generation.request import Delta
+from deepseek_jax.serving.calls import Piece, Syntax
+from deepseek_jax.serving.parse import THINK, THOUGHT, Parser
+from deepseek_jax.text.stream import Stream
+from deepseek_jax.text.tiktoken import byte_alphabet
+from deepseek_jax.text.tokenizer import Tokenizer
+
+# Pieces, each with the tokens that begin in it: where, and what is said of them.
+Pieces = list[tuple[Piece, list[tuple[int, dict]]]]
+LEAST = -9999.0  # stands for minus infinity, which JSON does not have
+
+
+class Vocabulary:
+    """What is said of a token, and which tokens are no part of a text."""
+
+    def __init__(self, tokenizer: Tokenizer, syntax: Syntax | None = None):
+        self.tokenizer = tokenizer
+        kept = {tokenizer.id_of(mark) for mark in (THINK, THOUGHT, *(syntax.marks if syntax else ()))}
+        self.unsaid = {i for i, token in tokenizer.control.items() if token.special} - kept
+        level = isinstance(tokenizer.backend.decoder, tokenizers.decoders.ByteLevel)
+        self._byte_of = {c: byte for byte, c in enumerate(byte_alphabet())} if level else None
+
+    def raw(self, i: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character; a control token's are its name's."""
+        token = self.tokenizer.control.get(i)
+        if token is not None:
+            return token.content.encode()
+        if self._byte_of is None or not self.tokenizer.has(i):
+            return self.tokenizer.decode([i]).encode()
+        return bytes(self._byte_of[c] for c in self.tokenizer.backend.id_to_token(i))
+
+    def text(self, i: int) -> str:
+        """A token's text; of bytes that are no characters by themselves, as OpenAI writes them."""
+        raw = self.raw(i)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def entry(self, i: int, logprob: float) -> dict:
+        """As chat completions list it."""
+        return {"token": self.text(i), "logprob": finite(logprob), "bytes": list(self.raw(i))}
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LEAST) if math.isfinite(logprob) else LEAST
+
+
+class Answer:
+    """Takes a choice's `Delta`s, gives pieces of it, each with the tokens that begin in it.
+
+    Streamed or not, what comes out is the same. ``stop_ids``: those that may end it and are no part of its text.
+    ``wanted``: whether tokens' log-probabilities are.
+
+    Attributes:
+        finish: why it ended: "stop", "length" or "error"; None while it goes on. A stop string ends it before the
+            batcher does.
+        error: what its grammar raised.
+        tokens, reasoning_tokens: how many came, and those of its thoughts.
+        last: the last delta.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, parser: Parser, stop_ids: Sequence[int], wanted: bool):
+        self.parser = parser
+        self._vocabulary, self._stop_ids, self._wanted = vocabulary, frozenset(stop_ids), wanted
+        self._stream = Stream(vocabulary.tokenizer, skip_special_tokens=False)
+        self._length = 0
+        # Where a token begins, and what is said of it.
+        self._waiting: deque[tuple[int, dict | None]] = deque()
+        self.finish: str | None = None
+        self.error = ""
+        self.tokens = self.reasoning_tokens = 0
+        self.last: Delta | None = None
+
+    def take(self, delta: Delta) -> Pieces:
+        """What is certain now; nothing after the end."""
+        if self.finish is not None:
+            return []
+        self.last, pieces = delta, []
+        for k, i in enumerate(delta.tokens):
+            self.tokens += 1
+            ends = delta.finish == "stop" and k + 1 == len(delta.tokens) and i in self._stop_ids
+            if ends or i in self._vocabulary.unsaid:
+                continue
+            self._waiting.append((self._length, self._said(delta, k) if self._wanted else None))
+            pieces += self._push(self._stream.push([i]))
+            if self.parser.stopped:
+                self.finish = "stop"
+                return self._beside(pieces)
+        if delta.finish is not None:
+            pieces += self._push(self._stream.finish()) + self.parser.finish()
+            self.finish, self.error = "stop" if self.parser.stopped else delta.finish, delta.error
+        return self._beside(pieces)
+
+    def _push(self, text: str) -> list[Piece]:
+        self._length += len(text)
+        return self.parser.push(text)
+
+    def _said(self, delta: Delta, k: int) -> dict:
+        entry = self._vocabulary.entry(delta.tokens[k], delta.logprobs[k])
+        top = delta.top[k] if delta.top else ()
+        return {**entry, "top_logprobs": [self._vocabulary.entry(i, logprob) for i, logprob in top]}
+
+    def _beside(self, pieces: list[Piece]) -> Pieces:
+        found = []
+        for piece in pieces:
+            beside = []
+            if piece.kind in ("content", "reasoning"):
+                while self._waiting and self._waiting[0][0] < piece.at + len(piece.text):
+                    at, entry = self._waiting.popleft()
+                    # Tokens of tags and calls are no part of either text.
+                    if at >= piece.at:
+                        self.reasoning_tokens += piece.kind == "reasoning"
+                        beside += [] if entry is None else [(at, entry)]
+            found.append((piece, beside))
+        return found

@@ -1,0 +1,168 @@
+"""The whole server: the real client, HTTP, the worker's thread, the batcher, and the shipped checkpoint."""
+
+import asyncio
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from served import client, serving
+
+import deepseek_jax as dsj
+from deepseek_jax.generation.batcher import Batcher
+from deepseek_jax.serving.worker import Worker
+
+pytestmark = pytest.mark.slow
+LENGTH, NEW = 128, 16
+PROMPTS = ["def add(a, b):\n", "class Point:\n    def", "import os\n\n", "for i in range(", "naïve = '日本 🙂'\n", "x"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 999}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(root):
+    folder = root / "checkpoints" / "tiny-v3"
+    return dsj.load_pretrained(folder, dtype=np.float32), dsj.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def running(loaded):
+    """A worker, its server's address, and a client."""
+    worker = Worker(lambda: Batcher(loaded[0], slots=4, length=LENGTH, use_mtp=True, queue=64, chunk=16))
+    asyncio.run(worker.started())
+    with serving(worker, loaded[1], name="tiny", context=LENGTH, drafts=True) as url, client(url, timeout=60) as c:
+        yield worker, url, c
+    assert worker.error is None
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    """Texts and log-probabilities of `dsj.generate`, of the prompts' greedy continuations and of two by chance."""
+    model, tokenizer = loaded
+    ids = [tokenizer.encode(text) for text in PROMPTS]
+    greedy, info = dsj.generate(model, ids, NEW, cache_length=LENGTH)
+    drawn, _ = dsj.generate(
+        model, [ids[0]] * 3, NEW, temperature=0.8, top_p=0.9, seed=5, use_mtp=True, cache_length=LENGTH
+    )
+
+    def text(new):
+        return tokenizer.decode(new, skip_special_tokens=True)
+
+    return list(map(text, greedy)), [np.asarray(row) for row in info.logprobs], list(map(text, drawn))
+
+
+def idle(worker):
+    """Waits until nothing is under way. That every slot comes back is what is tested."""
+    end = time.monotonic() + 20
+    while (worker.stats().running or worker.stats().waiting) and time.monotonic() < end:
+        time.sleep(0.02)
+    return (worker.stats().running, worker.stats().waiting) == (0, 0)
+
+
+def test_texts_are_those_of_generate_streamed_or_not_and_so_are_log_probabilities(running, expected):
+    _, _, c = running
+    for prompt, text, logprobs in zip(PROMPTS, *expected[:2], strict=True):
+        settings = {"model": "tiny", "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+        whole = c.completions.create(logprobs=0, **settings)
+        assert whole.choices[0].text == text
+        found = np.asarray(whole.choices[0].logprobs.token_logprobs)
+        # Drafts change no log-probability; a token that ends the text is no part of it.
+        np.testing.assert_allclose(found, logprobs[: len(found)], atol=2e-5)
+        assert "".join(x.choices[0].text for x in c.completions.create(stream=True, **settings)) == text
+
+
+def test_choices_are_the_rows_of_generate_whatever_is_beside_them(running, expected):
+    _, _, c = running
+    settings = {"model": "tiny", "max_tokens": NEW, "temperature": 0.8, "top_p": 0.9}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(c.completions.create, prompt=PROMPTS[0], n=3, seed=5, **settings),
+            *(pool.submit(c.completions.create, prompt=prompt, **settings) for prompt in PROMPTS * 2),
+        ]
+    assert [choice.text for choice in asked[0].result().choices] == expected[2]
+    # The prompt is counted once.
+    assert asked[0].result().usage.prompt_tokens == asked[1].result().usage.prompt_tokens
+
+
+def test_a_chat_is_its_template_s_prompt_continued(running, loaded):
+    _, _, c = running
+    model, tokenizer = loaded
+    messages = [{"role": "user", "content": "say <｜end▁of▁sentence｜>"}]
+    (new,), _ = dsj.generate(model, [tokenizer.chat(messages)], NEW, cache_length=LENGTH)
+    found = c.chat.completions.create(model="tiny", messages=messages, max_tokens=NEW, temperature=0)
+    assert found.choices[0].message.content == tokenizer.decode(new, skip_special_tokens=True)
+    assert found.usage.prompt_tokens == len(tokenizer.chat(messages))
+    again = c.chat.completions.create(model="tiny", messages=messages, max_tokens=NEW, temperature=0)
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    assert again.choices[0].message.content == found.choices[0].message.content
+
+
+def test_an_answer_follows_its_schema(running):
+    _, _, c = running
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    settings = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    found = c.chat.completions.create(n=2, seed=1, max_tokens=100, **settings)
+    for choice in found.choices:
+        assert choice.finish_reason == "stop"
+        said = json.loads(choice.message.content)
+        assert (set(said), said["b"] in ("x", "y"), 0 <= said["a"] <= 999) == ({"a", "b"}, True, True)
+
+
+def test_a_client_that_leaves_frees_its_slot_within_a_call(running):
+    worker, url, c = running
+    settings = {"model": "tiny", "prompt": "x", "max_tokens": 100, "extra_body": {"stop_token_ids": []}}
+    stream = c.completions.create(stream=True, **settings)
+    next(stream)
+    stream.close()
+    assert idle(worker)
+    with client(url, timeout=0.02) as hasty, pytest.raises(openai.APITimeoutError):
+        hasty.completions.create(**settings)
+    assert idle(worker)
+
+
+def test_random_requests_hostile_bodies_and_clients_that_leave_cost_no_slot_and_no_text(running, expected):
+    """A soak of some seconds: every text that comes whole is that of `generate`, and in the end every slot is free."""
+    worker, url, _ = running
+    end, failed, whole = time.monotonic() + 12, [], [0]
+
+    def one(seed: int) -> None:
+        draw = random.Random(seed)
+        with client(url, timeout=30) as c, httpx2.Client(base_url=url, timeout=30) as web:
+            while time.monotonic() < end:
+                number = draw.randrange(len(PROMPTS))
+                settings = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": NEW, "temperature": 0}
+                kind = draw.randrange(5)
+                if kind == 0:
+                    stream = c.completions.create(stream=True, **settings)
+                    for _ in range(draw.randrange(4)):
+                        next(stream, None)
+                    stream.close()
+                elif kind == 1:
+                    body = draw.choice(
+                        [b"", b"{", b'{"prompt": 5}', b'{"prompt": [99999]}', b"[" * 9999, b"\xff", b"null"]
+                    )
+                    answer = web.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+                    failed.extend([answer.text] * (answer.status_code != 400))
+                else:
+                    found = c.completions.create(**settings).choices[0].text
+                    whole[0] += 1
+                    failed.extend([(PROMPTS[number], found)] * (found != expected[0][number]))
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert whole[0] > 20
+    assert idle(worker)
+    assert worker.state == "ready"
