@@ -14,7 +14,7 @@ import numpy as np
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation import slots as device
 from deepseek_jax.generation.arguments import check_count, check_drafts, check_length, check_model
-from deepseek_jax.generation.choices import Choice, Offer, Phase, Slot, check_request, choices_of, row_of
+from deepseek_jax.generation.choices import Choice, GrammarFailed, Offer, Phase, Slot, check_request, choices_of, row_of
 from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, QueueFull, Request, Stats
 from deepseek_jax.generation.running import CHUNK, prepared
 from deepseek_jax.generation.sampling import unpacked
@@ -157,36 +157,52 @@ class Batcher:
         slot.phase, slot.choice, slot.twins, slot.used = Phase.FREE, None, [], self._clock
 
     def _admit(self) -> None:
-        """In the order of their coming: choices of one request together, since one prompt is fed for all."""
+        """Slots for those that have waited longest; for choices of one request together, since one prompt is fed."""
         while self._queue and len(free := self._free()) >= len(self._queue[0]):
             choices, now = self._queue.popleft(), time.monotonic()
-            prompt = choices[0].prompt
-            kept = {slot: slot.kept(prompt, 2 * self.offer.depth) if self.reuses else 0 for slot in self._slots}
-            # Of equals the free one, and of these the longest unused.
-            source = max([*free, *self._slots], key=kept.get)
+            source = self._source(choices[0].prompt, first=free)
             target = source if source.phase == Phase.FREE else free[0]
-            number = np.int32(target.number)
-            if source is not target and kept[source]:
-                self._device = device.fork(self._device, np.int32(source.number), number, np.uint32(0))
-            self._device = device.admit(self._device, number, row_of(choices[0], self.offer), np.int32(kept[source]))
-            taken = [target, *[slot for slot in free if slot is not target][: len(choices) - 1]]
-            for slot, choice in zip(taken, choices, strict=True):
-                slot.phase, slot.choice, slot.tokens, slot.fed = Phase.TWIN, choice, [], 0
-                choice.admitted, choice.cached = now, kept[source]
-            target.phase, target.tokens, target.fed, target.twins = Phase.FEEDING, list(prompt), kept[source], taken[1:]
-            self._counts.update(prompt=len(prompt), queried=len(prompt) if self.reuses else 0, cached=kept[source])
+            twins = [slot for slot in free if slot is not target][: len(choices) - 1]
+            for slot, choice in zip([target, *twins], choices, strict=True):
+                slot.phase, slot.choice, choice.admitted = Phase.TWIN, choice, now
+            for twin in twins:
+                twin.tokens, twin.fed = [], 0
+            target.phase, target.twins = Phase.ENTERING, twins
+
+    def _kept(self, slot: Slot, prompt: list[int]) -> int:
+        return slot.kept(prompt, 2 * self.offer.depth) if self.reuses else 0
+
+    def _source(self, prompt: list[int], first: list[Slot]) -> Slot:
+        """The slot that holds most of a prompt; of equals one of ``first``, in their order."""
+        return max([*first, *self._slots], key=lambda slot: self._kept(slot, prompt))
 
     def _feed(self) -> None:
         """One call for the prompt that has waited longest; those that are fed begin to decode."""
-        feeding = [slot for slot in self._slots if slot.phase == Phase.FEEDING]
-        hungry = [slot for slot in feeding if slot.fed < len(slot.tokens) - 1]
-        if hungry:
-            slot = min(hungry, key=lambda slot: slot.choice.request)
-            self._prefill(slot.number, slot.fed)
-            slot.fed = min(slot.fed + self._chunk, len(slot.tokens) - 1)
-        for slot in feeding:
+        entering = [slot for slot in self._slots if slot.phase in (Phase.ENTERING, Phase.FEEDING)]
+        for slot in sorted(entering, key=lambda slot: slot.choice.request):
+            if slot.phase == Phase.ENTERING:
+                self._enter(slot)
+            hungry = slot.fed < len(slot.tokens) - 1
+            if hungry:
+                self._prefill(slot.number, slot.fed)
+                slot.fed = min(slot.fed + self._chunk, len(slot.tokens) - 1)
             if slot.fed == len(slot.tokens) - 1:
                 self._begin(slot)
+            if hungry:
+                return
+
+    def _enter(self, slot: Slot) -> None:
+        """When its turn to be fed has come, and not before: the prompts before it may have brought what it shares."""
+        prompt = slot.choice.prompt
+        source, number = self._source(prompt, first=[slot]), np.int32(slot.number)
+        kept = self._kept(source, prompt)
+        if source is not slot:
+            self._device = device.fork(self._device, np.int32(source.number), number, np.uint32(0))
+        self._device = device.admit(self._device, number, row_of(slot.choice, self.offer), np.int32(kept))
+        slot.phase, slot.tokens, slot.fed = Phase.FEEDING, list(prompt), kept
+        for one in (slot, *slot.twins):
+            one.choice.cached = kept
+        self._counts.update(prompt=len(prompt), queried=len(prompt) if self.reuses else 0, cached=kept)
 
     def _begin(self, slot: Slot) -> None:
         for twin in slot.twins:
@@ -199,61 +215,52 @@ class Batcher:
 
     def _decode(self) -> list[Delta]:
         deltas, allowed, steps = [], self._every, self._steps
-        bound = [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.given.grammar is not None]
-        if bound:
-            allowed, steps = allowed.copy(), 1
-        for slot in bound:
-            if ended := self._bind(slot, allowed):
-                deltas.append(self._delta(slot, *ended))
+        for slot in [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.bound]:
+            allowed, steps = self._every.copy() if allowed is self._every else allowed, 1
+            try:
+                mask = slot.choice.allowed()
+            except GrammarFailed as error:
+                deltas.append(self._delta(slot, "error", str(error)))
+                continue
+            if mask is not None:
+                allowed[slot.number] = mask
+                # Bits behind the vocabulary's last token are nobody's.
+                if not unpacked(mask, self.offer.cfg.vocab_size).any():
+                    deltas.append(self._delta(slot, "stop"))
         running = [slot for slot in self._slots if slot.phase == Phase.RUNNING]
         if running:
             news = self._call(running, allowed, steps, any(slot.choice.given.top_logprobs for slot in running))
             deltas += [self._heard(slot, news) for slot in running]
         return deltas
 
-    def _bind(self, slot: Slot, allowed: np.ndarray) -> tuple[Finish, str] | None:
-        """Enters what a choice's grammar lets follow; an end where that is nothing, or where the grammar fails: it came
-        with the request, and ends no other."""
-        choice = slot.choice
-        try:
-            choice.grammar = choice.grammar or choice.given.grammar()
-            mask = choice.grammar.mask()
-            if mask is None:
-                return None
-            allowed[slot.number] = np.asarray(mask).view(np.uint32)
-        except Exception as error:
-            return "error", f"the grammar failed: {error}"
-        # Bits behind the vocabulary's last token are nobody's.
-        found = unpacked(allowed[slot.number], self.offer.cfg.vocab_size).any()
-        return None if found else ("stop", "")
-
     def _heard(self, slot: Slot, news: News) -> Delta:
         """What a call to decode has brought a slot."""
         i, choice, count = slot.number, slot.choice, int(news.count[slot.number])
-        tokens, drafted = news.tokens[i, :count].tolist(), int(news.drafted[i])
+        tokens, drafted, accepted = news.tokens[i, :count].tolist(), int(news.drafted[i]), int(news.accepted[i])
         if not np.isfinite(news.logprob[i, :count]).all():
             raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
         slot.tokens += tokens
         slot.fed = len(slot.tokens) - 1
-        accepted, depth = int(news.accepted[i]), max(self.offer.depth, 1)
         self._counts.update(
             generated=count,
             drafted=drafted - choice.drafted,
             accepted=accepted - choice.accepted,
-            drafting_steps=(drafted - choice.drafted) // depth,
+            drafting_steps=(drafted - choice.drafted) // max(self.offer.depth, 1),
         )
         choice.drafted, choice.accepted = drafted, accepted
         finish, error = None, ""
         if news.done[i]:
             finish = "stop" if tokens[-1] in choice.stops else "length"
-        if choice.grammar is not None:
+        if choice.bound:
             try:
-                choice.grammar.accept(tokens)
-            except Exception as raised:
-                finish, error = "error", f"the grammar failed: {raised}"
+                choice.accept(tokens)
+            except GrammarFailed as failed:
+                finish, error = "error", str(failed)
         return self._delta(slot, finish, error, news, count)
 
-    def _delta(self, slot: Slot, finish: Finish | None, error: str, news: News | None = None, count: int = 0) -> Delta:
+    def _delta(
+        self, slot: Slot, finish: Finish | None, error: str = "", news: News | None = None, count: int = 0
+    ) -> Delta:
         i, choice, routing = slot.number, slot.choice, None
         new = () if news is None else [a[i, :count].tolist() for a in (news.tokens, news.logprob, news.behaviour)]
         most, top = choice.given.top_logprobs, ()

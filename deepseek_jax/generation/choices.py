@@ -29,6 +29,10 @@ class Offer:
     routing: bool
 
 
+class GrammarFailed(RuntimeError):
+    """A choice's grammar raised something: it came with the request, and ends no other."""
+
+
 @dataclass(eq=False)
 class Choice:
     """One text of a request, from the queue to its end.
@@ -53,11 +57,32 @@ class Choice:
     accepted: int = 0
     reported: int = 0
 
+    @property
+    def bound(self) -> bool:
+        return self.given.grammar is not None
+
+    def allowed(self) -> np.ndarray | None:
+        """uint32 [V / 32]: the bits of what the grammar lets follow; None for anything. Raises GrammarFailed."""
+        try:
+            self.grammar = self.grammar or self.given.grammar()
+            mask = self.grammar.mask()
+        except Exception as error:
+            raise GrammarFailed(f"the grammar failed: {error}") from error
+        return None if mask is None else np.asarray(mask).view(np.uint32)
+
+    def accept(self, tokens: list[int]) -> None:
+        """Raises GrammarFailed."""
+        try:
+            self.grammar.accept(tokens)
+        except Exception as error:
+            raise GrammarFailed(f"the grammar failed: {error}") from error
+
 
 class Phase(Enum):
     """A twin waits for another's prompt to be fed, and goes on from there."""
 
     FREE = "free"
+    ENTERING = "entering"
     TWIN = "twin"
     FEEDING = "feeding"
     RUNNING = "running"
