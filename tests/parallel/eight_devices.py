@@ -36,6 +36,11 @@ from deepseek_jax.model.attention import attend
 from deepseek_jax.model.tokens import make_tokens
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
+from deepseek_jax.rl.advantage import advantages
+from deepseek_jax.rl.policy import Policy
+from deepseek_jax.rl.rollout import batch as rl_batch
+from deepseek_jax.rl.rollout import rollout
+from deepseek_jax.rl.variants import V32
 from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import start, train_step
@@ -288,6 +293,35 @@ def compare_scores(case: str) -> dict:
     return {"largest": max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), "first": theirs[0]}
 
 
+def compare_improved(case: str) -> dict:
+    """Answers of V3.2's form, and a step on those of one device, with their experts and sets of tokens replayed."""
+    form, prompts = replace(V32, beta=0.0), [[3, 4, 5], [7, 1], [9, 8, 2], [6]]
+    found = []
+    for ctx in (dsj.Context(mesh=mesh_of(case)), dsj.Context()):
+        model = place(MODEL, ctx)
+        written = rollout(model, prompts, 4, form, 8, seed=1, top_p=0.9, stop_ids=(0,), ctx=ctx, width=3)
+        found.append((ctx, model, written))
+    (*_, ours), (*_, theirs) = found
+    rows = rl_batch(theirs, advantages([sum(a) % 7 for a in theirs.answers], theirs.group, form.scale), form, 11)
+    how = {"optimizer": SGD, "objective": Policy(form)}
+    after = []
+    for ctx, model, _ in found:
+        state = settle(start(model, SGD), ctx)
+        batch = place_batch({name: a[None] for name, a in rows.items()}, ctx)
+        state, metrics = jax.jit(partial(train_step, ctx=ctx, clip=1e9, **how))(state, batch, knobs("sgd"))
+        after.append((named(state.params), state.opt_state[0].trace, metrics))
+    same_rows = [i for i, (a, b) in enumerate(zip(ours.answers, theirs.answers, strict=True)) if a == b]
+    pairs = [(ours.info.behaviour_logprobs[i], theirs.info.behaviour_logprobs[i]) for i in same_rows]
+    return {
+        "same": len(same_rows) / len(theirs.answers),
+        "behaviour": max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)),
+        "loss": error(after[0][2]["loss"], after[1][2]["loss"]),
+        "mismatch": float(after[0][2]["mismatch"]),
+        "gradients": worst(after[0][1], after[1][1]),
+        "parameters": worst(after[0][0], after[1][0]),
+    }
+
+
 def attention_kernel(case: str) -> dict:
     """The attention kernel on a mesh, interpreted, against the other form on one device: the output and gradients."""
     rng, segment = np.random.default_rng(0), np.ones((ROWS, 128), np.int32)
@@ -451,6 +485,7 @@ JOBS = {
     "generated": compare_generated,
     "text": compare_text,
     "scores": compare_scores,
+    "improved": compare_improved,
     "snapshot": snapshot,
     "born": born,
 }

@@ -62,6 +62,7 @@ SLOW = [
     f"attention|{MIXED[4]}",
     f"kernel|{MIXED[1]}",
     f"stored|{MIXED[0]}",
+    f"improved|{MIXED[0]}",
 ]
 # The jobs of a mesh share its programs, which may be dropped between jobs.
 SLOW.sort(key=lambda job: job.split("|")[1])
@@ -309,3 +310,14 @@ def test_parameters_lie_as_recorded_and_a_step_moves_no_more_than_recorded(defau
         assert kind in recorded["moves"][release], f"{count} {kind}, {size} bytes, are new"
         # A hundredth more is room for scalars; a weight or an activation that is gathered anew is more.
         assert size <= 1.01 * recorded["moves"][release][kind][1], f"{kind}: {size} bytes"
+
+
+@pytest.mark.slow
+def test_answers_and_a_step_of_reinforcement_learning(slow):
+    found = slow[f"improved|{MIXED[0]}"]
+    assert found["same"] >= 0.9  # near-ties may be drawn otherwise
+    assert found["behaviour"] < 1e-4
+    assert found["loss"] <= GRADIENT
+    assert abs(found["mismatch"]) < 1e-6
+    assert found["gradients"][0] <= GRADIENT, found["gradients"]
+    assert found["parameters"][0] <= SGD, found["parameters"]

@@ -93,6 +93,33 @@ def test_a_step_on_policy_has_ratios_of_1_and_replays_experts(rolled):
     jax.tree.map(np.testing.assert_array_equal, state.rest, before.rest)
 
 
+def test_recorded_routing_covers_every_position_that_is_scored(rolled):
+    """The prompt's too: what is predicted at a position depends on the experts of all before it."""
+    _, _, found, rows = rolled
+    for i, (prompt, answer) in enumerate(zip(found.prompts, found.answers, strict=True)):
+        n = len(prompt) + len(answer)
+        assert (rows["routing"][i, : n - 1] >= 0).all()
+        assert (rows["routing"][i, n - 1 :] == -1).all()
+
+
+def test_padding_on_either_side_and_packing_change_no_logprob(rolled):
+    """One batch: an answer with padding behind it, before it, on both sides, and behind another in its row. A pad's
+    token may be any."""
+    model, _, found, rows = rolled
+    whole = {i: found.prompts[i] + found.answers[i] for i in (0, 4, 8)}
+    expected = np.asarray(logprobs(model, {n: rows[n] for n in ("tokens", "segments")}))
+    tokens, segments, places = np.full((4, 20), 13, np.int32), np.zeros((4, 20), np.int32), []
+    for row, held in enumerate(([(0, 0)], [(0, 20 - len(whole[0]))], [(4, 5)], [(8, 0), (0, len(whole[8]))])):
+        for segment, (i, first) in enumerate(held, 1):
+            place = slice(first, first + len(whole[i]))
+            tokens[row, place], segments[row, place] = whole[i], segment
+            places.append((row, i, first))
+    got = np.asarray(logprobs(model, {"tokens": tokens, "segments": segments}))
+    for row, i, first in places:
+        n = len(whole[i])
+        np.testing.assert_allclose(got[row, first + 1 : first + n], expected[i, 1:n], atol=5e-5)
+
+
 def test_what_is_missing_is_named(rolled):
     model, form, found, rows = rolled
     shaped = {name: a[None] for name, a in rows.items()}

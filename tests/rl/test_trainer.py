@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from architectures import ARCHITECTURES
 from tiny import random_model, tiny_config
 
 import deepseek_jax as dsj
@@ -21,10 +23,11 @@ from deepseek_jax.rl.recipe import Rewards, RlRecipe
 from deepseek_jax.rl.tasks import Tags
 from deepseek_jax.rl.traces import write_traces
 from deepseek_jax.rl.trainer import improve
-from deepseek_jax.rl.variants import MATH
+from deepseek_jax.rl.variants import MATH, V32
 from deepseek_jax.train.objective import Knobs, NextToken
 from deepseek_jax.train.schedule import Setting
 from deepseek_jax.train.step import start, train_step
+from deepseek_jax.train.tuning import LoRA
 from deepseek_jax.train.weights import LossWeights
 
 TASK = Tags(documents=1280)
@@ -73,13 +76,19 @@ class Stop:
     def close(self) -> None: ...
 
 
-def test_a_format_is_learned(base, tmp_path, capsys):
-    """Rung 0: from a base that rarely keeps the form to one that does, in sixteen steps; by the command."""
+@pytest.fixture(scope="module")
+def learned(base, tmp_path_factory):
+    """Rung 0, by the command: sixteen steps."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
     options = f"--steps 16 --form text --max-new-tokens 6 --lr 2e-3 --held-out 16 --evaluate-every 8 --from {base}"
-    begun = ["rl", str(tmp_path / "run"), *options.split(), "--task", "tags,documents=1280"]
+    begun = ["rl", str(folder), *options.split(), "--task", "tags,documents=1280"]
     assert main([*begun, "--variant", "deepseek-math", "--grpo.beta", "0"]) == 0
-    assert "pass@1" in capsys.readouterr().out
-    steps, (first, _, last) = records(tmp_path / "run", "step"), records(tmp_path / "run", "evaluation")
+    return folder
+
+
+def test_a_format_is_learned(learned, capsys):
+    """From a base that rarely keeps the form to one that does."""
+    steps, (first, _, last) = records(learned, "step"), records(learned, "evaluation")
     assert [s["step"] for s in steps] == list(range(1, 17))
     assert first["step"] == 0
     assert first["format"] < 0.3
@@ -88,18 +97,33 @@ def test_a_format_is_learned(base, tmp_path, capsys):
     assert last["pass_at_1"] == last["format"] == pytest.approx(1 - last["wrong"])
     assert last["pass_at_k"] >= last["maj_at_k"] >= 0.9
     assert {"reward", "silent", "clipped_low", "clipped_high", "kl", "entropy", "truncated", "masked"} <= set(steps[0])
-    # What wrote the answers is what learns from them.
-    assert all(abs(s["mismatch"]) < 1e-6 and abs(s["ratio"] - 1) < 1e-5 for s in steps)
-    assert all(s["bias_speed"] == 0 and s["bias"] == steps[0]["bias"] for s in steps)
-    exported = {path.name for path in (tmp_path / "run/checkpoint").iterdir()}
+    exported = {path.name for path in (learned / "checkpoint").iterdir()}
     assert {"model.safetensors", "tokenizer.json"} <= exported
-    run = read_run(tmp_path / "run")
+    run = read_run(learned)
     assert [len(draw(run, "step").axes) for draw in (rewards_picture, policy_picture)] == [4, 4]
     # Of other settings it is another run; with one more step it is extended.
-    assert main(["rl", str(tmp_path / "run"), "--resume", "--group", "8"]) == 1
+    assert main(["rl", str(learned), "--resume", "--group", "8"]) == 1
     assert "begun with rl.group = 16, not 8" in capsys.readouterr().err
-    assert main(["rl", str(tmp_path / "run"), "--resume", "--steps", "17"]) == 0
-    assert records(tmp_path / "run", "step")[-1]["step"] == 17
+    assert main(["rl", str(learned), "--resume", "--steps", "17"]) == 0
+    assert records(learned, "step")[-1]["step"] == 17
+    assert "pass@1" in capsys.readouterr().out
+
+
+def test_an_update_drops_what_older_weights_have_computed(learned):
+    """Every rollout is of the weights that it teaches, prompts included: no cache of one before is used again."""
+    steps = records(learned, "step")
+    assert all(s["grad_norm"] > 0 for s in steps[1:8])
+    assert all(abs(s["mismatch"]) < 1e-6 for s in steps)
+
+
+def test_rollout_and_training_are_of_one_mode(learned):
+    """Nothing is dropped or drawn in either forward pass: ratios are 1 before an update."""
+    assert all(abs(s["ratio"] - 1) < 1e-5 for s in records(learned, "step"))
+
+
+def test_router_biases_stay(learned):
+    steps = records(learned, "step")
+    assert all(s["bias_speed"] == 0 and s["bias"] == steps[0]["bias"] for s in steps)
 
 
 def test_a_resumed_run_is_bit_equal_with_its_rollouts(base, tmp_path):
@@ -149,3 +173,33 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path,
             RlRecipe(**wrong)
     with pytest.raises(ValueError, match="all rewards weigh 0"):
         Rewards(0, 0, 0)
+
+
+@pytest.mark.slow
+def test_adapters_learn_by_v32s_form(base, tmp_path):
+    """With all its parts, from older weights: experts and kept sets replayed, a KL to the checkpoint, whose weights
+    keep their bytes."""
+    recipe = replace(RECIPE, steps=3, prompts=4, top_p=0.9, stale=1, evaluate_every=3)
+    lora, form = LoRA(rank=2, merge=False), replace(V32, beta=0.1, truncated="mask")
+    result = improve(base, TASK, tmp_path / "run", recipe=recipe, grpo=form, lora=lora)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in result.checkpoint.iterdir()}
+    first, second, third = records(tmp_path / "run", "step")
+    assert abs(first["mismatch"]) < 1e-6
+    assert abs(first["kl"]) < 1e-6
+    assert "load" not in first
+    # The second rollout was written by the first weights too.
+    assert min(second["mismatch"], third["mismatch"], second["kl"]) > 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distill-qwen", "v3.2", "v4"])
+def test_other_architectures_learn(base, tmp_path, name):
+    """Dense, with an indexer, with compressed attention and several streams."""
+    words = dsj.load_tokenizer(base)
+    cfg = replace(ARCHITECTURES[name], vocab_size=words.vocab_size)
+    dsj.save_pretrained(random_model(cfg), tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / file, tmp_path / "base")
+    recipe = replace(RECIPE, steps=2, prompts=2, group=4, held_out=2, attempts=4)
+    improve(tmp_path / "base", TASK, tmp_path / "run", recipe=recipe, grpo=replace(MATH, beta=0.0))
+    assert all(abs(s["mismatch"]) < 1e-5 for s in records(tmp_path / "run", "step"))

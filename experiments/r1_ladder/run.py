@@ -1,0 +1,280 @@
+"""Does GRPO teach a model of two million parameters what it taught R1-Zero, on tasks from a form to a long thought?
+
+The claims stand in paper_notes/r1_ladder.md; the rule of each is `CLAIMS` here. Four rungs, three seeds each:
+
+- L0 tags: the base has seen four tags in any order, one text in ten in theirs. GRPO on the form alone, from the base.
+- L1 sort: five digits, from a cold start that is stopped early.
+- L2 carry: two-digit addition with its steps, from such a start.
+- L3 parity: of 12 bits; a fifth of the texts reasons, bit by bit, the others answer at once. The start has learned them
+  all; half of what it answers at once is right.
+
+A base is trained on the texts of L0 alone. A cold start is `train --sft` on the task's own solutions with a checkpoint
+every 25 steps, of which the first counts whose held-out pass@1 reaches `Rung.begin`, on L3 the last one. All runs are
+of one form, DeepSeekMath's without a KL: 8 problems of 16 answers a step, one update each, so that ratios are 1.
+
+    python experiments/r1_ladder/run.py            # the runs that are missing, one after another, then the verdicts
+    python experiments/r1_ladder/run.py --smoke    # the same code at toy size, in a folder that goes
+
+A run takes up to 15 minutes of one core. `results` holds a file a run.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import deepseek_jax as dsj
+from deepseek_jax.analysis.provenance import provenance
+from deepseek_jax.cli.programs import keep_programs
+from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope
+from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.lab.study import described, digest
+from deepseek_jax.rl.held_out import measure
+from deepseek_jax.rl.improve import Writing
+from deepseek_jax.rl.problems import Problems
+from deepseek_jax.rl.recipe import RlRecipe
+from deepseek_jax.rl.tasks import Carry, Exercise, Parity, Sort, Tags
+from deepseek_jax.rl.traces import write_traces
+from deepseek_jax.rl.trainer import improve
+from deepseek_jax.rl.variants import Grpo
+from deepseek_jax.runs.finetune import fine_tune
+from deepseek_jax.runs.options import Options
+from deepseek_jax.runs.pretrain import train
+from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
+from deepseek_jax.train.weights import LossWeights
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+MODEL = ModelConfig(
+    name="ladder",
+    vocab_size=268,
+    dim=128,
+    n_layers=4,
+    n_dense_layers=1,
+    ffn_dim=320,
+    attention=MLA(n_heads=4, q_rank=None, kv_rank=32, nope_dim=16, rope_dim=16, v_dim=32, rope=Rope(10000.0)),
+    moe=MoE(n_experts=16, top_k=4, expert_dim=64, n_shared=1, scale=1.0),
+    max_length=256,
+    init_std=0.02,
+)
+BASE = Tags(documents=4000)
+FORM = Grpo()
+
+
+@dataclass(frozen=True)
+class Rung:
+    """``begin``: the held-out pass@1 at which the cold start ends; None: after all its ``steps``, and of no cold start
+    where these are 0."""
+
+    task: Exercise
+    recipe: RlRecipe
+    steps: int = 0
+    begin: float | None = None
+
+
+RL = RlRecipe(steps=150, prompts=8, group=16, lr=1e-4, held_out=64, attempts=8, evaluate_every=10)
+RUNGS = {
+    "L0": Rung(BASE, replace(RL, steps=50, form="text", max_new_tokens=8, lr=5e-4)),
+    "L1": Rung(Sort(symbols=5, documents=4000), replace(RL, max_new_tokens=12), 600, 0.2),
+    "L2": Rung(Carry(digits=2, documents=4000), replace(RL, max_new_tokens=32), 600, 0.1),
+    "L3": Rung(Parity(bits=12, long=20, documents=4000), replace(RL, max_new_tokens=20), 600),
+}
+# What each claim asks of a run's measurements [first .. last], each of a dict as `held_out.measure` gives it; a claim
+# holds where it holds in every seed, and is opposite where it fails in every seed.
+CLAIMS = {
+    "C1": ("L0", "the form rises to above 95% of held-out answers, from below 50%"),
+    "C2": ("L1", "pass@1 rises by 0.2"),
+    "C3": ("L2", "pass@1 rises by 0.2, and the form reaches 90% at an earlier measurement than 90% of the last pass@1"),
+    "C4": (
+        "L3",
+        "pass@1 rises by 0.1 and the mean length by 30%, and they rise together: rank correlation 0.7",
+    ),
+    "C5": ("L1", "pass@8 rises by less than half of what pass@1 does"),
+}
+
+
+def holds(claim: str, seen: list[dict]) -> bool:
+    first, last = seen[0], seen[-1]
+
+    def risen(name: str) -> float:
+        return last[name] - first[name]
+
+    if claim == "C1":
+        return first["format"] < 0.5 and last["format"] > 0.95
+    if claim == "C2":
+        return risen("pass_at_1") >= 0.2
+    if claim == "C3":
+        form = next((i for i, found in enumerate(seen) if found["format"] >= 0.9), len(seen))
+        right = next(i for i, found in enumerate(seen) if found["pass_at_1"] >= 0.9 * last["pass_at_1"])
+        return risen("pass_at_1") >= 0.2 and form < right
+    if claim == "C4":
+        together = correlation([s["pass_at_1"] for s in seen], [s["length"] for s in seen])
+        return risen("pass_at_1") >= 0.1 and last["length"] >= 1.3 * first["length"] and together >= 0.7
+    return risen("pass_at_k") < risen("pass_at_1") / 2
+
+
+def correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's, by ranks; equal values have the mean of theirs."""
+
+    def ranks(values: list[float]) -> list[float]:
+        mean = {v: sum(i for i, w in enumerate(sorted(values)) if w == v) / values.count(v) for v in values}
+        return [mean[v] - (len(values) - 1) / 2 for v in values]
+
+    x, y = ranks(a), ranks(b)
+    size = (sum(i * i for i in x) * sum(i * i for i in y)) ** 0.5
+    return sum(i * j for i, j in zip(x, y, strict=True)) / size if size else 0.0
+
+
+def rule() -> str:
+    """A hash of rungs, seeds, the model and the claims' words."""
+    rungs = {name: described(rung) for name, rung in RUNGS.items()}
+    return digest([rungs, described(MODEL), described(FORM), CLAIMS, list(SEEDS)])
+
+
+def supervised(steps: int, seed: int, every: int) -> Recipe:
+    """Of the base and of the cold start: 1,024 tokens a step, a constant rate."""
+    return Recipe(
+        model="",
+        tokens=steps * 8 * 128,
+        length=128,
+        batch_rows=8,
+        first_rows=None,
+        ramp_tokens=0,
+        micro_rows=None,
+        init_std=0.02,
+        seed=seed,
+        fim_rate=0.0,
+        sample_masks=True,
+        dtype="float32",
+        rate=LearningRate(1e-3, warmup_steps=20, decay_from=None, drops=()),
+        optimizer=Optimizer(weight_decay=0.0, moments="float32"),
+        weights=LossWeights(mtp=0.0, balance=0.0),
+        mtp_change=None,
+        bias_speed=3e-3,
+        bias_until=None,
+        ema_decay=0.0,
+        evaluate_every=every,
+    )
+
+
+def base(work: Path, seed: int, steps: int) -> Path:
+    folder = work / f"base-{seed}"
+    if not (folder / "checkpoint").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        if not (work / "tags").is_dir():
+            write_traces(BASE, work / "tags")
+        text = DataConfig(data=(f"tags={work / 'tags/traces.jsonl'}",), workers=0)
+        train(MODEL, supervised(steps, seed, steps), text, work / "tags/tokenizer", folder)
+    return folder / "checkpoint"
+
+
+def start(name: str, rung: Rung, work: Path, seed: int, source: Path) -> tuple[Path, list[dict]]:
+    """The checkpoint that RL begins from, and what was measured of those before it."""
+    if not rung.steps:
+        return source, []
+    traces, folder = work / f"{name}-traces", work / f"{name}-{seed}-start"
+    if not traces.is_dir():
+        write_traces(rung.task, traces)
+    shutil.rmtree(folder, ignore_errors=True)
+    options = Options(save_every=25, keep_last=rung.steps, keep_best=0)
+    recipe = supervised(rung.steps, seed, rung.steps)
+    fine_tune(source, recipe, traces / "traces.jsonl", folder, options=options)
+    saved = sorted((path for path in (folder / "checkpoints").iterdir()), key=lambda path: int(path.name))
+    if rung.begin is None:
+        return folder / "checkpoint", []
+    words = dsj.load_tokenizer(source)
+    recipe = replace(rung.recipe, seed=seed)
+    problems = Problems.of(rung.task, words, recipe.form, recipe.held_out)
+    writing, seen = Writing(problems, words, recipe, FORM, DEFAULT), []
+    for path in saved:
+        found = measure(dsj.load_pretrained(path), writing)
+        seen.append({"step": int(path.name), **{key: float(value) for key, value in found.items()}})
+        if found["pass_at_1"] >= rung.begin:
+            return path, seen
+    raise ValueError(f"{name}, seed {seed}: no checkpoint of the cold start reaches pass@1 {rung.begin}.")
+
+
+def carry_out(name: str, rung: Rung, work: Path, seed: int, base_steps: int) -> dict:
+    began = time.process_time()
+    source = base(work, seed, base_steps)
+    begun, cold = start(name, rung, work, seed, source)
+    folder = work / f"{name}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    improve(begun, rung.task, folder, recipe=replace(rung.recipe, seed=seed), grpo=FORM)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "reward", "rewards", "silent", "length", "truncated", "entropy", "grad_norm")
+    return {
+        "rung": name,
+        "seed": seed,
+        "rule": rule(),
+        "settings": {"recipe": asdict(rung.recipe), "task": rung.task.spelled},
+        **provenance(),
+        "cpu_minutes": (time.process_time() - began) / 60,
+        "cold_start": cold,
+        "evaluations": [
+            {k: v for k, v in r.items() if k not in ("kind", "minutes", "tokens")}
+            for r in records
+            if r["kind"] == "evaluation"
+        ],
+        "steps": [{k: r[k] for k in kept} for r in records if r["kind"] == "step"],
+    }
+
+
+def verdicts(results: Path) -> list[str]:
+    lines = []
+    for claim, (rung, says) in CLAIMS.items():
+        found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{rung}-*.json"))]
+        found = [run for run in found if run["rule"] == rule()]
+        held = [holds(claim, run["evaluations"]) for run in found]
+        ends = "; ".join(
+            f"seed {run['seed']}: pass@1 {a['pass_at_1']:.2f} to {b['pass_at_1']:.2f}, pass@8 {a['pass_at_k']:.2f} to "
+            f"{b['pass_at_k']:.2f}, maj@8 {a['maj_at_k']:.2f} to {b['maj_at_k']:.2f}, form {a['format']:.2f} to "
+            f"{b['format']:.2f}, length {a['length']:.1f} to {b['length']:.1f}"
+            for run in found
+            for a, b in [(run["evaluations"][0], run["evaluations"][-1])]
+        )
+        verdict = f"open: {len(held)} of {len(SEEDS)} runs are there"
+        if len(held) == len(SEEDS):
+            verdict = "holds" if all(held) else "opposite" if not any(held) else f"holds in {sum(held)} of {len(held)}"
+        lines.append(f"{claim} ({rung}): {says}: {verdict}. {ends}")
+    return lines
+
+
+def toy(rung: Rung) -> Rung:
+    recipe = replace(rung.recipe, steps=2, prompts=2, group=4, held_out=2, attempts=4, evaluate_every=1)
+    return replace(rung, recipe=recipe, steps=25 * bool(rung.steps), begin=None if rung.begin is None else 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="at toy size; its results are not kept")
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=RUNGS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--work", type=Path, help="where runs are made and stay; by default a folder that goes")
+    arguments = parser.parse_args()
+    keep_programs()
+    with tempfile.TemporaryDirectory() as gone:
+        work = arguments.work or Path(gone)
+        work.mkdir(parents=True, exist_ok=True)
+        results = work / "results" if arguments.smoke else HERE / "results"
+        results.mkdir(exist_ok=True)
+        for seed in arguments.seeds[: 1 if arguments.smoke else None]:
+            for name in arguments.rungs:
+                file = results / f"{name}-{seed}.json"
+                if file.exists() and json.loads(file.read_text())["rule"] == rule():
+                    continue
+                rung = toy(RUNGS[name]) if arguments.smoke else RUNGS[name]
+                found = carry_out(name, rung, work, seed, 5 if arguments.smoke else 150)
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(found, indent=1) + "\n")
+                part.replace(file)
+                print(f"{file.name}: {found['cpu_minutes']:.1f} CPU minutes", flush=True)
+        print("\n".join(verdicts(results)))
+
+
+if __name__ == "__main__":
+    main()
