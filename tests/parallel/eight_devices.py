@@ -315,7 +315,7 @@ def compare_improved(case: str) -> dict:
     return {
         "same": len(same_rows) / len(theirs.answers),
         "behaviour": max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)),
-        "loss": error(after[0][2]["loss"], after[1][2]["loss"]),
+        "loss": abs(float(after[0][2]["loss"]) - float(after[1][2]["loss"])),
         "mismatch": float(after[0][2]["mismatch"]),
         "gradients": worst(after[0][1], after[1][1]),
         "parameters": worst(after[0][0], after[1][0]),
