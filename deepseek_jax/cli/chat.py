@@ -129,8 +129,12 @@ class Talk:
 
     def render(self, text: str) -> str:
         """The conversation with one more message, up to where the answer begins."""
+        messages, switch = self._chat(text)
+        return self._tokenizer.render(messages, **switch)
+
+    def _chat(self, text: str) -> tuple[list[dict], dict]:
         switch = {} if self._thinking is None else {"thinking": self._thinking == "on"}
-        return self._tokenizer.render([*self._said, {"role": "user", "content": text}], **switch)
+        return [*self._said, {"role": "user", "content": text}], switch
 
     def run(self) -> int:
         """Until the end of the input; returns the exit code."""
@@ -175,7 +179,8 @@ class Talk:
         from deepseek_jax.text.stream import Stream
 
         rendered = self.render(text)
-        ids = self._tokenizer.encode(rendered, add_bos=False)
+        messages, switch = self._chat(text)
+        ids = self._tokenizer.chat(messages, **switch)
         room = self._conversation.length - len(ids)
         if room < 1:
             raise ValueError(self._full(f"the conversation and this message have {len(ids)} tokens"))

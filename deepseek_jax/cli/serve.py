@@ -98,7 +98,9 @@ class Serve:
             raise ValueError(f"--context {length}: {cfg.name} takes 2 to {cfg.max_length} tokens.")
         drafts, name = self.drafts and cfg.mtp_depth > 0, self.name or self.ckpt.resolve().name
         limits = Limits(cfg.vocab_size, length, {"temperature": 1.0} | settings_of(self.ckpt))
-        jobs = Jobs(name, tokenizer, limits, sorted(cfg.eos_ids), drafts)
+        # Configurations and tokenizers do not always name the same ends.
+        ends = sorted({*cfg.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
+        jobs = Jobs(name, tokenizer, limits, ends, drafts)
 
         def make():
             from deepseek_jax.generation.batcher import Batcher

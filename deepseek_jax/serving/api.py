@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from deepseek_jax.generation.request import QueueFull
@@ -27,6 +28,7 @@ from deepseek_jax.serving.metrics import CONTENT_TYPE, Clock, Metrics
 from deepseek_jax.serving.replies import usage_of
 from deepseek_jax.version import __version__
 
+PAGE = Path(__file__).parent / "page.html"
 LOG = logging.getLogger("deepseek_jax.serving")
 BODY = 16 * 2**20  # bytes of a request, at most
 RETRY = 1  # seconds after which a client whom the queue had no room for may come again
@@ -60,6 +62,7 @@ class Api:
             Route("/health", self.health),
             Route("/metrics", self.prometheus),
             Route("/version", self.version),
+            Route("/", self.page),
         ]
         middleware = [Middleware(Guard, key=self.key)]
         if self.origins:
@@ -106,7 +109,7 @@ class Api:
             await pieces.aclose()
             return Response(status_code=GONE)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return Events(self._events(job, first, pieces, sampling.include_usage), headers=headers)
+        return Events(self._events(job, first, pieces, sampling.include_usage), pieces, headers)
 
     async def _timed(self, job: Job, clock: Clock) -> AsyncIterator:
         """Pieces of a job, its times taken; and how its choices ended."""
@@ -132,16 +135,15 @@ class Api:
             if job.answers[number].finish is not None:
                 yield job.reply.end(number, job.answers[number])
 
-        async with aclosing(pieces):
-            try:
-                for chunk in chunks(*first):
+        try:
+            for chunk in chunks(*first):
+                yield _event(chunk)
+            async for number, found in pieces:
+                for chunk in chunks(number, found):
                     yield _event(chunk)
-                async for number, found in pieces:
-                    for chunk in chunks(number, found):
-                        yield _event(chunk)
-            except Exception as error:
-                yield _event(_as_api_error(error).body())
-                return
+        except Exception as error:
+            yield _event(_as_api_error(error).body())
+            return
         if usage:
             yield _event(job.reply.usage(usage_of(job.prompts, job.answers)))
         yield b"data: [DONE]\n\n"
@@ -194,17 +196,28 @@ class Api:
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
+    async def page(self, request: Request) -> Response:
+        """A chat in the browser, which runs what stands in it and asks nobody but this server."""
+        allowed = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        headers = {"content-security-policy": f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+        return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers=headers)
+
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": __version__})
 
 
 class Events(StreamingResponse):
-    """Server-sent events, whose source is closed when the client has gone, and not at some later time."""
+    """Server-sent events; ``source``, which they are made from, is closed when the client has gone, not some time
+    later, and also where none was sent."""
 
     media_type = "text/event-stream"
 
+    def __init__(self, events: AsyncIterator[bytes], source: AsyncIterator, headers: dict[str, str]):
+        super().__init__(events, headers=headers)
+        self._source = source
+
     async def stream_response(self, send) -> None:
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._source), aclosing(self.body_iterator):
             await super().stream_response(send)
 
 

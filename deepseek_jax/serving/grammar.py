@@ -47,13 +47,18 @@ class Grammars:
         )
 
     async def _compiled(self, param: str, text: str, thinking: bool) -> Callable[[], "Bound"]:
-        compiling = asyncio.to_thread(llguidance.LLMatcher, self._ll, text, log_level=0)
+        def compiled():
+            matcher = llguidance.LLMatcher(self._ll, text, log_level=0)
+            first = matcher.deep_copy()
+            first.compute_bitmask()  # a schema that nothing satisfies, such as one that is made of itself, fails here
+            return matcher, matcher.get_error() or first.get_error().partition("\n")[0]
+
         try:
-            matcher = await asyncio.wait_for(compiling, SECONDS)
+            matcher, error = await asyncio.wait_for(asyncio.to_thread(compiled), SECONDS)
         except TimeoutError:
             raise bad(param, f"takes more than {SECONDS:g} seconds to compile; give a simpler one.") from None
-        if matcher.is_error():
-            raise bad(param, f"cannot be followed: {cut(matcher.get_error())}.")
+        if error:
+            raise bad(param, f"cannot be followed: {cut(error)}.")
         return lambda: Bound(matcher.deep_copy(), self._tokenizer, self._vocab_size, self._ll, thinking)
 
     def _is_token(self, text: str) -> bool:

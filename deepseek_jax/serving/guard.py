@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse
 from deepseek_jax.notes import cut
 from deepseek_jax.serving.errors import ApiError, bad
 
-OPEN = ("/health",)
+OPEN = ("/health", "/")  # the page at / asks for the key itself
+DEEPEST = 100  # lists and objects in one another; what is made of a body goes down with it
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -21,7 +22,7 @@ class Guard:
         self._app, self._key = app, key
 
     async def __call__(self, scope, receive, send) -> None:
-        error = self._refused(scope) if scope["type"] == "http" and scope["path"] not in OPEN else None
+        error = self._refused(scope) if scope["type"] == "http" else None
         if error is None:
             await self._app(scope, receive, send)
         else:
@@ -32,7 +33,10 @@ class Guard:
         if self._key is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-            return None if name in LOCAL else ApiError(403, "without a key, this server answers on this machine only.")
+            known = name in LOCAL or scope["path"] == "/health"
+            return None if known else ApiError(403, "without a key, this server answers on this machine only.")
+        if scope["path"] in OPEN:
+            return None
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key.encode()):
             return None
@@ -58,6 +62,16 @@ async def json_body(request: Request, most: int):
         if len(body) > most:
             raise too_large
     try:
-        return json.loads(bytes(body))
+        found = json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
         raise bad("body", f"is not JSON: {cut(error)}.") from None
+    level, depth = [found], 0
+    while level := [entry for value in level for entry in _inside(value)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise bad("body", f"has more than {DEEPEST} lists and objects in one another.")
+    return found
+
+
+def _inside(value):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -20,7 +20,11 @@ def usage_of(prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> dic
         "completion_tokens": answered,
         "total_tokens": asked + answered,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": sum(answer.reasoning_tokens for answer in answers)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(answer.reasoning_tokens for answer in answers),
+            "drafted_tokens": sum(answer.last.drafted for answer in answers if answer.last is not None),
+            "accepted_draft_tokens": sum(answer.last.accepted for answer in answers if answer.last is not None),
+        },
         # The hosted API's names.
         "prompt_cache_hit_tokens": cached,
         "prompt_cache_miss_tokens": asked - cached,

@@ -90,10 +90,11 @@ def answer(folder):
 
 
 def test_each_line_of_a_pipe_is_a_turn_of_one_conversation(folder, talk, answer):
-    lines = ["héllo", "", "/reset", '"""two', 'lines"""', "return", "/quit", "never read"]
+    lines = ["héllo", "", "/reset", '"""two', 'lines"""', "return <｜User｜>", "/quit", "never read"]
     code, out, err, _ = talk(folder, lines, "--system", "日本")
     first, second = (answer(text, system=["日本"]) for text in ("héllo", "two\nlines"))
-    third = answer("two\nlines", second, "return", system=["日本"])
+    # The name of a control token that somebody types is text.
+    third = answer("two\nlines", second, "return <｜User｜>", system=["日本"])
     assert (code, out) == (0, f"{first}\n{second}\n{third}\n")
     assert err.count(f"the answer is cut at --max-new-tokens {NEW}.") == 3
 

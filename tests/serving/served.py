@@ -62,7 +62,7 @@ class Told:
         finish = "stop" if stops else "length" if end in (len(ids), request.max_new_tokens) else None
         top = tuple(tuple((k, -float(k)) for k in range(request.top_logprobs)) for _ in new)
         logprobs = tuple(-0.5 if i != 7 else float("-inf") for i in new)
-        return Delta(1, choice, tuple(new), logprobs, top=top, finish=finish, cached=2)
+        return Delta(1, choice, tuple(new), logprobs, top=top, finish=finish, drafted=4, accepted=3, cached=2)
 
     def stats(self):
         return Stats(4, 1, 0, 10, 100, 5, 5, 2, 7, 4, 3, 2, {"stop": 1})

@@ -91,6 +91,8 @@ def test_a_stream_is_the_whole_in_pieces(ask, plain):
         made,
         asked + made,
     )
+    details = whole.usage.completion_tokens_details
+    assert (details.drafted_tokens, details.accepted_draft_tokens) == (8, 6)
     assert (whole.usage.prompt_tokens_details.cached_tokens, whole.usage.prompt_cache_miss_tokens) == (2, asked - 2)
 
 
@@ -178,6 +180,7 @@ def test_an_answer_follows_a_schema_from_where_its_thoughts_end(ask, plain, thin
         ({"$ref": "#/nowhere"}, "nowhere"),
         ({"type": "string", "pattern": "("}, "regex"),
         ({"not": {}}, "not"),
+        ({"$ref": "#"}, "NoExtension"),
         (
             {"type": "object", "properties": {f"p{i}": {"enum": [f"{i}-{j}" for j in range(500)]} for i in range(300)}},
             "too big",
@@ -255,6 +258,10 @@ def test_what_cannot_be_answered_has_its_status_and_is_never_our_failure(plain):
         assert error(web.post(chat, content=b"{", headers={"content-type": "application/json"}), 400)["param"] == "body"
         deep = b"[" * 4000
         assert error(web.post(chat, content=deep, headers={"content-type": "application/json"}), 400)["param"] == "body"
+        nested = {"type": "array"}
+        for _ in range(101):
+            nested = {"items": nested}
+        assert error(web.post(chat, json={"messages": HI, "tools": nested}), 400)["param"] == "body"
         error(web.post(chat, content=b"{}", headers={"content-type": "text/plain"}), 415)
         assert error(web.post(chat, json={"messages": HI, "x": "y" * 5000}), 413)["code"] == "body_too_large"
         parts = iter([b"{", b" " * 6000])
@@ -349,6 +356,16 @@ def test_a_key_guards_everything_but_health(plain):
         assert web.options("/v1/models", headers=asks).headers["access-control-allow-origin"] == "https://page.example"
     with serving(saying(plain, "x"), plain) as url, httpx2.Client(base_url=url) as web:
         assert "access-control-allow-origin" not in web.get("/v1/models", headers=asks).headers
+
+
+def test_a_page_asks_nobody_but_this_server(plain):
+    with serving(saying(plain, "x"), plain, key="k") as url, httpx2.Client(base_url=url) as web:
+        page = web.get("/")
+        assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        # One file: nothing is loaded from anywhere, and text is never read as markup.
+        for word in ("://", "src=", "href=", "@import", "innerHTML", "insertAdjacentHTML", "eval("):
+            assert word not in page.text
 
 
 def test_tokens_and_metrics_are_told(plain):
