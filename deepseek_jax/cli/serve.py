@@ -49,6 +49,8 @@ class Serve:
     same."""
     prefixes: bool = True
     """Keep the caches of answers that have ended for prompts that begin alike, where the model's can be taken back."""
+    routing: bool = False
+    """Record which experts each token goes to, for chats that ask with "routing": true, as the page at / does."""
     origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="URL [URL ...]")] = ()
     """Origins whose pages a browser may let ask (CORS); by default none."""
     max_body: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 16 * 2**20
@@ -96,17 +98,20 @@ class Serve:
         length = min(CONTEXT, cfg.max_length) if self.context is None else self.context
         if not 2 <= length <= cfg.max_length:
             raise ValueError(f"--context {length}: {cfg.name} takes 2 to {cfg.max_length} tokens.")
+        if self.routing and cfg.moe is None:
+            raise ValueError(f"--routing: {cfg.name} has no experts.")
         drafts, name = self.drafts and cfg.mtp_depth > 0, self.name or self.ckpt.resolve().name
         limits = Limits(cfg.vocab_size, length, {"temperature": 1.0} | settings_of(self.ckpt))
         # Configurations and tokenizers do not always name the same ends.
         ends = sorted({*cfg.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
-        jobs = Jobs(name, tokenizer, limits, ends, drafts)
+        jobs = Jobs(name, tokenizer, limits, ends, drafts, self.routing)
 
         def make():
             from deepseek_jax.generation.batcher import Batcher
 
             model = load_model(self.ckpt, self.dtype, ctx, self.adapter)
-            return Batcher(model, self.slots, length, drafts, self.queue, prefixes=self.prefixes, ctx=ctx)
+            how = {"prefixes": self.prefixes, "routing": self.routing, "ctx": ctx}
+            return Batcher(model, self.slots, length, drafts, self.queue, **how)
 
         sock = listening(self.host, self.port)
         remarks(held="answers under way are let end; Ctrl-C once more does not wait for them.")

@@ -58,7 +58,7 @@ class Answer:
     """Takes a choice's `Delta`s, gives pieces of it, each with the tokens that begin in it.
 
     Streamed or not, what comes out is the same. ``stop_ids``: those that may end it and are no part of its text.
-    ``wanted``: whether tokens' log-probabilities are.
+    ``wanted``: whether tokens' log-probabilities are. ``prompt``: its tokens, where experts are wanted.
 
     Attributes:
         finish: why it ended: "stop", "length" or "error"; None while it goes on. A stop string ends it before the
@@ -66,9 +66,12 @@ class Answer:
         error: what its grammar raised.
         tokens, reasoning_tokens: how many came, and those of its thoughts.
         last: the last delta.
+        experts: of each token, once it has been fed, a list a layer; its last token never is.
     """
 
-    def __init__(self, vocabulary: Vocabulary, parser: Parser, stop_ids: Sequence[int], wanted: bool):
+    def __init__(
+        self, vocabulary: Vocabulary, parser: Parser, stop_ids: Sequence[int], wanted: bool, prompt: int | None = None
+    ):
         self.parser = parser
         self._vocabulary, self._stop_ids, self._wanted = vocabulary, frozenset(stop_ids), wanted
         self._stream = Stream(vocabulary.tokenizer, skip_special_tokens=False)
@@ -79,12 +82,17 @@ class Answer:
         self.error = ""
         self.tokens = self.reasoning_tokens = 0
         self.last: Delta | None = None
+        self.experts: list[list[list[int]]] = []
+        self._prompt, self._fed = prompt, 0
 
     def take(self, delta: Delta) -> Pieces:
         """What is certain now; nothing after the end."""
         if self.finish is not None:
             return []
         self.last, pieces = delta, []
+        if delta.routing is not None:
+            self.experts += delta.routing[max(0, self._prompt - self._fed) :].tolist()
+            self._fed += len(delta.routing)
         for k, i in enumerate(delta.tokens):
             self.tokens += 1
             ends = delta.finish == "stop" and k + 1 == len(delta.tokens) and i in self._stop_ids
@@ -107,6 +115,8 @@ class Answer:
     def _said(self, delta: Delta, k: int) -> dict:
         entry = self._vocabulary.entry(delta.tokens[k], delta.logprobs[k])
         top = delta.top[k] if delta.top else ()
+        if self._prompt is not None:  # which of `experts` are this one's
+            entry["index"] = self.tokens - 1
         return {**entry, "top_logprobs": [self._vocabulary.entry(i, logprob) for i, logprob in top]}
 
     def _beside(self, pieces: list[Piece]) -> Pieces:

@@ -132,6 +132,7 @@ class Api:
                 begun.add(number)
                 yield from job.reply.begin(number)
             yield from job.reply.pieces(number, found)
+            yield from job.reply.routed(number, job.answers[number])
             if job.answers[number].finish is not None:
                 yield job.reply.end(number, job.answers[number])
 
@@ -157,7 +158,7 @@ class Api:
 
     def _model(self) -> dict:
         about = {"id": self.jobs.name, "object": "model", "created": self._created, "owned_by": "deepseek-jax"}
-        return about | {"max_model_len": self.jobs.limits.context}
+        return about | {"max_model_len": self.jobs.limits.context, "routing": self.jobs.routing}
 
     def _known(self, name: str | None) -> None:
         if name not in (None, self.jobs.name):

@@ -81,7 +81,7 @@ REQUEST_WIDE = {
 }
 REQUEST_WIDE |= {"stop", "stop_token_ids", "logprobs", "logit_bias"}
 CHAT = REQUEST_WIDE | {"messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"}
-CHAT |= {"chat_template_kwargs", "thinking", "enable_thinking", "reasoning_effort"}
+CHAT |= {"chat_template_kwargs", "thinking", "enable_thinking", "reasoning_effort", "routing"}
 COMPLETION = REQUEST_WIDE | {"prompt", "echo", "response_format"}
 
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from deepseek_jax.generation.request import Delta, Request, Stats
@@ -50,13 +50,14 @@ class Job:
 @dataclass
 class Jobs:
     """Makes jobs for one checkpoint. ``eos_ids``: tokens that end its answers. ``drafts``: whether its MTP modules
-    draft."""
+    draft. ``routing``: whether the engine records experts."""
 
     name: str
     tokenizer: Tokenizer
     limits: Limits
     eos_ids: Sequence[int]
     drafts: bool = False
+    routing: bool = False
     grammars: Grammars = field(init=False)
 
     def __post_init__(self):
@@ -86,6 +87,8 @@ class Jobs:
 
     async def chat(self, asked: ChatRequest) -> Job:
         """Raises `ApiError`."""
+        if asked.routing and not self.routing:
+            raise bad("routing", "is not recorded here: start the server with --routing.", "unsupported_parameter")
         text, prompt = await asyncio.to_thread(self.render, asked)
         sampling, thinking = asked.sampling, thinking_of(text)
         grammar, named = None, asked.tool_choice.partition("named:")[2] or None
@@ -96,9 +99,10 @@ class Jobs:
         vocabulary, syntax = (self._with_calls, self.syntax) if asked.tools else (self._vocabulary, None)
         wanted = sampling.logprobs is not None
         reply = ChatReply(self.name, sampling.include_usage, wanted, named is not None)
-        request = self._request(sampling, prompt, "messages", grammar)
+        request = replace(self._request(sampling, prompt, "messages", grammar), routing=asked.routing)
+        known = len(prompt) if asked.routing else None
         answers = [
-            Answer(vocabulary, Parser(thinking, syntax, sampling.stop), self._stops(sampling), wanted)
+            Answer(vocabulary, Parser(thinking, syntax, sampling.stop), self._stops(sampling), wanted, known)
             for _ in range(sampling.n)
         ]
         return Job([request], answers, reply)

@@ -45,6 +45,10 @@ class Reply:
         """Chunks before the first piece."""
         yield from ()
 
+    def routed(self, choice: int, answer: Answer) -> Iterator[dict]:
+        """A chunk of experts, where there are new ones."""
+        yield from ()
+
     def usage(self, usage: dict) -> dict:
         """The last chunk."""
         return self._head(self.chunk_object) | {"choices": [], "usage": usage}
@@ -72,6 +76,7 @@ class ChatReply(Reply):
         super().__init__(model, usage, wanted)
         self._named = named
         self._ids: dict[tuple[int, int], str] = {}
+        self._routed: dict[int, int] = {}
 
     def begin(self, choice: int) -> Iterator[dict]:
         yield self._delta(choice, {"role": "assistant", "content": ""}, None)
@@ -89,6 +94,15 @@ class ChatReply(Reply):
             entries = [entry for _, entry in beside]
             listed = self._listed(*([entries] if piece.kind == "content" else [[], entries])) if entries else None
             yield self._delta(choice, delta, listed)
+
+    def routed(self, choice: int, answer: Answer) -> Iterator[dict]:
+        """The experts of tokens that were not told of before."""
+        at = self._routed.get(choice, 0)
+        if at < len(answer.experts):
+            self._routed[choice] = len(answer.experts)
+            chunk = self._delta(choice, {}, None)
+            chunk["choices"][0]["routing"] = {"at": at, "experts": answer.experts[at:]}
+            yield chunk
 
     def end(self, choice: int, answer: Answer) -> dict:
         chunk = self._delta(choice, {}, None)
@@ -111,7 +125,9 @@ class ChatReply(Reply):
         )
         beside = [[e for p, tokens in pieces if p.kind == kind for _, e in tokens] for kind in said]
         logprobs = self._listed(*beside) if self._wanted else None
-        return {"index": choice, "message": message, "logprobs": logprobs, "finish_reason": self._reason(answer)}
+        routing = {"routing": {"at": 0, "experts": answer.experts}} if answer.experts else {}
+        reason = {"finish_reason": self._reason(answer)}
+        return {"index": choice, "message": message, "logprobs": logprobs} | reason | routing
 
     def _reason(self, answer: Answer) -> str | None:
         called = answer.parser.calls and answer.finish == "stop" and not self._named

@@ -39,13 +39,14 @@ class Sampling:
 @dataclass(frozen=True)
 class ChatRequest:
     """``variables``: of the chat's format, ``thinking`` among them. ``tool_choice``: "none", "auto", "required", or the
-    name of the tool that is to be called, after "named:"."""
+    name of the tool that is to be called, after "named:". ``routing``: the experts of each token are wanted."""
 
     messages: tuple[dict, ...]
     sampling: Sampling
     tools: tuple[dict, ...] = ()
     tool_choice: str = "none"
     variables: Mapping = field(default_factory=dict)
+    routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def chat_request(body, limits: Limits) -> ChatRequest:
     if sampling.schema is not None and choice != "none":
         raise bad("response_format", 'cannot bind an answer that may call tools; set tool_choice to "none".')
     # Where none may be called, the model is not told of them.
-    return ChatRequest(tuple(messages), sampling, tuple(tools if choice != "none" else ()), choice, _variables(given))
+    tools = tuple(tools if choice != "none" else ())
+    routing = f.boolean("routing", given.get("routing", False))
+    return ChatRequest(tuple(messages), sampling, tools, choice, _variables(given), routing)
 
 
 def completion_request(body, limits: Limits) -> CompletionRequest:

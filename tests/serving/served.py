@@ -4,6 +4,7 @@ import asyncio
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import openai
 
 from deepseek_jax.generation.request import Delta, QueueFull, Stats
@@ -60,9 +61,16 @@ class Told:
                 grammar.accept([i])
         stops = end == len(ids) and ids[-1] in request.stop_ids
         finish = "stop" if stops else "length" if end in (len(ids), request.max_new_tokens) else None
+        routing = None
+        if request.routing:  # of what was fed: the prompt, and all tokens up to the one before the last
+            known = len(request.prompt)
+            fed = range(known + begin - 1 if begin else 0, known + end - 1)
+            routing = np.asarray([[[i, i + 1]] for i in fed], np.int32).reshape(-1, 1, 2)
         top = tuple(tuple((k, -float(k)) for k in range(request.top_logprobs)) for _ in new)
         logprobs = tuple(-0.5 if i != 7 else float("-inf") for i in new)
-        return Delta(1, choice, tuple(new), logprobs, top=top, finish=finish, drafted=4, accepted=3, cached=2)
+        return Delta(
+            1, choice, tuple(new), logprobs, top=top, finish=finish, drafted=4, accepted=3, cached=2, routing=routing
+        )
 
     def stats(self):
         return Stats(4, 1, 0, 10, 100, 5, 5, 2, 7, 4, 3, 2, {"stop": 1})
@@ -78,9 +86,9 @@ class Told:
 
 
 @contextmanager
-def serving(engine, tokenizer, *, name="tiny", eos_ids=(1,), context=CONTEXT, drafts=False, **settings):
+def serving(engine, tokenizer, *, name="tiny", eos_ids=(1,), context=CONTEXT, drafts=False, routing=False, **settings):
     """The address of a server. Ends when the block does, and waits for it."""
-    jobs = Jobs(name, tokenizer, Limits(VOCAB, context), eos_ids, drafts)
+    jobs = Jobs(name, tokenizer, Limits(VOCAB, context), eos_ids, drafts, routing)
     sock, stop = listening("127.0.0.1", 0), threading.Event()
     app = Api(engine, jobs, **settings).app()
     thread = threading.Thread(target=lambda: asyncio.run(serve(app, sock, engine, stop.is_set)))

@@ -209,6 +209,27 @@ def test_log_probabilities_stand_beside_their_text(ask, plain, thinker):
     assert listed == whole.content
 
 
+def test_experts_stand_beside_the_tokens_that_went_to_them(plain):
+    """The engine of this test sends the token at position p to p and p + 1."""
+    engine, known = saying(plain, TEXT), len(plain.chat(HI))
+    made = len(plain.encode(TEXT, add_bos=False)) + 1  # with the token that ends it, which is never fed
+    rows = [[[known + i, known + i + 1]] for i in range(made - 1)]
+    asked = {"model": "tiny", "messages": HI, "logprobs": True, "extra_body": {"routing": True}}
+    with serving(engine, plain, routing=True) as url, client(url) as c:
+        whole = c.chat.completions.create(**asked).choices[0]
+        assert whole.routing == {"at": 0, "experts": rows}
+        assert [e.index for e in whole.logprobs.content] == list(range(made - 1))
+        told = {}
+        for chunk in c.chat.completions.create(stream=True, **asked):
+            part = getattr(chunk.choices[0], "routing", None) or {"at": 0, "experts": []}
+            told |= {part["at"] + i: row for i, row in enumerate(part["experts"])}
+        assert told == dict(enumerate(rows))
+        assert c.models.retrieve("tiny").routing
+    says = pytest.raises(openai.BadRequestError, match="start the server with --routing")
+    with serving(saying(plain, TEXT), plain) as url, client(url) as c, says:
+        c.chat.completions.create(**asked)
+
+
 def test_stop_strings_and_stop_tokens_are_no_part_of_the_text(ask, plain):
     for stream in (False, True):
         engine = saying(plain, "one two three four five six seven")

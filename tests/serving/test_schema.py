@@ -71,6 +71,7 @@ WRONG = [
     (chat_request, CHAT | {"thinking": {"type": "some"}}, "thinking.type"),
     (chat_request, CHAT | {"reasoning_effort": "very"}, "reasoning_effort"),
     (chat_request, CHAT | {"model": 5}, "model"),
+    (chat_request, CHAT | {"routing": 1}, "routing"),
     (chat_request, CHAT | {"presence_penalty": 0.5}, "presence_penalty"),
     (chat_request, CHAT | {"parallel_tool_calls": False}, "parallel_tool_calls"),
     (chat_request, CHAT | {"guided_json": {}}, "guided_json"),

@@ -37,9 +37,12 @@ def loaded(root):
 @pytest.fixture(scope="module")
 def running(loaded):
     """A worker, its server's address, and a client."""
-    worker = Worker(lambda: Batcher(loaded[0], slots=4, length=LENGTH, use_mtp=True, queue=64, chunk=16))
+    worker = Worker(lambda: Batcher(loaded[0], slots=4, length=LENGTH, use_mtp=True, queue=64, chunk=16, routing=True))
     asyncio.run(worker.started())
-    with serving(worker, loaded[1], name="tiny", context=LENGTH, drafts=True) as url, client(url, timeout=60) as c:
+    with (
+        serving(worker, loaded[1], name="tiny", context=LENGTH, drafts=True, routing=True) as url,
+        client(url, timeout=60) as c,
+    ):
         yield worker, url, c
     assert worker.error is None
 
@@ -97,11 +100,15 @@ def test_a_chat_is_its_template_s_prompt_continued(running, loaded):
     _, _, c = running
     model, tokenizer = loaded
     messages = [{"role": "user", "content": "say <｜end▁of▁sentence｜>"}]
-    (new,), _ = dsj.generate(model, [tokenizer.chat(messages)], NEW, cache_length=LENGTH)
-    found = c.chat.completions.create(model="tiny", messages=messages, max_tokens=NEW, temperature=0)
+    prompt = tokenizer.chat(messages)
+    (new,), info = dsj.generate(model, [prompt], NEW, cache_length=LENGTH, record="routing")
+    settings = {"model": "tiny", "messages": messages, "max_tokens": NEW, "temperature": 0}
+    found = c.chat.completions.create(**settings, extra_body={"routing": True})
+    experts = np.sort(np.asarray(found.choices[0].routing["experts"]))
+    np.testing.assert_array_equal(experts, np.sort(info.routing[0].transpose(1, 0, 2)[len(prompt) :]))
     assert found.choices[0].message.content == tokenizer.decode(new, skip_special_tokens=True)
-    assert found.usage.prompt_tokens == len(tokenizer.chat(messages))
-    again = c.chat.completions.create(model="tiny", messages=messages, max_tokens=NEW, temperature=0)
+    assert found.usage.prompt_tokens == len(prompt)
+    again = c.chat.completions.create(**settings)
     assert again.usage.prompt_tokens_details.cached_tokens > 0
     assert again.choices[0].message.content == found.choices[0].message.content
 
