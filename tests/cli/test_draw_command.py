@@ -86,6 +86,7 @@ def test_pictures_are_what_the_library_draws(folder, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-1.png", "a-2.png", "a.json"]
 
 
+@pytest.mark.slow
 def test_text_about_pictures_is_what_the_library_writes(folder, picture, tmp_path, capsys):
     record = tmp_path / "a.json"
     settings = ("--dtype", "float32", "--max-new-tokens", NEW, "--json", record)

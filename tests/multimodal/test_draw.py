@@ -15,22 +15,22 @@ PROMPTS = ([1, 40, 50, 60, 70, 9], [1, 80, 90, 9])
 
 
 def alone(model, prompt, weight) -> np.ndarray:
-    """The likeliest codes, each chosen after a whole pass over what is known, of one row or of two."""
-    rows = [list(prompt), [prompt[0], *[PAD] * (len(prompt) - 2), prompt[-1]]]
-    S, codes = model.cfg.n_codes, []
-    for i in range(S):
-        x = model.embed_text(jnp.asarray(rows))
-        drawn = jnp.zeros((2, S), jnp.int32).at[:, :i].set(jnp.asarray(codes, jnp.int32))
-        x = jnp.concatenate([x, model.embed_codes(drawn)], axis=1)
-        logits = scores(model, x, len(prompt) - 1 + i)
-        codes.append(int(jnp.argmax(guided(logits, weight)[0])))
-    return np.asarray(codes)
+    """The likeliest codes, each chosen after a whole pass over what is known, of a row with the prompt and one without;
+    both are padded in front to one length."""
+    rows = np.zeros((2, 6), np.int32)
+    rows[:, -len(prompt) :] = [prompt, [prompt[0], *[PAD] * (len(prompt) - 2), prompt[-1]]]
+    codes = np.zeros(model.cfg.n_codes, np.int32)
+    for i in range(len(codes)):
+        codes[i] = next_code(model, rows, codes, np.arange(6) >= 6 - len(prompt), i, weight)
+    return codes
 
 
 @jax.jit
-def scores(model, x, at):
-    hidden = model.language(jnp.zeros(x.shape[:2], jnp.int32), embeddings=x, logits="none").hidden
-    return model.code_logits(hidden[:, at][:, None])[:, 0]
+def next_code(model, rows, codes, real, i, weight):
+    x = jnp.concatenate([model.embed_text(rows), model.embed_codes(jnp.stack([codes, codes]))], axis=1)
+    segments = jnp.broadcast_to(jnp.concatenate([real, codes == codes]).astype(jnp.int32), x.shape[:2])
+    hidden = model.language(jnp.zeros(x.shape[:2], jnp.int32), None, segments, embeddings=x, logits="none").hidden
+    return jnp.argmax(guided(model.code_logits(hidden[:, 5 + i][:, None])[:, 0], weight)[0])
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def test_guidance_is_between_the_two(greedy):
     np.testing.assert_allclose(guided(logits, 5.0), 5 * logits[0::2] - 4 * logits[1::2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_codes_and_pictures_equal_transformers(greedy, tmp_path):
     """Greedily, with its cache and its guidance, of one prompt; the words of the second row are padding there too."""
     from transformers import GenerationConfig, JanusForConditionalGeneration

@@ -25,6 +25,7 @@ def verify(*arguments) -> int:
     return main(["verify", *map(str, arguments), "--length", "12", "--steps", "3"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("against", ["multi_modality", "janus"])
 def test_every_comparison_holds(folders, against, tmp_path, capsys):
     """PyTorch reads each layout by names of its own."""
@@ -37,6 +38,7 @@ def test_every_comparison_holds(folders, against, tmp_path, capsys):
     assert max(row["relative"] for row in rows) < 2e-5
 
 
+@pytest.mark.slow
 def test_two_exchanged_norms_are_found(folders, tmp_path, capsys):
     checkpoint = Checkpoint(folders / "multi_modality")
     tensors = {name: checkpoint.read(name) for name in checkpoint}

@@ -69,6 +69,7 @@ def test_what_is_frozen():
         assert {name.split(".")[0] for name in named(rest)} == parts - expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_step_moves_that_alone_and_the_loss_falls(name):
     model, stage = tiny_janus(), STAGES[name]
@@ -83,6 +84,7 @@ def test_a_step_moves_that_alone_and_the_loss_falls(name):
         assert np.array_equal(value, before[path]) != stage.trains(path), path
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_tokens_and_codes():
     model, (text, drawn) = tiny_janus(), batch()
     whole, (a, n), (b, m) = jax.jit(lambda t, d: (loss(model, (t, d)), text_nats(model, t), picture_nats(model, d)))(
@@ -90,19 +92,21 @@ def test_the_loss_is_the_mean_over_tokens_and_codes():
     )
     assert (n, m) == (8, 48)
     np.testing.assert_allclose(whole, (a + b) / (n + m), rtol=1e-6)
+    nats = jax.jit(picture_nats)
     # Row 1 alone and without its padding has the same codes' nats.
     one = Pictures(drawn.tokens[1:2, 2:], drawn.segments[1:2, 2:], drawn.codes[1:2])
     rest = Pictures(*(getattr(drawn, name)[0::2] for name in ("tokens", "segments", "codes")))
-    parts = [float(picture_nats(model, rows)[0]) for rows in (one, rest)]
+    parts = [float(nats(model, rows)[0]) for rows in (one, rest)]
     np.testing.assert_allclose(sum(parts), b, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vq_learns():
     """Its three terms as defined; gradients reach encoder, decoder and those codes that were chosen."""
     vq, images = tiny_janus().vq, jnp.asarray(pictures(4, seed=2))
     training = begin(jax.tree.map(jnp.array, vq), VQ_ALONE)
-    z, drawn = vq.vectors(images), vq.decode(vq.encode(images))
-    code = unit(vq.codebook.get_value())[vq.encode(images)]
+    z, codes, drawn = jax.jit(lambda vq, x: (vq.vectors(x), vq.encode(x), vq.decode(vq.encode(x))))(vq, images)
+    code = unit(vq.codebook.get_value())[codes]
     expected = jnp.mean((drawn - images) ** 2) + 1.25 * jnp.mean((code - z) ** 2)
     training, first = step(training, images, np.float32(1e-3), stage=VQ_ALONE, objective=vq_loss)
     np.testing.assert_allclose(first, expected, rtol=1e-5)
@@ -110,7 +114,7 @@ def test_a_vq_learns():
         training, value = step(training, images, np.float32(1e-3), stage=VQ_ALONE, objective=vq_loss)
     assert value < first
     moved = np.abs(np.asarray(training.model.codebook.get_value()) - np.asarray(vq.codebook.get_value())).max(-1) > 0
-    assert set(np.unique(vq.encode(images))) <= set(np.flatnonzero(moved))
+    assert set(np.unique(codes)) <= set(np.flatnonzero(moved))
 
 
 def test_nothing_to_learn_is_an_error():
