@@ -7,6 +7,7 @@ K codes, S codes of a picture, D width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import jax
@@ -68,8 +69,9 @@ def draw_pictures(
     if ctx is not None and ctx.mesh is not None:
         raise ValueError("pictures are drawn on one device: leave the mesh out.")
     ctx, cfg = check_model(model.language, ctx), model.cfg
-    prompts, N, S = check_prompts(prompts, cfg.language.vocab_size), len(prompts), cfg.n_codes
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not np.isfinite(weight):
+    prompts = check_prompts(prompts, cfg.language.vocab_size)
+    N, S = len(prompts), cfg.n_codes
+    if not isinstance(weight, Real) or isinstance(weight, bool) or not np.isfinite(weight):
         raise ValueError(
             f"weight={weight!r} must be a finite number: 1 draws by the prompt alone, {WEIGHT:g} is usual."
         )

@@ -59,7 +59,8 @@ def stream(
         raise ValueError("prompts with pictures run on one device: leave the mesh out.")
     ctx = check_model(model.language, ctx)
     cfg = model.cfg.language
-    prompts, rows = check_prompts(prompts, cfg.vocab_size), len(prompts)
+    prompts = check_prompts(prompts, cfg.vocab_size)
+    rows = len(prompts)
     if len(images) != rows:
         raise ValueError(f"images has {len(images)} lists of pictures for {rows} prompts: give a list for each.")
     for row, (prompt, own) in enumerate(zip(prompts, images, strict=True)):

@@ -101,6 +101,19 @@ def test_text_about_pictures_is_what_the_library_writes(folder, picture, tmp_pat
     assert [row["prompt_ids"] for row in rows] == prompts
 
 
+@pytest.mark.slow
+def test_in_bfloat16_and_as_stored(folder, picture, tmp_path, capsys):
+    for dtype in ("bfloat16", "stored"):
+        out = tmp_path / f"{dtype}.png"
+        code, _, err = run(capsys, "draw", folder, "--prompt", "a red circle", out, "--dtype", dtype)
+        assert code == 0, err
+        assert np.asarray(Image.open(out)).std() > 0
+        arguments = ("--image", picture, "--prompt", "which?", "--max-new-tokens", NEW, "--dtype", dtype)
+        code, text, err = run(capsys, "generate", folder, *arguments)
+        assert code == 0, err
+        assert text
+
+
 def test_prompts(folder):
     tokenizer = dsj.load_tokenizer(folder)
     writer = PromptWriter(tokenizer, config())
