@@ -40,8 +40,10 @@ class Step:
 
 
 class Reader(Protocol):
-    """Reads one block of calls, behind its first mark; ``calls``: how many there were up to here."""
+    """Reads one block of calls, behind its first mark; ``calls``: how many there were up to here. ``MARKS``: control
+    tokens that calls are made of, beside the first mark."""
 
+    MARKS: tuple[str, ...]
     calls: int
 
     def __init__(self, calls: int): ...
@@ -60,7 +62,7 @@ class Syntax:
     @property
     def marks(self) -> tuple[str, ...]:
         """Control tokens that carry meaning here, and so are kept in the text."""
-        return (self.begin, *getattr(self.reader, "MARKS", ()))
+        return (self.begin, *self.reader.MARKS)
 
 
 def first_mark(text: str, marks: Sequence[str], final: bool = False) -> tuple[int, str | None]:
@@ -142,6 +144,7 @@ class Fenced(Bare):
 class Dsml:
     """V3.2's; V4's is called otherwise."""
 
+    MARKS = ("｜DSML｜",)
     BLOCK = "function_calls"
     NAME, TEXT = re.compile(r'\bname="(.*)', re.DOTALL), re.compile(r'^(.*)" string="(true|false)$', re.DOTALL)
     INVOKE, INVOKED = "<｜DSML｜invoke", "</｜DSML｜invoke>"

@@ -134,7 +134,7 @@ class Jobs:
         new = context - len(prompt) if sampling.max_tokens is None else sampling.max_tokens
         if new < 1 or len(prompt) + new > context:
             asked = "" if sampling.max_tokens is None else f" and {new} new ones"
-            message = f"has {len(prompt)} tokens{asked}, and the context {context}: shorten it or ask for fewer tokens."
+            message = f"{len(prompt)} tokens{asked} do not fit the context of {context}: shorten it, or ask for fewer."
             raise bad(param, message, "context_length_exceeded")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed % 2**32
         return Request(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from deepseek_jax.serving.answer import Vocabulary
 from deepseek_jax.serving.calls import V3, V4, V31, V32, syntax_of
 from deepseek_jax.serving.parse import Parser, thinking_of
 from deepseek_jax.text import bpe
@@ -180,6 +181,18 @@ def test_a_stop_string_ends_the_content_and_no_part_of_it_comes_out():
     parser = Parser(stops=["b"])
     assert [p.text for p in parser.push("abc")] == ["a"]
     assert parser.push("abc") == parser.finish() == []
+
+
+def test_marks_of_calls_are_kept_where_the_tokenizer_has_them_as_special_tokens():
+    """Others are no part of a text; and a mark is none where no tools are offered."""
+    backend = bpe.train_tokenizer(["text"], 264)
+    backend.add_special_tokens(["｜DSML｜", "<｜tool▁calls▁begin｜>", "</think>"])
+    tokenizer = Tokenizer(backend)
+    unsaid = set(range(len(bpe.SPECIAL_TOKENS)))
+    dsml, begin = (tokenizer.id_of(mark) for mark in ("｜DSML｜", "<｜tool▁calls▁begin｜>"))
+    assert Vocabulary(tokenizer).unsaid == unsaid | {dsml, begin}
+    assert Vocabulary(tokenizer, V4).unsaid == unsaid | {begin}
+    assert Vocabulary(tokenizer, V31).unsaid == unsaid | {dsml}
 
 
 V3_TEMPLATE = (
