@@ -12,6 +12,7 @@ from served import CONTEXT, Told, client, serving
 
 from deepseek_jax.generation.request import Delta
 from deepseek_jax.serving.errors import NotServing
+from deepseek_jax.serving.server import listening
 from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -343,7 +344,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(plain):
 def test_a_client_that_leaves_frees_its_slot(plain, stream):
     engine = saying(plain, "one two three four five six")
     engine.goes_on.clear()
-    with serving(engine, plain) as url, client(url, timeout=0.4) as c:
+    with serving(engine, plain) as url, client(url, timeout=30 if stream else 2) as c:
         if stream:
             made = c.chat.completions.create(model="tiny", messages=HI, stream=True)
             next(made)
@@ -420,6 +421,15 @@ def test_tokens_and_metrics_are_told(plain):
             'vllm:e2e_request_latency_seconds_count{model_name="tiny"} 1.0',
         ):
             assert line in text
+
+
+def test_a_port_that_is_taken_is_said_so():
+    with listening("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1, port {port}: Address already in use\."):
+            listening("127.0.0.1", port)
+    with pytest.raises(OSError, match=r"cannot listen on no\.such\.host\.invalid"):
+        listening("no.such.host.invalid", 0)
 
 
 def test_an_end_waits_for_answers_under_way(plain):
