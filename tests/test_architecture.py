@@ -39,7 +39,6 @@ MAY_IMPORT = {
 LONGEST = 300
 LONGER = {
     "aot/hlo.py": 311,
-    "aot/roofline.py": 381,
 }
 # Where nothing may know of a mesh: what it asks of its devices is `ctx.ops`. The exceptions say where arrays may lie.
 MESHLESS = ("core", "kernels", "model")

@@ -6,12 +6,12 @@ an addition are two.
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from deepseek_jax.aot.hlo import COLLECTIVES, HBM, HOST, Array, Computation, Instruction, Module
+from deepseek_jax.aot.kernels import Kernel, Timed
 
 # Passes of bfloat16 products that a float32 product of that precision takes.
 PASSES = {"highest": 6, "high": 3}
@@ -33,19 +33,18 @@ MARKERS = {
     "AsyncCollectiveStart", "AsyncCollectiveDone",
 }  # fmt: skip
 
-Kernel = Callable[[Instruction, list[Array]], float | None]
-
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops``: on the matrix unit. ``passes``: the same with each product as often as its precision needs.
-    ``read``, ``written``: bytes of HBM. ``host``: bytes that cross to or from the host."""
+    """``flops``: on the matrix unit. ``passes``: the same with each product as often as its precision needs, without
+    the kernel ``timed``. ``read``, ``written``: bytes of HBM. ``host``: bytes that cross to or from the host."""
 
     flops: float = 0.0
     passes: float = 0.0
     read: int = 0
     written: int = 0
     host: int = 0
+    timed: Timed | None = None
 
     @property
     def hbm(self) -> int:
@@ -54,7 +53,8 @@ class Cost:
 
 @dataclass
 class Costs:
-    """Costs of a module's instructions. ``kernel``: FLOPs of a custom call from its operands, None where it is unknown.
+    """Costs of a module's instructions. ``kernel``: FLOPs of a custom call from its operands, or the call with its
+    time; None where it is unknown.
 
     ``unknown``: custom calls of which nothing says what they compute, name -> source.
     """
@@ -68,13 +68,13 @@ class Costs:
         op = instruction.opcode
         if op in FREE or op in WAITS or instruction.attribute("custom_call_target") in _quoted(MARKERS):
             return Cost()
-        flops, passes = self._flops(instruction, where)
+        flops, passes, timed = self._flops(instruction, where)
         if op == "copy-start":
             return self._copied(instruction.arrays[1], instruction.arrays[0])
         if op == "copy":
             return self._copied(where.operands(instruction)[0].arrays[0], instruction.arrays[0])
         read = sum(self._read(instruction, index, where) for index in range(len(instruction.operands)))
-        return Cost(flops, passes, read, self._written(instruction, where), self._host(instruction, where))
+        return Cost(flops, passes, read, self._written(instruction, where), self._host(instruction, where), timed)
 
     @staticmethod
     def _copied(source: Array, target: Array) -> Cost:
@@ -99,18 +99,21 @@ class Costs:
 
     # --- FLOPs --------------------------------------------------------------------------------------------------
 
-    def _flops(self, instruction: Instruction, where: Computation) -> tuple[float, float]:
-        total = passes = 0.0
+    def _flops(self, instruction: Instruction, where: Computation) -> tuple[float, float, Timed | None]:
+        total, passes, timed = 0.0, 0.0, None
         for place, inner in [(where, instruction), *self.module.within(instruction)]:
             if inner.opcode not in ("dot", "convolution", "custom-call", "ragged-dot"):
                 continue
             flops = self._product(inner, place)
+            if isinstance(flops, Timed):
+                total, timed = total + flops.flops, flops
+                continue
             precision = re.findall(r"highest|high", inner.attribute("operand_precision") or "")
             total += flops
             passes += flops * max((PASSES[p] for p in precision), default=1)
-        return total, passes
+        return total, passes, timed
 
-    def _product(self, instruction: Instruction, where: Computation) -> float:
+    def _product(self, instruction: Instruction, where: Computation) -> float | Timed:
         operands = [a for i in where.operands(instruction) for a in i.arrays]
         if instruction.opcode == "dot":
             contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")

@@ -11,12 +11,13 @@ import numpy as np
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.aot.child import Job
+from deepseek_jax.aot.estimates import Estimate, Slice
 from deepseek_jax.aot.hlo import parse
-from deepseek_jax.aot.kernels import KernelFlops
+from deepseek_jax.aot.kernels import Kernels
 from deepseek_jax.aot.memory import HLO, Memory, dumped, read_memory
 from deepseek_jax.aot.process import built
 from deepseek_jax.aot.programs import balanced_fill, cache_bytes, expected_trips
-from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, Estimate, Slice, estimate
+from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, estimate
 from deepseek_jax.core.context import Context
 
 
@@ -56,6 +57,7 @@ class Report:
         program["options"] = {name: str(value) for name, value in program["options"].items()}
         time = asdict(found)
         time["operations"] = [dict(zip(("seconds", "name", "source"), o, strict=True)) for o in found.operations[:most]]
+        time["kernels"] = merged(found)
         time["transfers"] = [asdict(t) | {"runs": n} for t, n in found.transfers]
         memory = asdict(self.memory)
         memory["live_by_kind"] = self.memory.live_by_kind({len(stack.numbers) for stack in job.cfg.stacks})
@@ -89,7 +91,9 @@ def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None,
         module = parse(dumped(found.dump, HLO))
         fill = balanced_fill(job.program, found.sizes)
         on = Slice(job.topology, np.array(found.coordinates), found.sizes)
-        time = estimate(module, KernelFlops(fill), on, partial(expected_trips, job.program))
+        time = estimate(
+            module, Kernels(fill, job.topology.kind, job.topology.chip.cores), on, partial(expected_trips, job.program)
+        )
         return Report(
             job=job,
             sizes=found.sizes,
@@ -100,6 +104,15 @@ def report(job: Job, quick: bool, say: Callable[[str], Any] = lambda text: None,
             out_of_memory=found.out_of_memory,
             compiler=found.memory and {**found.memory, **(found.cost or {})},
         )
+
+
+def merged(found: Estimate) -> list[dict]:
+    """A line a kind of kernel call: what it was priced as, FLOPs and seconds of one, and how often a step has it."""
+    merged: dict[tuple, dict] = {}
+    for call, runs in found.kernels:
+        line = merged.setdefault((call.kernel, call.product, *call.shape.values()), asdict(call) | {"runs": 0})
+        line["runs"] += runs
+    return list(merged.values())
 
 
 def rates(job: Job, seconds: float) -> Rates:

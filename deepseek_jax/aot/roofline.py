@@ -1,7 +1,8 @@
 """Time of a program on a TPU slice, by playing its schedule through: what bounds each operation, what waits for what.
 
 A chip's core runs the scheduled operations one after another. Each takes the longer of its matrix products at
-`MATRIX_RATE` of the peak and its bytes at `HBM_RATE` of HBM's bandwidth. Three things go on beside it:
+`MATRIX_RATE` of the peak and its bytes at `HBM_RATE` of HBM's bandwidth; grouped matmul and attention kernels take what
+measurements of them say (`aot.rates`). Three things go on beside it:
 
 - copies and gathers that were started and not yet waited for take what HBM bandwidth the operations leave over;
 - collectives use the slice's links, one collective after another; what is waited for and not yet done is exposed, and
@@ -12,52 +13,23 @@ Loops run as often as the program says, or where the data decides it as the call
 the routing count the rows of balanced routing.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from deepseek_jax.aot.costs import Cost, Costs, Kernel
-from deepseek_jax.aot.hlo import COLLECTIVES, Computation, Instruction, Module
-from deepseek_jax.aot.topology import Topology
-from deepseek_jax.aot.torus import Torus, axes_of, pairs_of, replica_groups
+from deepseek_jax.aot.estimates import Estimate, Slice, Transfer
+from deepseek_jax.aot.hlo import Computation, Instruction, Module
+from deepseek_jax.aot.kernels import Timed
+from deepseek_jax.aot.links import START, Links
 
 # What the TPU compiler's own estimates reach of the peaks, for products and for copies that nothing else bounds.
 MATRIX_RATE = 0.86
 HBM_RATE = 0.85
-# A copy that is started and its wait; the names of async operations end so in every form that XLA has.
-START, DONE = "-start", "-done"
+# The wait for what was started; the names of async operations end so in every form that XLA has.
+DONE = "-done"
 # Rounds of a loop that are played; the others take as long as the last of them.
 PLAYED = 3
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A collective of the program: ``nbytes`` and ``seconds`` of one execution."""
-
-    name: str
-    kind: str
-    axes: str
-    source: str
-    nbytes: float
-    seconds: float
-    started: bool
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The slice and the mesh on it. ``coordinates``: of the mesh's devices, in its order. ``sizes``: of its axes."""
-
-    topology: Topology
-    coordinates: np.ndarray
-    sizes: dict[str, int]
-
-    @property
-    def torus(self) -> Torus:
-        chip, shape = self.topology.chip, self.topology.shape
-        return Torus(shape, tuple(n % chip.ring == 0 for n in shape), chip.link)
 
 
 @dataclass
@@ -71,46 +43,6 @@ class Clock:
     drained: float = 0.0
     totals: Counter = field(default_factory=Counter)
     jobs: dict[str, tuple[str, float, str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A step's time and what it is made of.
-
-    ``seconds``: of the whole. ``matrix``: in which the core multiplies. ``hbm``: more, in which it waits for HBM.
-    ``exposed``: collective kind and axes -> more, in which it waits for that. ``host``: in which it waits for the bus.
-    ``flops``: matrix FLOPs done. ``hbm_bytes``, ``host_bytes``. ``sent``: collective -> bytes. ``links``: seconds in
-    which the links are busy. ``transfers``: collectives, with how often each runs. ``operations``: (seconds, name,
-    source) of what takes longest. ``loops``: those that were taken not to run. ``unknown``: kernels of which no FLOPs
-    are known.
-    """
-
-    seconds: float
-    matrix: float
-    hbm: float
-    exposed: dict[str, float]
-    host: float
-    flops: float
-    hbm_bytes: float
-    host_bytes: float
-    sent: dict[str, float]
-    links: float
-    transfers: tuple[tuple[Transfer, int], ...]
-    operations: tuple[tuple[float, str, str], ...]
-    loops: tuple[str, ...]
-    unknown: tuple[str, ...]
-
-    @property
-    def synchronous(self) -> tuple[tuple[Transfer, int], ...]:
-        """The collectives that nothing runs beside."""
-        return tuple((t, n) for t, n in self.transfers if not t.started)
-
-    @property
-    def binds(self) -> str:
-        """What takes most of the time."""
-        parts = {"matrix products": self.matrix, "HBM": self.hbm, "the host's bus": self.host}
-        parts |= {"collectives": sum(self.exposed.values())}
-        return max(parts, key=parts.get)
 
 
 # (source, number among such loops of a computation) -> how often a loop runs whose length the data decides.
@@ -127,15 +59,16 @@ def estimate(module: Module, kernel: Kernel, on: Slice, trips: Trips = lambda so
 
 class _Player:
     def __init__(self, module: Module, kernel: Kernel, on: Slice, trips: Trips):
-        self.module, self.on, self.torus, self.trips = module, on, on.torus, trips
+        self.module, self.trips = module, trips
+        self.links = Links(module, on)
         self.costs = Costs(module, kernel)
         self.chip = on.topology.chip
         self.rate = self.chip.hbm_rate * HBM_RATE
         self.clock = Clock()
         self.transfers: dict[str, Transfer] = {}
+        self.timed: dict[str, Timed] = {}
         self.sources: dict[str, str] = {}
         self.loops: dict[str, str] = {}
-        self.known: dict[tuple[str, str], float] = {}
         self.plans: dict[str, list] = {}
         self.spread: set[str] = set()
         self.undecided: Counter = Counter()
@@ -160,6 +93,7 @@ class _Player:
             sent=part("sent"),
             links=totals["links", ""],
             transfers=tuple((t, round(totals["runs", name])) for name, t in self.transfers.items()),
+            kernels=tuple((call, round(totals["runs", name])) for name, call in self.timed.items()),
             operations=tuple((seconds, name, self.sources[name]) for name, seconds in longest),
             loops=tuple(self.loops.values()),
             unknown=tuple(f"{name} {source}" for name, source in self.costs.unknown.items()),
@@ -184,7 +118,7 @@ class _Player:
         if op.endswith(DONE) or op == "async-update":
             return (lambda: self._move(instruction)) if op == "async-update" else lambda: self._wait(instruction)
         self.sources[name] = source or name
-        inner = self._inner(instruction, where)
+        inner = self.links.collective(instruction, where)
         if inner is not None:
             return self._collective_plan(instruction, where, *inner)
         cost = self.costs.of(instruction, where)
@@ -192,8 +126,10 @@ class _Player:
             return lambda: self._start(name, cost)
         if cost.host:
             return lambda: (self._start(name, cost), self._until(name))
-        if not cost.passes and not cost.hbm:
+        if not cost.passes and not cost.hbm and cost.timed is None:
             return None
+        if cost.timed is not None:
+            self.timed[name] = cost.timed
         return lambda: self._compute(name, cost)
 
     def _collective_plan(self, instruction: Instruction, where: Computation, place: Computation, inner: Instruction):
@@ -216,7 +152,7 @@ class _Player:
             self.sources[job] = instruction.source or inner.source
         else:
             job = instruction.name
-        transfer = self._transfer(instruction, place, inner, starts or fused)
+        transfer = self.links.transfer(instruction, place, inner, starts or fused)
         self.transfers[job] = transfer
         return lambda: self._collective(job, transfer, cost, starts)
 
@@ -254,6 +190,9 @@ class _Player:
 
     def _compute(self, name: str, cost: Cost) -> None:
         matrix = cost.passes / (self.chip.flops * MATRIX_RATE)
+        if cost.timed is not None:
+            matrix += cost.timed.seconds
+            self._add("runs", name, 1)
         taken = max(matrix, cost.hbm / self.rate)
         self._count(cost)
         self._add("matrix", "", matrix)
@@ -325,57 +264,3 @@ class _Player:
     def _add(self, kind: str, name: str, value: float) -> None:
         if value:
             self.clock.totals[kind, name] += value
-
-    # --- Collectives ---------------------------------------------------------------------------------------------
-
-    def _inner(self, instruction: Instruction, where: Computation) -> tuple[Computation, Instruction] | None:
-        """The collective that an instruction is, starts or contains, and where that stands; None for another."""
-        if instruction.opcode.removesuffix(START) in COLLECTIVES:
-            return where, instruction
-        if instruction.opcode not in ("async-start", "fusion", "custom-call"):
-            return None
-        within = self.module.within(instruction)
-        return next(((c, i) for c, i in within if i.opcode.removesuffix(START) in COLLECTIVES), None)
-
-    def _transfer(self, instruction: Instruction, place: Computation, inner: Instruction, started: bool) -> Transfer:
-        kind = inner.opcode.removesuffix(START)
-        taken = [a for i in place.operands(inner) for a in i.arrays]
-        if kind == "all-gather":
-            # Started, the result is a tuple of operands and results.
-            results = inner.arrays[len(taken) :] if inner.opcode.endswith(START) else inner.arrays
-            nbytes = sum(a.nbytes for a in results)
-        elif kind == "ragged-all-to-all":
-            # One side's array is a buffer that balanced routing does not fill.
-            nbytes = min(taken[0].nbytes, taken[1].nbytes)
-        else:
-            nbytes = sum(a.nbytes for a in taken)
-        groups, axes = self._groups(inner, kind)
-        seconds = self._seconds(kind, groups, nbytes)
-        source = instruction.source or inner.source
-        return Transfer(instruction.name, kind, axes, source, nbytes, seconds, started)
-
-    def _groups(self, instruction: Instruction, kind: str) -> tuple[np.ndarray, str]:
-        if kind == "collective-permute":
-            pairs = np.array(pairs_of(instruction.attribute("source_target_pairs") or ""))
-            return pairs, axes_of(pairs[:1], self.on.sizes)
-        groups = replica_groups(_group_text(instruction.text), len(self.on.coordinates))
-        return groups, axes_of(groups, self.on.sizes)
-
-    def _seconds(self, kind: str, groups: np.ndarray, nbytes: float) -> float:
-        """From two sizes, for the time is a constant and a part in proportion to the bytes."""
-        key = kind, groups.tobytes()
-        if key not in self.known:
-            places = self.on.coordinates[groups]
-            none, some = (self.torus.seconds(kind, places, n) for n in (0.0, 1e9))
-            self.known[key] = none, (some - none) / 1e9
-        constant, slope = self.known[key]
-        return constant + slope * nbytes
-
-
-def _group_text(text: str) -> str:
-    """The value of ``replica_groups``, which may hold commas and spaces outside of brackets."""
-    match = re.search(r"replica_groups=(mesh\[.*?\](?:,? ?device_ids=\([^)]*\)+)? *\{[^}]*\}|\[[\d,]*\]<=\[[\d,]*\]"
-                      r"(?:T\([\d,]*\))?|\{\{.*?\}\}|\{\})", text)  # fmt: skip
-    if match is None:
-        raise ValueError(f"no replica_groups are known in {text[:120]!r}.")
-    return match[1]

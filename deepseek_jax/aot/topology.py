@@ -20,8 +20,8 @@ class Chip:
     ``accelerator``: the prefix of Google Cloud's names. ``hbm``: bytes that a program may use. ``flops``: dense
     bfloat16 a second. ``hbm_rate``: bytes a second. ``link``: bytes a second of one ICI link in one direction.
     ``host_rate``: bytes a second from or to the host. ``dims``: of the torus. ``ring``: an axis of a slice whose size
-    is a multiple of this closes to a ring, any other is a line. ``flags``: compiler options that are set unless others
-    are given.
+    is a multiple of this closes to a ring, any other is a line. ``cores``: TensorCores of the chip. ``flags``: compiler
+    options that are set unless others are given.
     """
 
     accelerator: str
@@ -32,6 +32,7 @@ class Chip:
     host_rate: float
     dims: int
     ring: int
+    cores: int = 1
     flags: tuple[tuple[str, str], ...] = ()
 
 
@@ -48,8 +49,8 @@ _ASYNCHRONOUS = (
 # would be 100, 112 and 50 GB/s a link and direction; what Google's "How to Scale Your Model" reckons with, 90, 90 and
 # 45, is less and taken here. The host's rates are from there too.
 CHIPS = {
-    "v5p": Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 90e9, 16e9, 3, 4, _ASYNCHRONOUS),
-    "v6e": Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 90e9, 32e9, 2, 16, _ASYNCHRONOUS),
+    "v5p": Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 90e9, 16e9, 3, 4, 2, _ASYNCHRONOUS),
+    "v6e": Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 90e9, 32e9, 2, 16, flags=_ASYNCHRONOUS),
     "v5e": Chip("v5litepod", int(15.75 * GIB), 197e12, 819e9, 45e9, 16e9, 2, 16),
 }
 
@@ -103,8 +104,8 @@ def describe(wanted: Topology) -> list:
     in a process of its own."""
     import jax
 
-    # Cores, not chips, are what v5p's accelerator types count.
-    cores = wanted.n_chips * (2 if wanted.kind == "v5p" else 1)
+    # Cores, not chips, are what accelerator types count.
+    cores = wanted.n_chips * wanted.chip.cores
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=f"{wanted.chip.accelerator}-{cores}",

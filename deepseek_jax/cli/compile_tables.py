@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepseek_jax.aot.report import Report
+from deepseek_jax.aot.report import Report, merged
 from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE
 from deepseek_jax.cli.tables import show
 
@@ -31,6 +31,8 @@ def print_report(report: Report, largest: int, console: Console) -> None:
         show(console, _largest(report, largest))
     show(console, _time(report))
     show(console, _traffic(report))
+    if report.estimate.kernels:
+        show(console, _kernels(report))
     if largest:
         show(console, _operations(report, largest))
     show(console, _rates(report))
@@ -79,7 +81,9 @@ def _largest(report: Report, most: int) -> Table:
 def _time(report: Report) -> Table:
     found = report.estimate
     table = _table("Time of a step, estimated from the schedule", ("what", "left"), ("seconds", "right"), ("", "right"))
-    rows = [(f"matrix products at {MATRIX_RATE:.0%} of the peak", found.matrix)]
+    kernels = sum(call.seconds * runs for call, runs in found.kernels)
+    rows = [("grouped matmul and attention, at measured rates", kernels)]
+    rows += [(f"other matrix products, at {MATRIX_RATE:.0%} of the peak", found.matrix - kernels)]
     rows += [(f"more for HBM at {HBM_RATE:.0%} of its bandwidth", found.hbm)]
     rows += [(f"exposed {name}", seconds) for name, seconds in sorted(found.exposed.items(), key=lambda e: -e[1])]
     rows += [("exposed copies to and from the host", found.host)]
@@ -103,6 +107,21 @@ def _traffic(report: Report) -> Table:
         table.add_row(name, f"{size / GB:,.3f} GB")
     if found.host_bytes:
         table.add_row("to and from the host", f"{found.host_bytes / GB:,.1f} GB")
+    return table
+
+
+def _kernels(report: Report) -> Table:
+    title = "Kernels priced by measurements (deepseek_jax/aot/measured)"
+    table = _table(title, ("seconds", "right"), ("runs", "right"), ("TFLOP/s", "right"), ("kernel", "left"))
+    for line in sorted(merged(report.estimate), key=lambda line: -line["seconds"] * line["runs"]):
+        shape = ", ".join(f"{name} {size}" for name, size in line["shape"].items())
+        by = "" if line["measured"] == line["kernel"] else f" (as {line['measured']})"
+        table.add_row(
+            f"{line['seconds'] * line['runs']:.4g}",
+            str(line["runs"]),
+            f"{line['flops'] / line['seconds'] / 1e12:.0f}",
+            Text(f"{line['kernel']}{by} {line['product']}: {shape}"),
+        )
     return table
 
 

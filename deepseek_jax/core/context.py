@@ -22,6 +22,7 @@ REMAT = {
     "core": (("core", "attn"), ()),
     "sublayers": (("attn", "ffn"), ()),
     "offload": ((), ("stream",)),
+    "offload_attention": ((), ("stream", "attn")),
 }
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
 MLA_FORMS = ("auto", "expanded", "absorbed")

@@ -95,7 +95,7 @@ def attend(
         if not (refusal := _kernel_refusal(q_BTNK, tokens, ctx, seeking)):
             segment_BT = None if tokens.uniform else tokens.segment
             # Where activations are even sent to the host, memory is short.
-            how = {"scale": scale, "fused": ctx.remat != "offload"}
+            how = {"scale": scale, "fused": not ctx.remat.startswith("offload")}
             kernel = lambda interpret: partial(ctx.ops.heads, partial(causal_attention, **how, interpret=interpret))  # noqa: E731
             xla = None
             if ctx.attention == "auto":

@@ -1,11 +1,15 @@
 """Weights from where they rest to where they are used, and their gradients back: within `jax.shard_map`."""
 
+import math
 from itertools import takewhile
 
 import jax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.layout import parts
+
+# Devices that gather at once: over more of them the TPU compiler makes an all-reduce of it, of twice the bytes.
+AT_ONCE = 64
 
 
 def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec, dtype) -> jax.Array:
@@ -17,7 +21,8 @@ def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec, dtype) -> ja
     for dimension, (resting, used) in enumerate(zip(parts(rest), parts(use), strict=True)):
         shared = _shared(resting, used)
         for axis in reversed(resting[shared:]):
-            w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True)
+            for groups in reversed(_stages(axis)):
+                w = jax.lax.all_gather(w, axis, axis=dimension, tiled=True, axis_index_groups=groups)
         for axis in used[shared:]:
             w = _own_part(w, axis, dimension)
     return w
@@ -33,11 +38,24 @@ def to_rest(dw: jax.Array, use: PartitionSpec, rest: PartitionSpec, over: tuple[
             dw = jax.lax.all_gather(dw, axis, axis=dimension, tiled=True)
         for axis in resting[shared:]:
             if axis in waiting:
-                dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+                for groups in _stages(axis):
+                    dw = jax.lax.psum_scatter(
+                        dw, axis, scatter_dimension=dimension, tiled=True, axis_index_groups=groups
+                    )
                 waiting.remove(axis)
             else:
                 dw = _own_part(dw, axis, dimension)
     return jax.lax.psum(dw, tuple(waiting))
+
+
+def _stages(axis: str) -> list[list[list[int]] | None]:
+    """The groups of a mesh axis's devices among which it is gathered, the major ones first; None for all at once."""
+    size = jax.lax.axis_size(axis)
+    minor = math.gcd(size, AT_ONCE)
+    if size <= AT_ONCE or minor == 1:
+        return [None]
+    major = [list(range(first, size, minor)) for first in range(minor)]
+    return [major, [list(range(first, first + minor)) for first in range(0, size, minor)]]
 
 
 def _shared(resting: tuple[str, ...], used: tuple[str, ...]) -> int:

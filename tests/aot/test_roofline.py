@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from deepseek_jax.aot.estimates import Slice
 from deepseek_jax.aot.hlo import parse
-from deepseek_jax.aot.kernels import KernelFlops
-from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, PLAYED, Slice, estimate
+from deepseek_jax.aot.kernels import Kernels
+from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, PLAYED, estimate
 from deepseek_jax.aot.topology import Chip, Topology
 from deepseek_jax.aot.torus import HOP_SECONDS
 
@@ -23,7 +24,7 @@ def one_kind_of_chip(monkeypatch):
 def play(body: str, *computations: str, trips=lambda source, number: 0):
     text = "\n".join(computations) + "\nENTRY %main (a: bf16[1000,1000]) -> bf16[1000,1000] {\n" + body + "\n}\n"
     on = Slice(Topology("x:4", "x", (4,)), np.arange(4)[:, None], {"fsdp": 4, "expert": 1})
-    return estimate(parse(text), KernelFlops(1.0), on, trips)
+    return estimate(parse(text), Kernels(1.0, "x"), on, trips)
 
 
 A = "  %a = bf16[1000,1000]{1,0:S(1)} parameter(0)"
@@ -265,8 +266,8 @@ def test_grouped_products_count_the_rows_that_routing_fills():
     on = Slice(Topology("x:4", "x", (4,)), np.arange(4)[:, None], {"fsdp": 4, "expert": 1})
     module = parse(f"ENTRY %main (a: bf16[1000,1000]) -> bf16[1000,1000] {{\n{text}\n}}\n")
     # 800 rows, and three tiles of 10 in which two experts meet.
-    assert estimate(module, KernelFlops(0.8), on).flops == 2 * 830 * 100 * 50
-    assert estimate(module, KernelFlops(1.0), on).flops == 2 * 1000 * 100 * 50
+    assert estimate(module, Kernels(0.8, "x"), on).flops == 2 * 830 * 100 * 50
+    assert estimate(module, Kernels(1.0, "x"), on).flops == 2 * 1000 * 100 * 50
 
 
 @pytest.mark.parametrize(("kernel", "products"), [("fwd", 192 + 128), ("dkv", 2 * 320), ("dq", 2 * 192 + 128)])

@@ -97,7 +97,10 @@ def test_gradients_of_other_forms(ctx):
 
 
 # "attention" and "core" keep a subset and a superset of what "sublayers" keeps of attention, by the same policy.
-SLOWLY = [pytest.param(remat, marks=pytest.mark.slow) for remat in ("full", "attention", "core", "offload")]
+SLOWLY = [
+    pytest.param(remat, marks=pytest.mark.slow)
+    for remat in ("full", "attention", "core", "offload", "offload_attention")
+]
 
 
 @pytest.mark.parametrize("remat", ["sublayers", *SLOWLY])
