@@ -29,6 +29,9 @@ PARAMETER_AXES = (
 # Of activations.
 BATCH, SEQUENCE = "batch", "sequence"
 
+# At the end of a name in a rule: of an array's last axis only, which is a matrix' output.
+LAST = " last"
+
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 Axes = tuple[str | tuple[str, ...] | None, ...]
 
@@ -41,8 +44,8 @@ class LayoutError(ValueError):
 class Layout:
     """Where arrays lie on a mesh; hashable.
 
-    ``rest``, ``use``: pairs (logical axis, mesh axes), as the module says. A mesh axis that an earlier axis of the
-    same array took is left out; a logical axis without an entry is not split. Parameters of one axis (norms, router
+    ``rest``, ``use``: pairs (logical axis, mesh axes), as the module says. A mesh axis that an earlier pair took for
+    the same array is left out; a logical axis without an entry is not split. Parameters of one axis (norms, router
     biases) are whole on every device.
 
     Raises LayoutError for unknown names and for a mesh axis listed twice.
@@ -55,7 +58,7 @@ class Layout:
     def __post_init__(self):
         for rules in (self.rest, self.use):
             for logical, axes in rules:
-                if logical not in (*PARAMETER_AXES, BATCH, SEQUENCE):
+                if logical.removesuffix(LAST) not in (*PARAMETER_AXES, BATCH, SEQUENCE):
                     raise LayoutError(f"layout {self.name}: {logical!r} is no logical axis.")
                 if not set(axes) <= set(MESH_AXES) or len(set(axes)) != len(axes):
                     raise LayoutError(
@@ -80,20 +83,23 @@ def spec(axes: Axes, shape: tuple[int, ...], rules: Rules, mesh: Mesh, what: str
 
     Raises LayoutError, naming ``what``, the axis and the sizes, where a size does not divide.
     """
-    table, taken, entries = dict(rules), set(), [None] * (len(shape) - len(axes))
-    for name, size in zip(axes, shape[len(entries) :], strict=True):
-        names = name if isinstance(name, tuple) else (name,)
-        wanted = (a for n in names for a in table.get(n, ()))
-        mine = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in taken)
-        taken |= set(mine)
-        parts = math.prod(mesh.shape[a] for a in mine)
+    lead = len(shape) - len(axes)
+    names = [name if isinstance(name, tuple) else (name,) for name in axes]
+    mine: list[tuple[str, ...]] = [()] * len(axes)
+    taken: set[str] = set()
+    for logical, wanted in rules:
+        for place, found in enumerate(names):
+            if logical in found or (place == len(names) - 1 and logical.removesuffix(LAST) in found):
+                free = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in taken)
+                mine[place], taken = mine[place] + free, taken | set(free)
+    for name, size, over in zip(axes, shape[lead:], mine, strict=True):
+        parts = math.prod(mesh.shape[a] for a in over)
         if size % parts:
             raise LayoutError(
                 f"{what}: its axis {name!r} of size {size} does not divide over the mesh axes "
-                f"{' x '.join(f'{a}={mesh.shape[a]}' for a in mine)}."
+                f"{' x '.join(f'{a}={mesh.shape[a]}' for a in over)}."
             )
-        entries.append(mine or None)
-    return PartitionSpec(*entries)
+    return PartitionSpec(*[None] * lead, *(over or None for over in mine))
 
 
 def parts(split: PartitionSpec) -> tuple[tuple[str, ...], ...]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.layout import Axes
 from deepseek_jax.core.lowrank import dense, held
-from deepseek_jax.core.product import product_of_weight
+from deepseek_jax.core.product import product, product_of_weight
 
 Tree = TypeVar("Tree")
 
@@ -31,6 +31,14 @@ class Operations:
     def product(self, equation: str, x: jax.Array, w, precision=None) -> jax.Array:
         """float32 ``einsum(equation, x, w)`` of an activation, whose first axes are rows and tokens, and a weight."""
         return product_of_weight(equation, x, w, precision)
+
+    def apart(self, w) -> bool:
+        """Whether `product_of_columns` should multiply by a weight's parts, rather than `product` by arrays of them."""
+        return False
+
+    def product_of_columns(self, equation: str, x: jax.Array, w, start: int, stop: int) -> jax.Array:
+        """`product` of an activation and a part of a weight's last axis."""
+        return product(equation, x, self.weight(w, x.dtype)[..., start:stop])
 
     def lookup(self, table_VD, tokens_BT: jax.Array, dtype) -> jax.Array:
         """[B, T, D] as ``dtype``: the tokens' rows of a table (a parameter, an array, `Quantized`, `Bits`, `LowRank`).

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.quant import Quantized
@@ -17,6 +18,10 @@ from deepseek_jax.kernels.platform import on_platform, one_pass
 
 MAX_BLOCK_ROWS = 128
 MIN_BLOCK_ROWS = 8
+# So many rows multiply a quantised matrix in no more time than it takes to read it.
+FEW_ROWS = 256
+# Of a quantised matrix, the rows that are rebuilt at once.
+SLAB = 512
 
 
 def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
@@ -45,6 +50,8 @@ def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Arra
 
 
 def ragged_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    if isinstance(w_EDZ, Quantized) and x_MD.shape[0] <= FEW_ROWS and not transpose:
+        return few_rows_matmul(x_MD, w_EDZ, sizes_E)
     w_EDZ = _fused(w_EDZ, x_MD.dtype)
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
@@ -115,6 +122,38 @@ def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
         return jax.lax.dynamic_update_slice(y, out.astype(x.dtype), (first[i], 0))
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros((M + size, width), x_MD.dtype))[:M]
+
+
+def few_rows_matmul(x_MD, w: Quantized, sizes_E) -> jax.Array:
+    """Every expert's matrix meets all rows, a slab of it after the other, whose blocks are rebuilt in the product: read
+    once, as it is stored. Rows of other groups are left out of the sums."""
+    D, block, between = w.shape[1], w.block[1], w.values.shape[2:-1]
+    slab = max(n for n in range(1, min(D, max(SLAB, block)) + 1) if D % n == 0 and (n % block == 0 or n == D))
+    end_E, row_M1 = jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0])[:, None]
+
+    def expert(e, y_MZ):
+        def add(i, sums):
+            x = jax.lax.dynamic_slice_in_dim(x_MD, i * slab, slab, axis=1)
+            # Gate and up each by itself: next to the last, an axis of two has a layout that a product would convert.
+            for z, sum_MF in zip(np.ndindex(between), sums, strict=True):
+                values = _cut(w.values, (e, i * slab, *z), slab)
+                scale = _cut(w.scale, (e, i * slab // block, *z), -(-slab // block))
+                own = Quantized(values, scale, (block, w.block[-1]), values.shape).dequantize(x.dtype)
+                yield sum_MF + jnp.dot(x, own, preferred_element_type=jnp.float32)
+
+        empty = [jnp.zeros((x_MD.shape[0], w.values.shape[-1]), jnp.float32) for _ in np.ndindex(between)]
+        sums = jax.lax.fori_loop(0, D // slab, lambda i, sums: list(add(i, sums)), empty)
+        mine = (row_M1 >= end_E[e] - sizes_E[e]) & (row_M1 < end_E[e])
+        return jnp.where(mine, jnp.concatenate(sums, axis=1).astype(y_MZ.dtype), y_MZ)
+
+    empty = jnp.zeros((x_MD.shape[0], math.prod(w.shape[2:])), x_MD.dtype)
+    return jax.lax.fori_loop(0, sizes_E.size, expert, empty)
+
+
+def _cut(a_EDX, first: tuple, rows: int) -> jax.Array:
+    """[rows, F]: of one matrix of a stack [E, D, F] or [E, D, 2, F], from ``first`` on."""
+    sizes = (1, rows, *(1 for _ in a_EDX.shape[2:-1]), a_EDX.shape[-1])
+    return jax.lax.dynamic_slice(a_EDX, (*first, 0), sizes).reshape(rows, -1)
 
 
 def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:

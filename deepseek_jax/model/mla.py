@@ -141,13 +141,21 @@ class MLA(nnx.Module):
 
     def _absorbed(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context, reports: bool):
         cfg = self.cfg
-        kv_b = self.kv_b if isinstance(self.kv_b, Absorbed) else self.absorbed(latent_BSX.dtype, ctx)
-        q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, kv_b.key, ctx)
+        parts = ctx.ops.apart(self.kv_b)
+        if parts:
+            columns, dtype = ctx.ops.product_of_columns, q_BTNH.dtype
+            q_BTNC = columns("BTNH,CNH->BTNC", q_BTNH, self.kv_b, 0, cfg.nope_dim).astype(dtype)
+        else:
+            kv_b = self.kv_b if isinstance(self.kv_b, Absorbed) else self.absorbed(latent_BSX.dtype, ctx)
+            q_BTNC = linear("BTNH,NHC->BTNC", q_BTNH, kv_b.key, ctx)
         q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
         scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
         o_BTNC = attend(q, key, value, tokens, scale, ctx, seeking, index_BSI)
         kl_BT = divergence(q, key, tokens, scale, seeking, index_BSI) if reports else None
+        if parts:
+            width = cfg.nope_dim + cfg.v_dim
+            return columns("BTNC,CNV->BTNV", o_BTNC, self.kv_b, cfg.nope_dim, width).astype(dtype), kl_BT
         return linear("BTNC,NCV->BTNV", o_BTNC, kv_b.value, ctx), kl_BT
 
     def absorbed(self, dtype, ctx: Context = DEFAULT) -> Absorbed:

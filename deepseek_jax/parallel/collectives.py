@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.layout import parts
 
-# Devices that gather at once: over more of them the TPU compiler makes an all-reduce of it, of twice the bytes.
-AT_ONCE = 64
+# Devices that gather at once: over more of them the TPU compiler makes an all-reduce of it, of twice the bytes; when it
+# scatters the few rows of a decoding step, over more than the second.
+AT_ONCE, FEW_AT_ONCE = 64, 8
 
 
 def gathered(w: jax.Array, rest: PartitionSpec, use: PartitionSpec, dtype) -> jax.Array:
@@ -48,11 +49,29 @@ def to_rest(dw: jax.Array, use: PartitionSpec, rest: PartitionSpec, over: tuple[
     return jax.lax.psum(dw, tuple(waiting))
 
 
-def _stages(axis: str) -> list[list[list[int]] | None]:
+def rows_gathered(x_BX: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """Within `jax.shard_map`: the rows of all devices of these mesh axes."""
+    # As vectors: of most other shapes the TPU compiler makes an all-reduce.
+    rows = x_BX.reshape(x_BX.shape[0], 1, -1)
+    for axis in reversed(over):
+        rows = jax.lax.all_gather(rows, axis, axis=0, tiled=True)
+    return rows.reshape(-1, *x_BX.shape[1:])
+
+
+def rows_scattered(y_BX: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """Within `jax.shard_map`: of the sum over these mesh axes each device's own rows."""
+    rows = y_BX.reshape(y_BX.shape[0], -1)
+    for axis in over:
+        for groups in _stages(axis, FEW_AT_ONCE):
+            rows = jax.lax.psum_scatter(rows, axis, scatter_dimension=0, tiled=True, axis_index_groups=groups)
+    return rows.reshape(-1, *y_BX.shape[1:])
+
+
+def _stages(axis: str, at_once: int = AT_ONCE) -> list[list[list[int]] | None]:
     """The groups of a mesh axis's devices among which it is gathered, the major ones first; None for all at once."""
     size = jax.lax.axis_size(axis)
-    minor = math.gcd(size, AT_ONCE)
-    if size <= AT_ONCE or minor == 1:
+    minor = math.gcd(size, at_once)
+    if size <= at_once or minor == 1:
         return [None]
     major = [list(range(first, size, minor)) for first in range(minor)]
     return [major, [list(range(first, first + minor)) for first in range(0, size, minor)]]

@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, LayoutError, parts, spec
+from deepseek_jax.core.quant import Quantized
 from deepseek_jax.parallel.collectives import gathered, to_rest
+from deepseek_jax.parallel.quantized import part, part_specs
 from deepseek_jax.parallel.rounds import Stage, Trip, each_round, expert_parts
 from deepseek_jax.parallel.shardings import parameter_sharding
 
@@ -35,7 +37,8 @@ def dispatch(
     """The weighted sum of each token's experts [B, T, D], and int32 assignments dropped on all devices.
 
     ``experts``: the computation on one device, `model.experts.Experts`; an index of -1 is nobody's. ``gate_up``:
-    [E, D, 2, F], ``down``: [E, F, D], laid out as at rest; they are gathered here, in x's dtype.
+    [E, D, 2, F], ``down``: [E, F, D], laid out as at rest; they are gathered here, in x's dtype. `Quantized` ones, if
+    `rests_in_use`, are not: they have no gradient.
 
     Raises LayoutError when batch, sequence or experts do not divide over the mesh, or a device's tokens into chunks.
     """
@@ -44,27 +47,40 @@ def dispatch(
     return _dispatch(x_BTD, index_BTK, weight_BTK, gate_up, down, experts, ctx)
 
 
+def rests_in_use(w, ctx: Context) -> bool:
+    """Whether a quantised weight of the experts lies in use where it rests, so that nothing of it is gathered."""
+    if not isinstance(w, Quantized):
+        return False
+    axes = next(axes for axes in WEIGHTS if len(axes) == len(w.shape))
+    rest, use = (parameter_sharding(axes, w.shape, ctx, used).spec for used in (False, True))
+    return rest == use
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _dispatch(x_BTD, index_BTK, weight_BTK, gate_up, down, experts, ctx: Context):
     return _forward(x_BTD, index_BTK, weight_BTK, gate_up, down, experts, ctx)[0]
 
 
 def _specs(x, index, gate_up, down, ctx: Context):
-    """Of tokens, of their choices, and of both weights at rest and in use."""
+    """Of tokens, of their choices, of both weights at rest and in use, and of them as they are given."""
     token, choice = (spec(TOKEN, a.shape, ctx.layout.use, ctx.mesh, "an activation") for a in (x, index))
     rest, use = (
         [parameter_sharding(axes, w.shape, ctx, used).spec for axes, w in zip(WEIGHTS, (gate_up, down), strict=True)]
         for used in (False, True)
     )
-    return token, choice, rest, use
+    given = [
+        part_specs(w, axes, ctx) if isinstance(w, Quantized) else split
+        for w, axes, split in zip((gate_up, down), WEIGHTS, rest, strict=True)
+    ]
+    return token, choice, rest, use, given
 
 
 def _forward(x, index, weight, gate_up, down, experts, ctx: Context):
-    token, choice, rest, use = _specs(x, index, gate_up, down, ctx)
+    token, choice, rest, use, given = _specs(x, index, gate_up, down, ctx)
     out = jax.shard_map(
-        partial(_forward_here, experts=experts, ctx=ctx, over=_axes(token), rest=rest, use=use),
+        partial(_forward_here, experts=experts, ctx=ctx, over=_axes(token), rest=rest, use=use, given=given),
         mesh=ctx.mesh,
-        in_specs=(token, choice, choice, *rest),
+        in_specs=(token, choice, choice, *given),
         out_specs=(token, PartitionSpec()),
         check_vma=False,
     )(x, index, weight, gate_up, down)
@@ -73,7 +89,9 @@ def _forward(x, index, weight, gate_up, down, experts, ctx: Context):
 
 def _backward(experts, ctx: Context, residuals, cotangents):
     x, index, weight, gate_up, down = residuals
-    token, choice, rest, use = _specs(x, index, gate_up, down, ctx)
+    if isinstance(gate_up, Quantized):
+        raise ValueError("quantised experts on a mesh have no gradient; load the model with dtype=jnp.bfloat16.")
+    token, choice, rest, use, _ = _specs(x, index, gate_up, down, ctx)
     dx, dweight, d_gate_up, d_down = jax.shard_map(
         partial(_backward_here, experts=experts, ctx=ctx, over=_axes(token), rest=rest, use=use),
         mesh=ctx.mesh,
@@ -94,8 +112,11 @@ def _axes(split: PartitionSpec) -> tuple[str, ...]:
 # --- On one device --------------------------------------------------------------------------------------------
 
 
-def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: Context, over, rest, use):
-    gate_up, down = _in_use((gate_up, down), x_BTD.dtype, rest, use)
+def _forward_here(x_BTD, index_BTK, weight_BTK, gate_up, down, *, experts, ctx: Context, over, rest, use, given):
+    if isinstance(gate_up, Quantized):
+        gate_up, down = (part(w, specs) for w, specs in zip((gate_up, down), given, strict=True))
+    else:
+        gate_up, down = _in_use((gate_up, down), x_BTD.dtype, rest, use)
     chunks = [_chunked(a, ctx) for a in (x_BTD, index_BTK, weight_BTK)]
     if expert_parts(ctx) == 1:
         y_CND = jnp.stack([experts.routed(*chunk, gate_up, down) for chunk in zip(*chunks, strict=True)])

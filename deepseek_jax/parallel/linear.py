@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.product import cotangents
-from deepseek_jax.parallel.collectives import gathered, to_rest
+from deepseek_jax.parallel.collectives import gathered, rows_gathered, rows_scattered, to_rest
 from deepseek_jax.parallel.shardings import parameter_sharding
 
 
@@ -25,7 +25,7 @@ def product_at_rest(x, w, equation: str, axes, ctx: Context, precision) -> jax.A
     return _forward(x, w, equation, axes, ctx, precision)[0]
 
 
-class _Split:
+class Split:
     """How the three terms of an equation are split over the mesh."""
 
     def __init__(self, equation: str, x, w, axes, ctx: Context):
@@ -53,8 +53,10 @@ class _Split:
         parted = {a: sizes[a] // math.prod(self.mesh.shape[m] for m in self.over[a]) for a in sizes}
         given, made, weight = (math.prod(parted[a] for a in term) for term in (self.of_x, self.of_y, self.of_w))
         devices = math.prod(self.mesh.shape[m] for m in apart)
+        # Rows of x go whole to every part, or each part's share of them; what is made are sums, or the part's share.
         # What is made travels in float32.
-        return (letter, apart) if (given + 2 * made) * devices < weight else None
+        moved = given * (1 if letter in self.of_x else devices) + 2 * made * (1 if letter in self.of_y else devices)
+        return (letter, apart) if moved < weight else None
 
     def without(self, term: str) -> tuple[str, ...]:
         """The mesh axes over which a product that gives ``term`` is a sum."""
@@ -62,7 +64,7 @@ class _Split:
 
 
 def _forward(x, w, equation, axes, ctx, precision):
-    split = _Split(equation, x, w, axes, ctx)
+    split = Split(equation, x, w, axes, ctx)
     product = partial(jnp.einsum, equation, precision=precision, preferred_element_type=jnp.float32)
 
     def local(x, w):
@@ -70,30 +72,29 @@ def _forward(x, w, equation, axes, ctx, precision):
         return jax.lax.psum(y, split.without(split.of_y))
 
     if brought := split.brought(x, w):
-        local = partial(_bring, product=product, split=split, letter=brought[0], over=brought[1])
+        multiply = lambda x, w: product(x, w.astype(x.dtype))  # noqa: E731
+        local = partial(bring, product=multiply, split=split, letter=brought[0], over=brought[1])
     run = jax.shard_map(local, mesh=ctx.mesh, in_specs=(split.x, split.rest), out_specs=split.y, check_vma=False)
     return run(x, w), (x, w)
 
 
-def _bring(x, w, *, product, split: _Split, letter: str, over: tuple[str, ...]):
+def bring(x, w, *, product, split: Split, letter: str, over: tuple[str, ...]):
     """The product of all rows of the devices ``over`` with this device's part of the weight, and each row's back."""
-    for axis in reversed(over):
-        x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
     if letter in split.of_x:
-        size = w.shape[split.of_w.index(letter)]
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(over) * size, size, split.of_x.index(letter))
-        y = product(x, w.astype(x.dtype))
-        for axis in over:
-            y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+        x = jax.lax.all_to_all(x, over, split_axis=split.of_x.index(letter), concat_axis=0, tiled=True)
     else:
-        y = product(x, w.astype(x.dtype))
+        x = rows_gathered(x, over)
+    y = product(x, w)
+    if letter in split.of_y:
         y = jax.lax.all_to_all(y, over, split_axis=0, concat_axis=split.of_y.index(letter), tiled=True)
+    else:
+        y = rows_scattered(y, over)
     return jax.lax.psum(y, split.without(split.of_y))
 
 
 def _backward(equation, axes, ctx, precision, operands, dy):
     x, w = operands
-    split = _Split(equation, x, w, axes, ctx)
+    split = Split(equation, x, w, axes, ctx)
 
     def local(x, w, dy):
         whole = gathered(w, split.rest, split.use, x.dtype)

@@ -21,8 +21,9 @@ from deepseek_jax.core.quant import Quantized
 from deepseek_jax.parallel import sequence
 from deepseek_jax.parallel.collectives import gathered, to_rest
 from deepseek_jax.parallel.embedding import lookup
-from deepseek_jax.parallel.expert import dispatch
+from deepseek_jax.parallel.expert import dispatch, rests_in_use
 from deepseek_jax.parallel.linear import product_at_rest
+from deepseek_jax.parallel.quantized import product_of_parts
 from deepseek_jax.parallel.shardings import activation_sharding, parameter_sharding, quantized_shardings, shardings
 
 Tree = TypeVar("Tree")
@@ -41,7 +42,22 @@ class MeshOperations(Operations):
     def product(self, equation: str, x: jax.Array, w, precision=None) -> jax.Array:
         if isinstance(w, nnx.Variable) and isinstance(w.get_value(), jax.Array):
             return product_at_rest(x, w.get_value(), equation, w.get_metadata()["axes"], self.ctx, precision)
+        if self.apart(w):
+            y = product_of_parts(x, w.get_value(), equation, w.get_metadata()["axes"], self.ctx, precision)
+            if y is not None:
+                return y
         return super().product(equation, x, self._in_use(w, x.dtype), precision)
+
+    def apart(self, w) -> bool:
+        return isinstance(w, nnx.Variable) and isinstance(w.get_value(), Quantized)
+
+    def product_of_columns(self, equation: str, x: jax.Array, w, start: int, stop: int) -> jax.Array:
+        if self.apart(w):
+            axes = w.get_metadata()["axes"]
+            y = product_of_parts(x, w.get_value(), equation, axes, self.ctx, columns=(start, stop))
+            if y is not None:
+                return y
+        return super().product_of_columns(equation, x, w, start, stop)
 
     def lookup(self, table_VD, tokens_BT: jax.Array, dtype) -> jax.Array:
         return lookup(table_VD, tokens_BT, dtype, self.ctx)
@@ -71,9 +87,10 @@ class MeshOperations(Operations):
         return map_variables(whole, tree)
 
     def experts(self, experts, x_BTD, index_BTK, weight_BTK, gate_up, down) -> tuple[jax.Array, jax.Array]:
-        # The dispatcher gathers arrays itself; a quantised weight is whole, where it is not split in use.
+        # The dispatcher gathers arrays itself, and takes quantised weights that rest as they are used; others are
+        # rebuilt here.
         weights = [held(w) for w in (gate_up, down)]
-        if not all(isinstance(w, jax.Array) for w in weights):
+        if not all(isinstance(w, jax.Array) or rests_in_use(w, self.ctx) for w in weights):
             weights = [self.weight(w, x_BTD.dtype) for w in (gate_up, down)]
         return dispatch(experts, x_BTD, index_BTK, weight_BTK, *weights, self.ctx)
 

@@ -6,6 +6,8 @@ over them when it is read, and its gradient is scattered back (ZeRO). What ``ten
 split stays split in use.
 """
 
+from dataclasses import replace
+
 from jax.sharding import Mesh
 
 from deepseek_jax.core.layout import BATCH, MESH_AXES, SEQUENCE, Layout, LayoutError, Rules
@@ -29,6 +31,20 @@ REST: Rules = (
     ("kv_rank", GATHERED),
     # What `parallel.embedding.lookup` gathers is the minor part: the columns of a device that shares it are neighbours.
     ("embedding", ("expert", "context", "fsdp")),
+)
+# Where few tokens at a time are run (decoding): what `serve` would hold whole on each device of an expert group lies
+# apart on it by its outputs. The group's tokens are brought there, and each token's outputs back to it; sums over
+# devices would move more, and in float32.
+APART: Rules = (
+    ("expert", ("expert",)),
+    ("expert_ffn", ("tensor",)),
+    ("embed last", ("expert",)),
+    ("heads", ("tensor", "expert")),
+    ("ffn", ("tensor", "expert")),
+    ("embedding", ("expert",)),
+    ("vocab", ("tensor", "expert")),
+    ("q_rank", ("expert",)),
+    ("kv_rank", ("expert",)),
 )
 
 
@@ -55,6 +71,7 @@ LAYOUTS: dict[str, Layout] = {
         _restricted("ep_tp", ("data", "expert", "tensor")),
         _restricted("context", ("data", "fsdp", "context")),
         _restricted("serve", ("data", "expert", "tensor"), resident=True),
+        replace(_restricted("decode", ("data", "expert", "tensor")), rest=APART),
     )
 }
 

@@ -60,10 +60,12 @@ def quantized_shardings(value: Quantized, sharding: NamedSharding, what: str) ->
             if inner:
                 raise LayoutError(f"{what}: {inner} would split heads within its quantised matrix.")
         entries.append(entry or None)
-    scale = [
-        None if entry is None or n % math.prod(mesh.shape[a] for a in entry) else entry
-        for entry, n in zip(entries, value.scale.shape, strict=True)
-    ]
+    # Scales lie with their blocks, where no block is cut.
+    scale, first = [], len(lead)
+    for place, (entry, n, size) in enumerate(zip(entries, value.scale.shape, value.values.shape, strict=True)):
+        apart = math.prod(mesh.shape[a] for a in entry or ())
+        block = value.block[place - first] if place >= first else 1
+        scale.append(entry if n % apart == 0 and size // apart % block == 0 else None)
     return Quantized(
         NamedSharding(mesh, PartitionSpec(*entries)),
         NamedSharding(mesh, PartitionSpec(*scale)),

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 V3, FLASH = "deepseek-v3", "deepseek-v4-flash"
 POD, EP8, EP64 = "v5p:8x8x8", "fsdp=64,expert=8", "fsdp=8,expert=64"
-SERVE = {"topology": "v5e:8x8", "mesh": "expert=64", "program": "decode", "context": 4096}
+SERVE = {"topology": "v5e:8x8", "mesh": "expert=64", "layout": "decode", "program": "decode", "context": 4096}
 # The flags of the recipe of MaxText's measured run (`MAXTEXT`), but for those that are ours as well.
 RECIPE = """
     xla_tpu_enable_async_collective_fusion_fuse_all_gather=false

@@ -14,7 +14,7 @@ from deepseek_jax.core.layout import MESH_AXES, Layout, LayoutError, spec
 from deepseek_jax.core.params import named
 from deepseek_jax.core.partition import partition
 from deepseek_jax.model.transformer import abstract
-from deepseek_jax.parallel.linear import _Split
+from deepseek_jax.parallel.linear import Split
 from deepseek_jax.parallel.mesh import _cubes, make_mesh
 from deepseek_jax.parallel.rules import LAYOUTS, find_layout
 from deepseek_jax.parallel.sequence import balanced_order
@@ -143,7 +143,7 @@ def test_few_tokens_are_brought_to_a_weight_that_is_apart_in_one_axis():
     def brought(tokens: int, *heads):
         layout = Layout("mine", rest=(*rest, *heads), use=(batch, ("heads", ("tensor",))))
         x, w = np.zeros((8, tokens, 256)), np.zeros((256, 8, 64))
-        return _Split("BTD,DNX->BTNX", x, w, axes, dsj.Context(mesh=mesh, layout=layout)).brought(x, w)
+        return Split("BTD,DNX->BTNX", x, w, axes, dsj.Context(mesh=mesh, layout=layout)).brought(x, w)
 
     assert brought(1, ("heads", ("tensor",))) == ("D", ("fsdp",))
     assert brought(512, ("heads", ("tensor",))) is None, "a gather of the weight moves less"
