@@ -146,9 +146,10 @@ def pods() -> str:
     lines = []
     for name, what in PODS.items():
         r = found[name]
-        rate = f"{r['tokens_per_second_chip']:.0f}" if r["program"]["kind"] == "train" else ""
+        rate = f"{r['tokens_per_second_chip']:.0f}"
+        rate += "" if r["program"]["kind"] == "train" else f", {1e3 * r['time']['seconds']:.0f} ms a step"
         causal = r["flops_per_token_and_mfu"].get("causal", (0, None))[1]
-        rate += f" (causal MFU {causal:.0%})" if rate and name == "train-r8" else ""
+        rate += f" (causal MFU {causal:.0%})" if name == "train-r8" else ""
         lines.append([what, f"{r['memory']['total'] / 1e9:.1f}", rate])
     header = "| V3, 4096 tokens a row, nothing dropped, MTP | GB a chip | tokens/s/chip, estimated |"
     return f"{rows(header, lines)}\n\n{compiled(found['train-r8'])}"

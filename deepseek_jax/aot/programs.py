@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.formats import Stored
+from deepseek_jax.convert.manifest import form_of, releases_of
 from deepseek_jax.convert.names import layout as published
 from deepseek_jax.core.layout import BATCH, spec
 from deepseek_jax.core.params import map_variables, named, renamed
@@ -110,7 +113,7 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     rows = program.rows * row_groups(ctx)
     model = abstract(cfg, jnp.bfloat16)
     if program.weights != "bfloat16":
-        model = _quantized(model, cfg, program.weights)
+        model = quantized(model, cfg, program.weights)
     model = _placed(model, ctx)
     cache = _empty_cache(cfg, rows, slots, ctx)
     cache = jax.tree.map(partial(_rows_split, rows=rows, ctx=ctx), cache)
@@ -147,18 +150,24 @@ def _rows_split(a, rows: int, ctx: Context):
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(ctx.mesh, split))
 
 
-def _quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
-    """Every matrix that releases store in blocks of FP8, in FP8 or int8 with a scale a block."""
+def quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
+    """Every matrix that releases quantise, for "fp8" as they store it (V4's experts in FP4), for "int8" with a float32
+    scale for each block of 128 x 128."""
     tensors, leaves = published(cfg)
-    chosen = {tensor.path for tensor in tensors if tensor.fp8}
+    chosen = {tensor.path: tensor for tensor in tensors if tensor.fp8}
+    release = next(iter(releases_of(cfg)), cfg.name)
 
     def quantize(path, variable):
         if path not in chosen:
             return variable
-        leaf = leaves[path]
-        values = jax.ShapeDtypeStruct(leaf.matrix, FP8 if kind == "fp8" else jnp.int8)
-        scale = jax.ShapeDtypeStruct(leaf.scale(BLOCK), jnp.float32)
-        return variable.replace(Quantized(values, scale, leaf.block(BLOCK), leaf.dims))
+        leaf, form = leaves[path], Stored(np.dtype(np.int8), np.dtype(np.float32))
+        if kind == "fp8":
+            stored = form_of(release, chosen[path])
+            form = stored if stored.scale is not None else Stored(np.dtype(FP8), np.dtype(np.float32))
+        block = form.block(BLOCK)
+        values = jax.ShapeDtypeStruct(leaf.matrix, form.dtype)
+        scale = jax.ShapeDtypeStruct(leaf.scale(block), form.scale)
+        return variable.replace(Quantized(values, scale, leaf.block(block), leaf.dims))
 
     return map_variables(quantize, model)
 

@@ -25,9 +25,8 @@ from deepseek_jax.core.context import Context
 class Rates:
     """``tokens``: a second and chip. ``useful``: convention -> (FLOPs a token, MFU: their share of the chip's peak).
 
-    "causal": 6 for each activated parameter, and attention over half of the row; with MTP: its modules too. "full
-    attention": over the whole row, as MaxText counts, without MTP. Prefill has a third of it. ``cache``: bytes that a
-    token holds when a row is full, in decoding.
+    "causal": 6 for each activated parameter, and attention over half of the row, which MaxText counts too; with MTP:
+    its modules too. Prefill has a third of it. ``cache``: bytes that a token holds when a row is full, in decoding.
     """
 
     tokens: float
@@ -125,8 +124,7 @@ def rates(job: Job, seconds: float) -> Rates:
     else:
         figures = counts(job.cfg, program.length)
         causal = figures.flops_per_token if program.kind == "train" else figures.forward_flops_per_token
-        parameters = (6 if program.kind == "train" else 2) * figures.activated_no_embedding
-        useful = {"causal": causal, "full attention (MaxText's)": 2 * causal - parameters}
+        useful = {"causal": causal}
         if program.kind == "train" and program.mtp and job.cfg.mtp_depth:
             useful["causal, with MTP"] = causal + figures.flops_per_token_mtp
     peak = job.topology.chip.flops

@@ -57,14 +57,14 @@ def of_release(name: str) -> Manifest:
     cfg = zoo(name)
     specs = {}
     for tensor in layout(cfg)[0]:
-        form = _form(name, tensor)
+        form = form_of(name, tensor)
         specs[tensor.name] = form.spec(tensor.shape)
         if form.scale is not None:
             specs[tensor.scale] = (form.scale, scale_shape(tensor, form.block(BLOCK)))
     return of_specs(name, specs)
 
 
-def _form(release: str, tensor: Tensor) -> Stored:
+def form_of(release: str, tensor: Tensor) -> Stored:
     """How a release stores a tensor."""
     if tensor.fixed is not None:
         return Stored(DTYPES["I64" if tensor.fixed.kind == "i" else "F32"])

@@ -35,7 +35,7 @@ class Context:
     """How a model runs. Frozen and hashable, so that it is part of every jit cache key.
 
     ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
-    computation, "auto" for block-wise on CPU and `jax.lax.ragged_dot` elsewhere; "kernel" is Pallas' megablox.
+    computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox.
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
     a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere. Kernels named here run interpreted
     on the CPU: to check them, slowly.

@@ -1,5 +1,6 @@
-"""Grouped matmul: rows sorted by group, each times its group's weight. Three forms agree: block-wise (fast on CPU),
-`jax.lax.ragged_dot` (lowered natively on TPU and GPU), and a Pallas kernel for TPU.
+"""Grouped matmul: rows sorted by group, each times its group's weight. Three forms agree: block-wise (CPU and GPU),
+`jax.lax.ragged_dot` (for TPU, where the compiler has a kernel; elsewhere it multiplies all rows by all groups), and a
+Pallas kernel for TPU.
 
 Suffixes: M rows sorted by group, E groups, D and Z widths (Z may be several axes of a weight).
 """
@@ -18,6 +19,8 @@ from deepseek_jax.kernels.platform import on_platform, one_pass
 
 MAX_BLOCK_ROWS = 128
 MIN_BLOCK_ROWS = 8
+# A block is a product of its own, which has to be long enough for a GPU.
+GPU_BLOCK_ROWS = 1024
 # So many rows multiply a quantised matrix in no more time than it takes to read it.
 FEW_ROWS = 256
 # Of a quantised matrix, the rows that are rebuilt at once.
@@ -31,8 +34,9 @@ def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> 
     """
     if form == "auto":
         return jax.lax.platform_dependent(
+            tpu=lambda: ragged_matmul(x_MD, w_EDZ, sizes_E, transpose),
             cpu=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose),
-            default=lambda: ragged_matmul(x_MD, w_EDZ, sizes_E, transpose),
+            default=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose, GPU_BLOCK_ROWS),
         )
     forms = {"blocks": blocks_matmul, "ragged": ragged_matmul, "kernel": kernel_matmul}
     return forms[form](x_MD, w_EDZ, sizes_E, transpose)
@@ -42,8 +46,9 @@ def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Arra
     """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], accumulated in float32."""
     if form == "auto":
         return jax.lax.platform_dependent(
+            tpu=lambda: ragged_outer(x_MD, y_MZ, sizes_E, dtype),
             cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype),
-            default=lambda: ragged_outer(x_MD, y_MZ, sizes_E, dtype),
+            default=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype, GPU_BLOCK_ROWS),
         )
     forms = {"blocks": blocks_outer, "ragged": ragged_outer, "kernel": kernel_outer}
     return forms[form](x_MD, y_MZ, sizes_E, dtype)
@@ -81,10 +86,10 @@ def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     return on_platform(run)(x_MD, y_MZ, sizes_E)
 
 
-def block_rows(rows: int, groups: int) -> int:
-    """Rows a block: a power of two near the mean group, between 8 (decoding) and 128."""
+def block_rows(rows: int, groups: int, most: int = MAX_BLOCK_ROWS) -> int:
+    """Rows a block: a power of two near the mean group, between 8 (decoding) and ``most``."""
     mean = max(rows // groups, 1)
-    return min(max(1 << (mean.bit_length() - 1), MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+    return min(max(1 << (mean.bit_length() - 1), MIN_BLOCK_ROWS), most)
 
 
 def _blocks(sizes_E: jax.Array, rows: int, size: int):
@@ -105,11 +110,11 @@ def _pick(w, e: jax.Array, dtype) -> jax.Array:
     return dense(one, dtype).reshape(w.shape[1], -1)
 
 
-def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool, most: int = MAX_BLOCK_ROWS) -> jax.Array:
     """Rows of a group are contiguous, so blocks run in order without padding copies: what one writes beyond
     its group, the next group's first block overwrites. The trip count is the number of real blocks."""
     M = x_MD.shape[0]
-    size = block_rows(M, sizes_E.size)
+    size = block_rows(M, sizes_E.size, most)
     group, first, _, count = _blocks(sizes_E, M, size)
     x_pad = jnp.pad(x_MD, ((0, size), (0, 0)))
     width = w_EDZ.shape[1] if transpose else math.prod(w_EDZ.shape[2:])
@@ -156,8 +161,8 @@ def _cut(a_EDX, first: tuple, rows: int) -> jax.Array:
     return jax.lax.dynamic_slice(a_EDX, (*first, 0), sizes).reshape(rows, -1)
 
 
-def blocks_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
-    size = block_rows(x_MD.shape[0], sizes_E.size)
+def blocks_outer(x_MD, y_MZ, sizes_E, dtype, most: int = MAX_BLOCK_ROWS) -> jax.Array:
+    size = block_rows(x_MD.shape[0], sizes_E.size, most)
     group, first, real, count = _blocks(sizes_E, x_MD.shape[0], size)
     x_pad, y_pad = (jnp.pad(a, ((0, size), (0, 0))) for a in (x_MD, y_MZ))
 

@@ -19,7 +19,7 @@ class Context(context.Context):
         check_types(self, ValueError)
         if self.mesh is not None:
             object.__setattr__(self, "layout", find_layout(self.layout, self.mesh))
-            if self.experts == "auto" and self.platform is not None:
+            if self.experts == "auto" and self.platform in ("cpu", "tpu"):
                 object.__setattr__(self, "experts", "blocks" if self.platform == "cpu" else "ragged")
         super().__post_init__()
         if self.mesh is not None and self.experts == "dense" and expert_parts(self) > 1:

@@ -1,5 +1,6 @@
 """The four forms of the expert computation agree, forward and backward, with a loop over tokens."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.core.quant import FP8, Quantized
+from deepseek_jax.kernels import grouped
 from deepseek_jax.kernels.grouped import block_rows
 from deepseek_jax.model.experts import routed_experts, sort_by_expert
 
@@ -107,7 +109,9 @@ def test_repeated_expert_of_a_token_adds_up():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_quantised_experts_equal_dequantised_ones(form):
+def test_quantised_experts_equal_dequantised_ones(form, monkeypatch):
+    # "ragged" has few rows: a slab of a matrix after the other, each of which rebuilds its own blocks.
+    monkeypatch.setattr(grouped, "SLAB", 8)
     rng = np.random.default_rng(2)
     x, weight, *_ = tensors(40, 2)
     index = jnp.asarray(patterns(40, 2)["padding"])
@@ -121,6 +125,30 @@ def test_quantised_experts_equal_dequantised_ones(form):
     quantised = routed_experts(x, index, weight, gate_up, down, form)
     plain = routed_experts(x, index, weight, gate_up.dequantize(x.dtype), down.dequantize(x.dtype), form)
     np.testing.assert_allclose(quantised, plain, atol=1e-6)
+
+
+def test_no_program_for_a_gpu_computes_all_experts_for_all_rows():
+    """XLA makes dense products of `jax.lax.ragged_dot` there: at 256 experts a hundredth of a card's rate."""
+    x, weight, gate_up, down, _ = tensors(600, 2)
+    index = jnp.asarray(patterns(600, 2)["padding"])
+
+    def loss(x, weight, gate_up, down):
+        return routed_experts(x, index, weight, gate_up, down, "auto").sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+    text = {
+        platform: jax.export.export(step, platforms=[platform])(x, weight, gate_up, down).mlir_module()
+        for platform in ("cuda", "tpu")
+    }
+    assert "ragged_dot" in text["tpu"]
+    assert "ragged_dot" not in text["cuda"]
+    # Five kinds of products, of blocks of 128 rows (of 200 rows an expert has) with one expert's matrix.
+    products = re.findall(r"dot_general .*: \(tensor<([\dx]+)xf32>, tensor<([\dx]+)xf32>\)", text["cuda"])
+    assert {tuple(sorted(pair)) for pair in products} == {
+        tuple(sorted(pair))
+        for pair in ((f"128x{D}", f"{D}x{2 * F}"), (f"128x{F}", f"{F}x{D}"), (f"128x{D}", f"{F}x{D}"),
+                     (f"128x{2 * F}", f"{D}x{2 * F}"), (f"128x{F}", f"128x{D}"), (f"128x{D}", f"128x{2 * F}"))
+    }  # fmt: skip
 
 
 def test_sorting_keeps_order_within_an_expert():

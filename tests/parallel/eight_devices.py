@@ -5,6 +5,7 @@ Usage: eight_devices.py RESULTS JOB...; a job is one of `JOBS`, a mesh and, wher
 """
 
 import json
+import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from architectures import ARCHITECTURES
+from jax.sharding import PartitionSpec
 from memory_maps import forget_programs
 from tiny import random_model, random_tokens, tiny_config
 
@@ -25,15 +27,18 @@ from deepseek_jax.aot.hlo import collectives, parse
 from deepseek_jax.configs.schema import Compressed, HyperConnections
 from deepseek_jax.convert import shards
 from deepseek_jax.convert.checkpoint import Checkpoint
+from deepseek_jax.convert.names import layout as published
 from deepseek_jax.convert.safetensors import Writer
 from deepseek_jax.core.layout import parts
 from deepseek_jax.core.params import RouterBias, map_variables, named
 from deepseek_jax.core.partition import partition
-from deepseek_jax.core.quant import dequantize_matrix
+from deepseek_jax.core.quant import FP8, Quantized, dequantize_matrix
 from deepseek_jax.generation.engine import stream
 from deepseek_jax.generation.score import score
+from deepseek_jax.kernels import grouped
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.tokens import make_tokens
+from deepseek_jax.parallel import collectives as collectives_of
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
 from deepseek_jax.rl.advantage import advantages
@@ -440,6 +445,71 @@ def compare_stored(case: str) -> dict:
     }
 
 
+def decode_quantized(case: str, layout: str, experts: str) -> dict:
+    """A decoding step from FP8 leaves, whose blocks of 16 parts of a matrix may begin within; what it converts from FP8
+    and gathers, and whether a shape among these is a whole matrix."""
+    cfg = replace(CFG, n_dense_layers=1, mtp_depth=0)
+    tensors, leaves = published(cfg)
+    chosen, rng = {tensor.path for tensor in tensors if tensor.fp8}, np.random.default_rng(0)
+    whole = set()
+
+    def quantize(path, variable):
+        if path not in chosen:
+            return variable
+        leaf = leaves[path]
+        shape = leaf.matrix[leaf.stacked :]
+        # An expert's published matrices are gate, up and down; all others stand as they are.
+        front, between = len(leaf.form.front), len(leaf.form.between)
+        whole.update({shape, shape[front:], (*shape[front : front + 1], *shape[front + 1 + between :])})
+        values = np.asarray(variable.get_value()).reshape(leaf.matrix) * 100
+        scale = rng.uniform(0.5, 1.5, leaf.scale((16, 16))) / 100
+        leaf = Quantized(jnp.asarray(values, FP8), jnp.asarray(scale, jnp.float32), leaf.block((16, 16)), leaf.dims)
+        return variable.replace(leaf)
+
+    model = map_variables(quantize, random_model(cfg))
+    tokens, found = random_tokens(cfg, ROWS, 1), []
+    for mesh in (mesh_of(case), None):
+        how = {"mesh": mesh, "layout": layout} if mesh is not None else {}
+        ctx = dsj.Context(dtype=jnp.float32, experts=experts, mla="absorbed", **how)
+        step = jax.jit(lambda model, tokens, cache, ctx=ctx: model(tokens, cache=cache, ctx=ctx))
+        placed = model if mesh is None else place(model, ctx)
+        arguments = placed, place_batch({"tokens": tokens}, ctx)["tokens"], placed.init_cache(ROWS, LENGTH, ctx=ctx)
+        with mock.patch.object(grouped, "SLAB", 16):
+            lowered = step.lower(*arguments)
+        if not found:
+            text = lowered.as_text()
+        found.append(lowered.compile()(*arguments))
+    ours, theirs = found
+    rebuilt = re.findall(r"stablehlo\.convert .*: \(tensor<([\dx]+)xf8E4M3FN>\)", text)
+    shapes = {tuple(n for n in map(int, shape.split("x")) if n > 1) for shape in rebuilt}
+    return {
+        "logits": error(ours.logits, theirs.logits),
+        "routing": same(ours.aux.expert_index, theirs.aux.expert_index),
+        "rebuilt": len(rebuilt),
+        "whole": sorted(shapes & whole),
+        "gathered": len(re.findall(r"all_gather.*f8E4M3FN", text)),
+    }
+
+
+def staged(case: str) -> dict:
+    """A weight gathered, and a gradient scattered, among some of an axis' devices after the other and among all."""
+    mesh, rest, use, found = mesh_of(case), PartitionSpec("fsdp"), PartitionSpec(), []
+
+    def local(w):
+        whole = collectives_of.gathered(w, rest, use, w.dtype)
+        return whole[None], collectives_of.to_rest(whole * (1.0 + jax.lax.axis_index("fsdp")), use, rest, ("fsdp",))
+
+    for at_once in (8, 4, 2):
+        with mock.patch.object(collectives_of, "AT_ONCE", at_once):
+            run = jax.shard_map(local, mesh=mesh, in_specs=rest, out_specs=(rest, rest), check_vma=False)
+            found.append(jax.jit(run)(jnp.arange(48.0).reshape(16, 3)))
+    whole, part = found[0]
+    return {
+        "right": same(whole, np.tile(np.arange(48.0).reshape(16, 3), (8, 1, 1))) and same(part, 36 * whole[0]),
+        "same": all(same(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)),
+    }
+
+
 def saved(case: str) -> dict:
     """The files of a model in its shards and of the same on one device, FP8 blocks and all; and these files, some of
     their tensors no longer FP8, as they are stored in shards and on one device."""
@@ -472,6 +542,10 @@ def _pairs(ours: list, theirs: list) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 JOBS = {
+    "staged": staged,
+    "quantized": partial(decode_quantized, layout="decode", experts="ragged"),
+    "quantized-blocks": partial(decode_quantized, layout="decode", experts="blocks"),
+    "quantized-all": partial(decode_quantized, layout="all", experts="ragged"),
     "loaded": loaded,
     "saved": saved,
     "stored": compare_stored,

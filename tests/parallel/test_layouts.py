@@ -94,6 +94,16 @@ def test_serving_keeps_parameters_as_they_are_used():
     assert found["stacks.1.attn.q_a"] == PartitionSpec(None, None, None)
 
 
+def test_decoding_keeps_matrices_apart_by_their_outputs():
+    found = places(dsj.zoo("deepseek-v3"), "decode", expert=32, tensor=2)
+    assert found["stacks.1.ffn.gate_up"] == PartitionSpec(None, ("expert",), None, None, ("tensor",))
+    assert found["stacks.1.attn.q_b"] == PartitionSpec(None, None, ("tensor", "expert"), None)
+    assert found["stacks.1.attn.o"] == PartitionSpec(None, ("tensor",), None, ("expert",))
+    assert found["stacks.0.ffn.gate_up"] == PartitionSpec(None, None, None, ("tensor", "expert"))
+    assert found["stacks.0.ffn.down"] == PartitionSpec(None, ("tensor",), ("expert",))
+    assert found["head"] == PartitionSpec(None, ("tensor", "expert"))
+
+
 def test_what_does_not_divide_is_named():
     message = r"layout all: mtp\.0\.block\.attn\.kv_b: its axis 'heads' of size 4 does not divide over .* tensor=8"
     with pytest.raises(LayoutError, match=message):

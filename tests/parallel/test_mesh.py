@@ -19,6 +19,7 @@ MIXED = (
     "data=2,fsdp=2,tensor=2",
 )
 SNAPSHOT = MIXED[0]
+QUANTIZED = MIXED[1]
 HERE = Path(__file__).parent
 # A step's loss, gradients, routing and balance are compared on every axis. Logits and decoding are its forward pass's
 # layout once more, where nothing but rows or a row's tokens lie apart: there they wait for the slow tests.
@@ -50,6 +51,8 @@ DEFAULT = [
     "scores|expert=8",
     f"born|{SNAPSHOT}",
     "loaded|fsdp=4,expert=2",
+    f"quantized|{QUANTIZED}",
+    "staged|fsdp=8",
     f"saved|{SNAPSHOT}",
     f"snapshot|{SNAPSHOT}",
 ]
@@ -63,6 +66,7 @@ SLOW = [
     f"kernel|{MIXED[1]}",
     f"stored|{MIXED[0]}",
     f"improved|{MIXED[0]}",
+    *(f"quantized-{what}|{QUANTIZED}" for what in ("blocks", "all")),
 ]
 # The jobs of a mesh share its programs, which may be dropped between jobs.
 SLOW.sort(key=lambda job: job.split("|")[1])
@@ -258,6 +262,31 @@ def test_weights_that_stay_in_fp8_on_a_mesh(slow):
     found = slow[f"stored|{MIXED[0]}"]
     assert found["routing"]
     assert found["logits"] <= GRADIENT
+
+
+def test_gathers_among_many_devices_go_in_stages(default):
+    assert default["staged|fsdp=8"] == {"right": True, "same": True}
+
+
+def check_quantized(found: dict):
+    """As one device; blocks are rebuilt in the products of parts, and FP8 is not gathered."""
+    assert found["routing"]
+    assert found["logits"] <= GRADIENT
+    assert found["rebuilt"] > 0 == found["gathered"]
+
+
+def test_decoding_gathers_and_rebuilds_no_quantised_matrix_whole(default):
+    found = default[f"quantized|{QUANTIZED}"]
+    check_quantized(found)
+    assert found["whole"] == []
+
+
+@pytest.mark.slow
+def test_decoding_from_quantised_parts_in_other_layouts_and_forms(slow):
+    check_quantized(slow[f"quantized-blocks|{QUANTIZED}"])
+    found = slow[f"quantized-all|{QUANTIZED}"]
+    check_quantized(found)
+    assert found["whole"] == []
 
 
 def test_a_model_is_born_in_its_shards(default):
