@@ -160,11 +160,11 @@ def quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
     def quantize(path, variable):
         if path not in chosen:
             return variable
-        leaf, form = leaves[path], Stored(np.dtype(np.int8), np.dtype(np.float32))
+        leaf, form, block = leaves[path], Stored(np.dtype(np.int8), np.dtype(np.float32)), BLOCK
         if kind == "fp8":
             stored = form_of(release, chosen[path])
             form = stored if stored.scale is not None else Stored(np.dtype(FP8), np.dtype(np.float32))
-        block = form.block(BLOCK)
+            block = form.block(BLOCK)
         values = jax.ShapeDtypeStruct(leaf.matrix, form.dtype)
         scale = jax.ShapeDtypeStruct(leaf.scale(block), form.scale)
         return variable.replace(Quantized(values, scale, leaf.block(block), leaf.dims))

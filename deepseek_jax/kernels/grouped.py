@@ -133,7 +133,7 @@ def few_rows_matmul(x_MD, w: Quantized, sizes_E) -> jax.Array:
     """Every expert's matrix meets all rows, a slab of it after the other, whose blocks are rebuilt in the product: read
     once, as it is stored. Rows of other groups are left out of the sums."""
     D, block, between = w.shape[1], w.block[1], w.values.shape[2:-1]
-    slab = max(n for n in range(1, min(D, max(SLAB, block)) + 1) if D % n == 0 and (n % block == 0 or n == D))
+    slab = max((n for n in range(block, max(SLAB, block) + 1, block) if D % n == 0), default=D)
     end_E, row_M1 = jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0])[:, None]
 
     def expert(e, y_MZ):

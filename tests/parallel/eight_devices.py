@@ -493,7 +493,7 @@ def decode_quantized(case: str, layout: str, experts: str) -> dict:
 
 def staged(case: str) -> dict:
     """A weight gathered, and a gradient scattered, among some of an axis' devices after the other and among all."""
-    mesh, rest, use, found = mesh_of(case), PartitionSpec("fsdp"), PartitionSpec(), []
+    mesh, rest, use, found = mesh_of(case), PartitionSpec("fsdp", None), PartitionSpec(None, None), []
 
     def local(w):
         whole = collectives_of.gathered(w, rest, use, w.dtype)

@@ -29,7 +29,7 @@ def test_v4_has_its_experts_in_fp4_and_all_else_in_fp8():
     assert {path.rsplit(".", 1)[1] for path in experts} == {"gate_up", "down"}
     assert all(found[path].block in ((1, 32, 1, 1), (1, 32, 1)) for path in experts)
     assert {found[path].dtype for path in found.keys() - experts} == {np.dtype(FP8)}
-    assert {leaf.scale.dtype for leaf in found.values()} == {jnp.float8_e8m0fnu}
+    assert {leaf.scale.dtype for leaf in found.values()} == {np.dtype(jnp.float8_e8m0fnu)}
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("fp8", FP8), ("int8", jnp.int8)])
