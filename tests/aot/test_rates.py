@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from deepseek_jax.analysis.counts import counts
 from deepseek_jax.aot.hlo import parse
 from deepseek_jax.aot.kernels import Kernels, Timed
 from deepseek_jax.aot.rates import attention, backward_ratio, causal_flops, grouped, measured
 from deepseek_jax.aot.topology import CHIPS
+from deepseek_jax.configs.zoo import zoo
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,9 @@ def test_a_measured_run_is_estimated_within_a_tenth(compiled):
     assert layout["rows"] * layout["length"] / run.MAXTEXT["seconds"] == pytest.approx(542.108, rel=1e-5)
     assert found["tokens_per_second_chip"] == pytest.approx(layout["rows"] * layout["length"] / time["seconds"])
     assert found["tokens_per_second_chip"] == pytest.approx(run.MAXTEXT["tokens_per_second_chip"], rel=0.1)
+    # The recipe's own count of useful FLOPs, 152.415 TFLOP/s a chip, is ours.
+    useful = counts(zoo("deepseek-v3"), layout["length"]).flops_per_token
+    assert useful * run.MAXTEXT["tokens_per_second_chip"] == pytest.approx(152.415e12, rel=1e-3)
     # Kernels take most of that time, and all of them are priced.
     assert 0.6 < sum(line["seconds"] * line["runs"] for line in time["kernels"]) / time["seconds"] < 0.8
 
