@@ -17,6 +17,7 @@ STEMS = (
     "bench_load",
     "bench_long_context",
     "bench_reading",
+    "bench_serve",
     "bench_step",
     "bench_support",
     "bench_train",
@@ -58,6 +59,10 @@ def test_it_runs(stem, root, tmp_path):
     if stem == "bench_reading":
         assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
         assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]
+    if stem == "bench_serve":
+        assert len(record["results"]) == 7
+        assert 0 < record["accepted_share"] < 1
+        assert 0.3 < record["shared_share"] < 1
     if stem == "compile_671b":
         assert found["memory"]["total"] > 0
 
