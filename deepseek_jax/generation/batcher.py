@@ -32,8 +32,8 @@ class Batcher:
     where a part of its prompt was kept, to rounding, as its prompt was then fed in other pieces. They are those of
     `generate` up to near-ties. ``use_mtp``: the MTP modules draft for the requests that ask for it; a step then has
     room for drafts in every slot. ``queue``: requests that may wait. ``chunk``: tokens of a prompt that a call feeds.
-    ``steps``: decoding steps of a call, after which new requests are looked at; 1 while a grammar binds a choice, which
-    all others then wait for. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
+    ``steps``: decoding steps of a call, after which new requests are looked at; 1 while prompts are being fed, and while
+    a grammar binds a choice, which all others then wait for. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
     ``routing``: experts are recorded. ``ctx``: of one device.
 
     Everything is compiled here. Raises ValueError for arguments out of range, and for a context with a mesh.
@@ -214,7 +214,9 @@ class Batcher:
         slot.twins = []
 
     def _decode(self) -> list[Delta]:
-        deltas, allowed, steps = [], self._every, self._steps
+        # While prompts wait to be fed, few decode, and a step takes as long as if all did.
+        hurry = any(slot.phase in (Phase.ENTERING, Phase.FEEDING) for slot in self._slots)
+        deltas, allowed, steps = [], self._every, 1 if hurry else self._steps
         for slot in [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.bound]:
             allowed, steps = self._every.copy() if allowed is self._every else allowed, 1
             try:
