@@ -32,8 +32,8 @@ class Batcher:
     where a part of its prompt was kept, to rounding, as its prompt was then fed in other pieces. They are those of
     `generate` up to near-ties. ``use_mtp``: the MTP modules draft for the requests that ask for it; a step then has
     room for drafts in every slot. ``queue``: requests that may wait. ``chunk``: tokens of a prompt that a call feeds.
-    ``steps``: decoding steps of a call, after which new requests are looked at; 1 while prompts are being fed, and while
-    a grammar binds a choice, which all others then wait for. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
+    ``steps``: decoding steps of a call, after which new requests are looked at; one while prompts are being fed, or a
+    grammar binds a choice. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
     ``routing``: experts are recorded. ``ctx``: of one device.
 
     Everything is compiled here. Raises ValueError for arguments out of range, and for a context with a mesh.
@@ -66,17 +66,18 @@ class Batcher:
         self.offer = Offer(cfg, slots, length, depth, routing)
         self.reuses = prefixes and device.truncates(model, length + depth, ctx)
         self._model, self._most, self._chunk, self._steps = prepared(model, ctx), queue, chunk, steps
+        self._again = 2 * depth if self.reuses else length  # tokens of what is shared that are fed all the same
         self._static = {"depth": depth, "ctx": ctx}
-        top = min(MAX_TOP_LOGPROBS, cfg.vocab_size)
-        self._device = device.make_slots(self._model, slots, length, depth, top, routing, ctx)
+        sizes = (slots, length, depth, min(MAX_TOP_LOGPROBS, cfg.vocab_size), routing)
+        self._device = device.make_slots(self._model, *sizes, ctx)
         self._slots = [Slot(i) for i in range(slots)]
         self._queue: deque[list[Choice]] = deque()
         self._ids = self._clock = 0
         self._counts, self._finished = Counter(), Counter()
         self._every = np.full((slots, -(-cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-        self.warm()
+        self._warm()
 
-    def warm(self) -> None:
+    def _warm(self) -> None:
         """Runs each program once, for nobody: all are compiled then, and no request compiles another."""
         number, none = np.int32(0), Choice(0, 0, Request([0]), [0], [], 0, 0.0)
         self._device = device.admit(self._device, number, row_of(none, self.offer), number)
@@ -86,7 +87,6 @@ class Batcher:
             self._call([], self._every, 1, top)
         if self.offer.routing:
             device.routing_of(self._device, number)
-        self._forget()
         jax.block_until_ready(self._device)
 
     def check(self, request: Request) -> None:
@@ -130,7 +130,8 @@ class Batcher:
         if structures[0] != structures[1] or shapes[0] != shapes[1]:
             raise ValueError(f"the new weights are not of {self.offer.cfg.name} in the dtypes that this batcher runs.")
         self._model = new
-        self._forget()
+        for slot in self._slots:
+            slot.tokens, slot.fed = [], 0
 
     def stats(self) -> Stats:
         taken = [slot for slot in self._slots if slot.phase != Phase.FREE]
@@ -148,10 +149,6 @@ class Batcher:
         """Free slots, the longest unused first."""
         return sorted((slot for slot in self._slots if slot.phase == Phase.FREE), key=lambda slot: slot.used)
 
-    def _forget(self) -> None:
-        for slot in self._slots:
-            slot.tokens, slot.fed = [], 0
-
     def _release(self, slot: Slot) -> None:
         self._clock += 1
         slot.phase, slot.choice, slot.twins, slot.used = Phase.FREE, None, [], self._clock
@@ -165,16 +162,11 @@ class Batcher:
             twins = [slot for slot in free if slot is not target][: len(choices) - 1]
             for slot, choice in zip([target, *twins], choices, strict=True):
                 slot.phase, slot.choice, choice.admitted = Phase.TWIN, choice, now
-            for twin in twins:
-                twin.tokens, twin.fed = [], 0
             target.phase, target.twins = Phase.ENTERING, twins
-
-    def _kept(self, slot: Slot, prompt: list[int]) -> int:
-        return slot.kept(prompt, 2 * self.offer.depth) if self.reuses else 0
 
     def _source(self, prompt: list[int], first: list[Slot]) -> Slot:
         """The slot that holds most of a prompt; of equals one of ``first``, in their order."""
-        return max([*first, *self._slots], key=lambda slot: self._kept(slot, prompt))
+        return max([*first, *self._slots], key=lambda slot: slot.kept(prompt, self._again))
 
     def _feed(self) -> None:
         """One call for the prompt that has waited longest; those that are fed begin to decode."""
@@ -194,11 +186,11 @@ class Batcher:
     def _enter(self, slot: Slot) -> None:
         """When its turn to be fed has come, and not before: the prompts before it may have brought what it shares."""
         prompt = slot.choice.prompt
-        source, number = self._source(prompt, first=[slot]), np.int32(slot.number)
-        kept = self._kept(source, prompt)
+        source = self._source(prompt, first=[slot])
+        kept, row = source.kept(prompt, self._again), row_of(slot.choice, self.offer)
         if source is not slot:
-            self._device = device.fork(self._device, np.int32(source.number), number, np.uint32(0))
-        self._device = device.admit(self._device, number, row_of(slot.choice, self.offer), np.int32(kept))
+            self._fork(source, slot)
+        self._device = device.admit(self._device, np.int32(slot.number), row, np.int32(kept))
         slot.phase, slot.tokens, slot.fed = Phase.FEEDING, list(prompt), kept
         for one in (slot, *slot.twins):
             one.choice.cached = kept
@@ -206,17 +198,20 @@ class Batcher:
 
     def _begin(self, slot: Slot) -> None:
         for twin in slot.twins:
-            numbers = np.int32(slot.number), np.int32(twin.number), np.uint32(twin.choice.seed)
-            self._device = device.fork(self._device, *numbers)
+            self._fork(slot, twin)
             twin.tokens, twin.fed = list(slot.tokens), slot.fed
         for started in (slot, *slot.twins):
             started.phase, started.choice.began = Phase.RUNNING, time.monotonic()
         slot.twins = []
 
+    def _fork(self, source: Slot, target: Slot) -> None:
+        numbers = np.int32(source.number), np.int32(target.number), np.uint32(target.choice.seed)
+        self._device = device.fork(self._device, *numbers)
+
     def _decode(self) -> list[Delta]:
         # While prompts wait to be fed, few decode, and a step takes as long as if all did.
-        hurry = any(slot.phase in (Phase.ENTERING, Phase.FEEDING) for slot in self._slots)
-        deltas, allowed, steps = [], self._every, 1 if hurry else self._steps
+        feeding = any(slot.phase in (Phase.ENTERING, Phase.FEEDING) for slot in self._slots)
+        deltas, allowed, steps = [], self._every, 1 if feeding else self._steps
         for slot in [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.bound]:
             allowed, steps = self._every.copy() if allowed is self._every else allowed, 1
             try:
@@ -291,7 +286,7 @@ class Batcher:
         )
 
     def _prefill(self, slot: int, start: int) -> None:
-        where = np.int32(slot), np.int32(start)
+        where = (np.int32(slot), np.int32(start))
         self._device = device.prefill(self._model, self._device, *where, chunk=self._chunk, **self._static)
 
     def _call(self, running: list[Slot], allowed: np.ndarray, steps: int, top: bool) -> News:
