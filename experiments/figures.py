@@ -281,6 +281,20 @@ def ledger() -> str:
         "decoding one row of a long context on the CPU: a step of V3.2 and V4 beside V3's, in miniature",
         f"of V3's time and cache bytes: {'; '.join(of_v3)}",
     )
+    serving = results("bench_serve")
+    faster = {pair: each["tokens_a_second_ratio"] for pair, each in serving["ratios"].items()}
+    sooner = {pair: each["first_token_p50_ratio"] for pair, each in serving["ratios"].items()}
+    beside, drafting = "slots / static", "slots, drafts / static, drafts"
+    sharing = "one beginning, shared / one beginning, fed whole"
+    found["bench_serve"] = (
+        f"{serving['requests']} requests of mixed lengths at once in {serving['slots']} slots that come and go, beside "
+        "static batches, on the shipped checkpoint",
+        f"{faster[beside]:.2f} times the tokens a second, {sooner[beside]:.2f} times the median time to a first token; "
+        f"with drafts on both sides {faster[drafting]:.2f} and {sooner[drafting]:.2f}; slots with drafts over slots "
+        f"without {faster['slots, drafts / slots']:.2f} ({serving['accepted_share']:.0%} of drafts accepted), with one "
+        f"grammar {faster['slots, one grammar / slots']:.2f}; sharing a common beginning {faster[sharing]:.2f} and "
+        f"{sooner[sharing]:.2f}",
+    )
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
     gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
     lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
