@@ -40,11 +40,12 @@ def policy_picture(run: Run, axis: str) -> Figure | None:
     }
     panels = [
         *_shares(run.steps, axis, left_out, "Tokens without a gradient, by reason", "share (%)"),
+        *_values(run.steps, axis, {"reverse_kl": ("", GREEN)}, "KL of the student to the teacher", "nats a token"),
         *_values(run.steps, axis, {"kl": ("", GREEN)}, "KL to the reference, by the form's estimate", "nats"),
         *_values(run.steps, axis, {"mismatch": ("", RED)}, "Mismatch: KL of what wrote the answers", "nats a token"),
         *_values(run.steps, axis, {"entropy": ("", SKY)}, "Entropy of what was drawn from", "nats a token"),
     ]
-    return stacked("policy", run, axis, panels) if "clipped_low" in run.steps else None
+    return stacked("policy", run, axis, panels) if {"clipped_low", "reverse_kl"} & set(run.steps) else None
 
 
 def _shares(found: dict[str, Series], axis: str, lines: Lines, title: str, unit: str) -> list[Panel]:

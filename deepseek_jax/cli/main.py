@@ -27,13 +27,14 @@ COMMANDS = {
     "score": ("Score", "log-probabilities of given text"),
     "train": ("Train", "train a model from scratch on real text"),
     "rl": ("Rl", "teach a checkpoint a task with verifiable rewards by GRPO"),
+    "distill": ("Distill", "teach a student by a teacher's answers or distribution"),
     "plot": ("Plot", "a run's metrics as images"),
     "experiment": ("Experiment", "put a paper's claim to the test: its runs, verdicts and figure; the ledger"),
     "sweep": ("Sweep", "a grid over fields of an experiment's base, to find settings"),
     "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("distill",)
+NOT_BUILT = ("serve",)
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.

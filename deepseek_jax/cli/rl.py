@@ -33,7 +33,7 @@ class Rl:
 
     With --traces FOLDER the task's solutions are written there instead: chats to begin with by fine-tuning
     (`deepseek-jax train --sft FOLDER/traces.jsonl`), the same as texts, and a tokenizer for models that are trained on
-    such texts alone.
+    such texts alone. With --from beside it they are that checkpoint's own right answers: rejection sampling.
     """
 
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
@@ -57,7 +57,10 @@ class Rl:
     lora: LoRA = field(default_factory=lambda: LoRA(rank=0))
     """Adapters."""
     traces: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Write the task's solutions into this folder, and train nothing."""
+    """Write the task's solutions into this folder, and train nothing; with --from the right ones among the answers of
+    --steps rollouts."""
+    keep: int = 1
+    """Of --traces with --from: so many answers to a problem at most, the shortest ones, none twice."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
     """How it is kept."""
     devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
@@ -70,24 +73,7 @@ class Rl:
     @classmethod
     def defaults(cls, arguments: list[str], parse: Callable) -> "Rl":
         """What the options default to, given those that are there: a form's parts, or a resumed run's options."""
-        default = cls._of_variant(arguments)
-        if "--resume" not in arguments:
-            return default
-        out = parse(arguments, default=default).out
-        if out is None or not (out / "run.json").is_file():
-            return default
-        run = read_run(out)
-        begun = run.get("arguments")
-        if begun is None or "rl" not in run.get("settings", {}):
-            raise ValueError(f"{out} holds no run of deepseek-jax rl: resume it as it was begun.")
-        was = parse(begun, default=cls._of_variant(begun))
-        if (steps := extended(run, "rl.steps")) is not None:
-            was = replace(was, recipe=replace(was.recipe, steps=steps))
-        if given(arguments, "--variant") not in (None, was.variant):
-            raise ValueError(f"{out} was begun with --variant {was.variant}: resume it as it was begun.")
-        # The processes are this command's own.
-        devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
-        return replace(was, out=None, devices=devices)
+        return resumed(cls._of_variant, "rl", arguments, parse, "--variant")
 
     @classmethod
     def _of_variant(cls, arguments: list[str]) -> "Rl":
@@ -103,13 +89,7 @@ class Rl:
 
         task = parse_exercise(self.task)
         if self.traces is not None:
-            from deepseek_jax.rl.traces import write_traces
-
-            if self.out is not None or self.source is not None or self.resume:
-                raise ValueError("--traces writes the task's solutions and trains nothing: leave OUT and --from out.")
-            write_traces(task, self.traces)
-            print(f"{self.traces}: {task.documents:,} solutions of {task.spelled}, and a tokenizer for them.")
-            return 0
+            return self._write(task)
         self._check()
         ctx = self.devices.context()
 
@@ -149,10 +129,26 @@ class Rl:
             if view is not None:
                 view.close()
         if is_first():
-            print(f"{out}: {_told(result, self.recipe.attempts)}")
+            print(f"{out}: {told(result, self.recipe.attempts)}")
         if self.json is not None and is_first():
             write_json(self.json, {**asdict(result), "checkpoint": result.checkpoint and str(result.checkpoint)})
         return EXIT_CODES[result.interrupted]
+
+    def _write(self, task) -> int:
+        from deepseek_jax.rl.traces import write_traces
+
+        if self.out is not None or self.resume:
+            raise ValueError("--traces writes solutions and trains nothing: leave OUT and --resume out.")
+        if self.source is None:
+            write_traces(task, self.traces)
+            print(f"{self.traces}: {task.documents:,} solutions of {task.spelled}, and a tokenizer for them.")
+            return 0
+        ctx = self.devices.context()
+        from deepseek_jax.rl.reject import reject
+
+        asked, solved, kept = reject(self.source, task, self.traces, self.recipe, self.keep, ctx)
+        print(f"{self.traces}: {kept:,} answers to {solved:,} of {asked:,} problems of {task.spelled}.")
+        return 0
 
     def _check(self) -> None:
         if self.resume and self.out is None:
@@ -163,7 +159,33 @@ class Rl:
             raise ValueError("--lora options without adapters: give these a rank above 0 with --lora.rank.")
 
 
-def _told(result, attempts: int) -> str:
+def resumed(of: Callable, command: str, arguments: list[str], parse: Callable, fixed: str):
+    """The defaults that ``of`` has of some arguments, or with --resume the options that the run was begun with.
+
+    ``fixed``: an option that says what others default to, and so may not be another.
+    """
+    default = of(arguments)
+    if "--resume" not in arguments:
+        return default
+    out = parse(arguments, default=default).out
+    if out is None or not (out / "run.json").is_file():
+        return default
+    run = read_run(out)
+    begun = run.get("arguments")
+    if begun is None or not str(run.get("command")).startswith(f"deepseek-jax {command} "):
+        raise ValueError(f"{out} holds no run of deepseek-jax {command}: resume it as it was begun.")
+    was = parse(begun, default=of(begun))
+    if (steps := extended(run, "rl.steps")) is not None:
+        was = replace(was, recipe=replace(was.recipe, steps=steps))
+    name = fixed.removeprefix("--")
+    if given(arguments, fixed) not in (None, getattr(was, name)):
+        raise ValueError(f"{out} was begun with {fixed} {getattr(was, name)}: resume it as it was begun.")
+    # The processes are this command's own.
+    devices = Devices(mesh=was.devices.mesh, layout=was.devices.layout, set=was.devices.set)
+    return replace(was, out=None, devices=devices)
+
+
+def told(result, attempts: int) -> str:
     steps = f"{result.steps} steps in {result.minutes:.1f} minutes"
     if result.checkpoint is None:
         return f"{steps}; saved, to go on with --resume."

@@ -16,7 +16,6 @@ from deepseek_jax.core.partition import combine
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import fetch, place_batch, row_share
 from deepseek_jax.rl.advantage import advantages
-from deepseek_jax.rl.policy import logprobs
 from deepseek_jax.rl.problems import Problems
 from deepseek_jax.rl.prompts import read
 from deepseek_jax.rl.recipe import RlRecipe
@@ -92,12 +91,13 @@ class Writing:
 
 @dataclass(frozen=True)
 class Improve:
-    """A `course.Step` over `problems.Prompts`. ``update``: `train.begin.compiled`, with `policy.Policy`. ``reference``:
-    the model that the KL is to; None where there is none. ``ctx``: of training."""
+    """A `course.Step` over `problems.Prompts`. ``update``: `train.begin.compiled`, with `policy.Policy` or another
+    objective over rollouts. ``beside``: of a micro-batch, what another model says of it, by the name of the batch's
+    entry; None for nothing. ``ctx``: of training."""
 
     update: Callable[[State, dict, Knobs], tuple[State, dict]]
     writing: Writing
-    reference: Transformer | None
+    beside: Callable[[dict[str, Any]], dict[str, jax.Array]] | None
     ctx: Context
 
     def __call__(
@@ -132,10 +132,11 @@ class Improve:
         rows = batch(found, better, grpo, writing.length)
         shaped = {name: a.reshape(len(prompts["problem"]), -1, *a.shape[1:]) for name, a in rows.items()}
         placed = place_batch(own_rows(shaped, self.ctx), self.ctx)
-        if self.reference is not None:
+        if self.beside is not None:
             parts = ({name: a[i] for name, a in placed.items()} for i in range(len(prompts["problem"])))
-            by = [fetch(logprobs(self.reference, part, recipe.temperature, self.ctx), self.ctx) for part in parts]
-            placed |= place_batch(own_rows({"tokens": shaped["tokens"], "reference": np.stack(by)}, self.ctx), self.ctx)
+            said = [fetch(self.beside(part), self.ctx) for part in parts]
+            more = {name: np.stack([by[name] for by in said]) for name in said[0]}
+            placed |= place_batch(own_rows({"tokens": shaped["tokens"], **more}, self.ctx), self.ctx)
         drawn = np.concatenate([np.asarray(row, np.float64) for row in found.info.behaviour_logprobs])
         return placed, {
             "reward": np.nanmean(reward_N),

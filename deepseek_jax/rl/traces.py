@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from deepseek_jax.rl.rewards import TAGS
-from deepseek_jax.rl.tasks import Exercise
+from deepseek_jax.rl.tasks import Exercise, Problem
 from deepseek_jax.runs.run_folder import write_whole
 from deepseek_jax.text.bpe import BOS, SPECIAL_TOKENS, save_tokenizer
 from deepseek_jax.version import __version__
@@ -28,11 +28,13 @@ def write_traces(task: Exercise, folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder; choose another destination.")
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(byte_tokenizer(), folder / TOKENIZER, version=__version__)
-    lines = []
-    for problem in task.training_items():
-        said = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": problem.solution}]
-        lines.append(json.dumps({"messages": said, "text": problem.text}) + "\n")
-    write_whole(folder / CHATS, "".join(lines))
+    write_whole(folder / CHATS, "".join(record(problem, problem.solution) for problem in task.training_items()))
+
+
+def record(problem: Problem, solution: str) -> str:
+    """A line of ``traces.jsonl``."""
+    said = [{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": solution}]
+    return json.dumps({"messages": said, "text": problem.prompt + solution}) + "\n"
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -13,9 +13,10 @@ from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.processes import from_first, is_first, wait_for_all
+from deepseek_jax.rl.distill import ReverseKl, check_teacher, teacher_logits
 from deepseek_jax.rl.held_out import measure
 from deepseek_jax.rl.improve import Improve, Writing, policy_state
-from deepseek_jax.rl.policy import Policy
+from deepseek_jax.rl.policy import Policy, logprobs
 from deepseek_jax.rl.problems import Problems, Prompts
 from deepseek_jax.rl.recipe import RlRecipe
 from deepseek_jax.rl.tasks import Exercise
@@ -42,6 +43,7 @@ def improve(
     *,
     recipe: RlRecipe | None = None,
     grpo: Grpo | None = None,
+    teacher: Path | None = None,
     patterns: Sequence[str] = (),
     lora: LoRA | None = None,
     options: Options | None = None,
@@ -56,6 +58,8 @@ def improve(
     """Trains a checkpoint on ``task`` by GRPO and exports it into ``folder``.
 
     ``recipe``: rollouts and steps. ``grpo``: the objective's form; its KL, where it has one, is to the checkpoint.
+    ``teacher``: a checkpoint of the same tokens, to which the reverse KL is made small in place of ``grpo``
+    (`distill.ReverseKl`), on what the student writes; rewards are told all the same.
     ``patterns``, ``lora``: what is trained, as `runs.finetune.fine_tune` has it. ``resume``: go on with the run in
     ``folder`` from its newest whole checkpoint, bit for bit as if it had never stopped, rollouts included: their random
     numbers follow from the step's number. More steps than it was begun with extend it. ``planned``: is told the run's
@@ -73,9 +77,12 @@ def improve(
     words.check_fits(cfg.vocab_size)
     if not cfg.eos_ids:
         raise ValueError(f"{source} names no token that ends an answer: its config has no eos_token_id.")
+    if teacher is not None:
+        check_teacher(teacher, source, cfg)
     problems = Problems.of(task, words, recipe.form, recipe.held_out)
     rollouts = replace(ctx, dtype=jnp.dtype(recipe.rollout_dtype or recipe.dtype))
-    writing = Writing(problems, words, recipe, grpo, rollouts)
+    # What a teacher says needs no record of what was drawn.
+    writing = Writing(problems, words, recipe, grpo if teacher is None else Grpo(), rollouts)
     training = recipe.training(writing.length)
     check_fit(cfg, training, options, ctx)
     tuned = Tuned(source, cfg, training, options, ctx, tuple(patterns), adapters(lora))
@@ -85,24 +92,25 @@ def improve(
         "weights": fingerprint(source),
         "task": task.spelled,
         "rl": asdict(recipe),
-        "grpo": asdict(grpo),
+        **({"grpo": asdict(grpo)} if teacher is None else {"teacher": str(teacher), "taught": fingerprint(teacher)}),
         "train": list(patterns),
         "lora": None if tuned.lora is None else asdict(tuned.lora),
     }
     view = Reporters([view] if view is not None and is_first() else [])
     with open_run(folder, settings, resume, command, arguments) as run:
         from_first(lambda: keep_tokenizer(source, run), "copying the tokenizer")
-        told = f"task {task.spelled}; objective {asdict(grpo)}"
-        work = Work(cfg, training, Practice(writing, tuned), tuned.make, told=told)
+        told = f"task {task.spelled}; objective {asdict(grpo) if teacher is None else f'reverse KL to {teacher}'}"
+        work = Work(cfg, training, Practice(writing, tuned, teacher), tuned.make, told=told)
         return carry_out(run, work, options=options, view=view, ctx=ctx, began=began)
 
 
 @dataclass(frozen=True)
 class Practice:
-    """A `course.Source` of problems."""
+    """A `course.Source` of problems. ``teacher``: as `improve` has it."""
 
     writing: Writing
     tuned: Tuned
+    teacher: Path | None = None
 
     def open(self, run: RunFolder, recipe: Recipe, options: Options, ctx: Context) -> Course:
         prompts = Prompts(self.writing.problems, recipe.pass_rows, self.writing.recipe.group)
@@ -119,13 +127,17 @@ class Practice:
         return Course(prompts, found, "wrong", export, self._begin)
 
     def _begin(self, model: Transformer) -> tuple[State, Step]:
-        tuned, recipe = self.tuned, self.writing.recipe
+        tuned, recipe, grpo = self.tuned, self.writing.recipe, self.writing.grpo
         ctx = replace(tuned.ctx, dtype=jnp.dtype(recipe.dtype))
-        grpo = self.writing.grpo
-        state, update = begin(model, tuned.recipe, ctx, tuned.trained, Policy(grpo, recipe.temperature))
-        reference = None
-        if grpo.beta:
+        objective = Policy(grpo, recipe.temperature) if self.teacher is None else ReverseKl(recipe.temperature)
+        state, update = begin(model, tuned.recipe, ctx, tuned.trained, objective)
+        beside = None
+        if self.teacher is not None:
+            other = load_pretrained(self.teacher, dtype=jnp.float32, ctx=ctx)
+            beside = lambda part: {"teacher": teacher_logits(other, part, ctx)}  # noqa: E731
+        elif grpo.beta:
             # A second copy of the weights: of those that are trained none is left after the first update.
             dtype = None if tuned.lora is not None or tuned.patterns else jnp.float32
-            reference = load_pretrained(tuned.source, dtype=dtype, ctx=ctx)
-        return policy_state(state, recipe.stale), Improve(update, self.writing, reference, ctx)
+            other = load_pretrained(tuned.source, dtype=dtype, ctx=ctx)
+            beside = lambda part: {"reference": logprobs(other, part, recipe.temperature, ctx)}  # noqa: E731
+        return policy_state(state, recipe.stale), Improve(update, self.writing, beside, ctx)

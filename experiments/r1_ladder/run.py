@@ -80,7 +80,7 @@ RL = RlRecipe(steps=150, prompts=8, group=16, lr=1e-4, held_out=64, attempts=8, 
 RUNGS = {
     "L0": Rung(BASE, replace(RL, steps=50, form="text", max_new_tokens=8, lr=5e-4)),
     "L1": Rung(Sort(symbols=5, documents=4000), replace(RL, max_new_tokens=12), 600, 0.2),
-    "L2": Rung(Carry(digits=2, documents=4000), replace(RL, max_new_tokens=32), 600, 0.1),
+    "L2": Rung(Carry(digits=2, documents=4000), replace(RL, steps=250, max_new_tokens=32, lr=2e-4), 600, 0.2),
     "L3": Rung(Parity(bits=12, long=20, documents=4000), replace(RL, max_new_tokens=20), 600),
 }
 # What each claim asks of a run's measurements [first .. last], each of a dict as `held_out.measure` gives it; a claim
@@ -204,7 +204,9 @@ def carry_out(name: str, rung: Rung, work: Path, seed: int, base_steps: int) -> 
     begun, cold = start(name, rung, work, seed, source)
     folder = work / f"{name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    improve(begun, rung.task, folder, recipe=replace(rung.recipe, seed=seed), grpo=FORM)
+    result = improve(begun, rung.task, folder, recipe=replace(rung.recipe, seed=seed), grpo=FORM)
+    if result.interrupted:
+        raise SystemExit(f"{name}, seed {seed}: ended by {result.interrupted}; what there is of it is no result.")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "reward", "rewards", "silent", "length", "truncated", "entropy", "grad_norm")
     return {

@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path,
     assert "no task" in refused(out, "--from", str(base), "--task", "chess")
     assert "whole groups of 16" in refused(out, "--from", str(base), "--micro-rows", "24")
     assert "exceed the model's max_length" in refused(out, "--from", str(base), "--max-new-tokens", "300")
-    assert "leave OUT and --from out" in refused(out, "--traces", str(tmp_path / "t"))
+    assert "leave OUT and --resume out" in refused(out, "--traces", str(tmp_path / "t"))
     assert not any(tmp_path.iterdir())
     for wrong, said in (
         ({"temperature": 0.0}, "greedy"),
@@ -203,3 +203,33 @@ def test_other_architectures_learn(base, tmp_path, name):
     recipe = replace(RECIPE, steps=2, prompts=2, group=4, held_out=2, attempts=4)
     improve(tmp_path / "base", TASK, tmp_path / "run", recipe=recipe, grpo=replace(MATH, beta=0.0))
     assert all(abs(s["mismatch"]) < 1e-5 for s in records(tmp_path / "run", "step"))
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_teacher(base, learned, tmp_path, capsys):
+    """By its distribution on what the student writes, and by the answers of its own that are right."""
+    options = (
+        f"--form text --max-new-tokens 6 --held-out 16 --evaluate-every 12 --task tags,documents=1280 --from {base}"
+    )
+    begun = [*options.split(), "--teacher", str(learned / "checkpoint")]
+    run = str(tmp_path / "kl")
+    assert main(["distill", run, *begun, "--how", "reverse-kl", "--steps", "12", "--lr", "2e-3"]) == 0
+    first, last = records(tmp_path / "kl", "evaluation")
+    assert first["format"] < 0.3
+    assert last["format"] > 0.9
+    steps = records(tmp_path / "kl", "step")
+    assert steps[-1]["reverse_kl"] < 0.2 * steps[0]["reverse_kl"]
+    assert main(["distill", run, "--resume", "--how", "grpo"]) == 1
+    assert "begun with --how reverse-kl" in capsys.readouterr().err
+    words = dsj.load_tokenizer(base)
+    assert words.has_template
+    sft = ["distill", str(tmp_path / "sft"), *begun, "--how", "sft", "--steps", "4", "--lr", "3e-3", "--epochs", "2"]
+    assert main(sft) == 0
+    kept = [json.loads(line) for line in (tmp_path / "sft-traces/traces.jsonl").read_text().splitlines()]
+    assert len(kept) > 20
+    assert {chat["messages"][1]["content"] for chat in kept} == {"<think></think><answer></answer>"}
+    own = ["rl", "--traces", str(tmp_path / "own"), "--steps", "2", "--keep", "2", *options.split()]
+    assert main([*own, "--from", str(learned / "checkpoint")]) == 0
+    assert "problems of tags" in capsys.readouterr().out
+    before, *_, after = records(tmp_path / "sft", "evaluation")
+    assert after["bits_per_byte"] < 0.5 * before["bits_per_byte"]
