@@ -34,7 +34,6 @@ COMMANDS = {
     "report": ("Report", "the papers' exact figures beside ours, and those that do not reproduce"),
     "compile": ("Compile", "memory and time of a model on a TPU slice, compiled without one"),
 }
-NOT_BUILT = ("serve",)
 # A message may quote what a file holds; beyond this it is cut.
 LONGEST = 4000
 # Shows where an error comes from, for those who work on the package.
@@ -91,8 +90,6 @@ def _dispatch(argv: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"deepseek-jax {__version__}")
         return 0
-    if name in NOT_BUILT:
-        return _fail(name, "this command is not built yet.", 2)
     if name not in COMMANDS:
         return _fail("", f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", 2)
     try:

@@ -88,7 +88,6 @@ def test_version(capsys):
     ("arguments", "message"),
     [
         (["sumary"], "deepseek-jax: there is no command 'sumary'; the commands are demo, summary,"),
-        (["distill", "x"], "deepseek-jax distill: this command is not built yet."),
         (["summary"], "MODEL"),
         (["summary", "tiny-v3", "--context", "long"], "--context"),
         (["summary", "tiny-v3", "--contxt", "3"], "--contxt"),
