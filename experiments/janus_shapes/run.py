@@ -16,7 +16,12 @@ through theirs. Same pictures, order, steps, initial values and VQ. What differs
 trained before, so that everything but the VQ learns from the first step on (stage III's mask); the VQ is our own, of
 squared errors alone.
 
-    python experiments/janus_shapes/run.py             # a VQ, then 6 runs: 3 seeds of 2 variants; goes on if stopped
+A pilot of 260 and 400 steps gave, with two encoders, captions with 91% of the attributes right and pictures with 57%
+at w = 1 and 43% at w = 5: the papers' weight may be too strong for so small a model, so w = 2 is told as well, of which
+no rule speaks.
+
+    python experiments/janus_shapes/run.py             # a VQ (6 minutes of a core), then 6 runs of about 15: 3 seeds of
+                                                       # 2 variants; goes on if stopped
     python experiments/janus_shapes/run.py --seeds 1   # a seed of both
     python experiments/janus_shapes/run.py --smoke --out F
 
@@ -64,10 +69,10 @@ QUESTION = "what is it ?"
 class Budget:
     """``rows``: of each kind a step. ``shown``: held-out pictures described, and drawn at each weight."""
 
-    vq_steps: int = 500
-    vq_rows: int = 24
-    steps: int = 1200
-    rows: int = 24
+    vq_steps: int = 1000
+    vq_rows: int = 16
+    steps: int = 1500
+    rows: int = 16
     rate: float = 1e-3
     warmup: int = 50
     pictures: int = 2880
@@ -90,7 +95,7 @@ def tokenizer() -> tokenizers.Tokenizer:
 
 
 def config(vocab_size: int, image_id: int) -> JanusConfig:
-    """1.5 million parameters."""
+    """2.1 million parameters."""
     language = ModelConfig(
         name="janus-shapes",
         vocab_size=vocab_size,
@@ -284,7 +289,7 @@ def measure(model, variant: str, seed: int, words, budget: Budget) -> tuple[dict
     found = {"captions": caption_scores(texts, scenes), "reader_on_decoded": matches(decoded, scenes)}
     prompts = [rows.writer.to_draw(scene.caption) for scene in scenes]
     kept = None
-    for weight in (1.0, 5.0):
+    for weight in (1.0, 2.0, 5.0):
         drawn = draw_pictures(model, prompts, rows.writer.pad_id, weight=weight, seed=seed)
         found[f"drawn_w{weight:g}"] = matches(drawn.images / 127.5 - 1, scenes)
         kept = drawn.images
