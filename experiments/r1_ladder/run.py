@@ -10,7 +10,8 @@ The claims stand in paper_notes/r1_ladder.md; the rule of each is `CLAIMS` here.
 
 A base is trained on the texts of L0 alone. A cold start is `train --sft` on the task's own solutions with a checkpoint
 every 25 steps, of which the first counts whose held-out pass@1 reaches `Rung.begin`, on L3 the last one. All runs are
-of one form, DeepSeekMath's without a KL: 8 problems of 16 answers a step, one update each, so that ratios are 1.
+of one form, DeepSeekMath's without a KL: 8 problems (L2: 16) of 16 answers a step, one update each, so that ratios are
+1.
 
     python experiments/r1_ladder/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_ladder/run.py --smoke    # the same code at toy size, in a folder that goes
@@ -80,7 +81,7 @@ RL = RlRecipe(steps=150, prompts=8, group=16, lr=1e-4, held_out=64, attempts=8, 
 RUNGS = {
     "L0": Rung(BASE, replace(RL, steps=50, form="text", max_new_tokens=8, lr=5e-4)),
     "L1": Rung(Sort(symbols=5, documents=4000), replace(RL, max_new_tokens=12), 600, 0.2),
-    "L2": Rung(Carry(digits=2, documents=4000), replace(RL, steps=250, max_new_tokens=32, lr=2e-4), 600, 0.2),
+    "L2": Rung(Carry(digits=2, documents=4000), replace(RL, prompts=16, max_new_tokens=32), 600, 0.2),
     "L3": Rung(Parity(bits=12, long=20, documents=4000), replace(RL, max_new_tokens=20), 600),
 }
 # What each claim asks of a run's measurements [first .. last], each of a dict as `held_out.measure` gives it; a claim
