@@ -18,11 +18,11 @@ VOCAB, CONTEXT = 2048, 512
 
 class Told:
     """An engine for tests, with the worker's interface. ``says``: the ids of a choice, of a request and its number;
-    they come ``step`` at a time."""
+    they come ``step`` at a time. ``never``: an id that the model gives no probability at all."""
 
-    def __init__(self, says, step=3):
-        self.says, self.step = says, step
-        self.state, self.error = "ready", None
+    def __init__(self, says, step=3, never=None):
+        self.says, self.step, self.never = says, step, never
+        self.state, self.error, self.drained = "ready", None, False
         self.asked, self.cancelled, self.full, self.seconds = [], 0, False, 0.0
         self.goes_on = asyncio.Event()
         self.goes_on.set()
@@ -67,7 +67,7 @@ class Told:
             fed = range(known + begin - 1 if begin else 0, known + end - 1)
             routing = np.asarray([[[i, i + 1]] for i in fed], np.int32).reshape(-1, 1, 2)
         top = tuple(tuple((k, -float(k)) for k in range(request.top_logprobs)) for _ in new)
-        logprobs = tuple(-0.5 if i != 7 else float("-inf") for i in new)
+        logprobs = tuple(-0.5 if i != self.never else float("-inf") for i in new)
         return Delta(
             1, choice, tuple(new), logprobs, top=top, finish=finish, drafted=4, accepted=3, cached=2, routing=routing
         )
@@ -79,7 +79,7 @@ class Told:
         return self.seconds
 
     async def drain(self):
-        self.state = "draining"
+        self.state, self.drained = "draining", True
 
     def close(self):
         self.state = "dead"

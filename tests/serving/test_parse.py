@@ -173,7 +173,9 @@ def test_a_stop_string_ends_the_content_and_no_part_of_it_comes_out():
     text = "STOP in thoughts</think>one two STOP three"
     assert parsed(text, range(60), thinking="begun", stops=["STOP"]) == ("STOP in thoughts", "one two ", [], True)
     assert parsed("one STO", range(9), stops=["STOP"]) == ("", "one STO", [], False)
+    # One that begins earlier and may still come is waited for.
     assert parsed("abcx", range(9), stops=["bc", "abcd"])[1] == "a"
+    assert parsed("abcd", range(9), stops=["bc", "abcd"])[1] == ""
     assert parsed(written(V31, [("f", {"a": "STOP"})]), syntax=V31, stops=["STOP"])[2:] == (
         [("f", '{"a": "STOP"}')],
         False,

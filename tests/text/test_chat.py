@@ -308,6 +308,7 @@ def test_the_name_of_a_control_token_that_somebody_typed_is_text(plain):
 
 def test_names_of_tokens_stay_text_in_tools_and_all_of_a_message(tmp_path):
     ours = load_tokenizer(make(tmp_path, REASONING_TEMPLATE))
+    ours.backend.add_tokens(["user"])  # a role is none of what somebody typed
     tools = [{"type": "function", "function": {"name": bpe.USER, "parameters": {}}}]
     called = {"role": "assistant", "content": bpe.EOS, "reasoning": bpe.BOS, "tool_calls": [{"name": bpe.PAD}]}
     ids = ours.chat([USER, called], tools=tools)
