@@ -20,7 +20,7 @@ def test_fields_of_the_context():
     ("text", "message"),
     [
         ("remat", "--set 'remat': give NAME=VALUE"),
-        ("mesh=2", "--set mesh: choose among attention, drop, expert_buffer"),
+        ("mesh=2", "--set mesh: choose among attention, cache, drop, expert_buffer"),
         ("remat=wild", r"Context\(remat='wild'\): choose one of none, full"),
     ],
 )
