@@ -39,6 +39,9 @@ class Chat:
     """System message that the conversation begins with."""
     thinking: Literal["on", "off"] | None = None
     """Think before answering, or not, where the template has that switch; by default as the template has it."""
+    preset: Literal["r1"] | None = None
+    """Ask as R1's README advises: no system prompt, answers that begin with <think>, temperature 0.6, top-p 0.95.
+    Options that are given come first."""
     context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Tokens of the whole conversation at most, held in the cache; by default 4096, or the model's most where that is
     less."""
@@ -70,6 +73,7 @@ class Chat:
         from jax import process_count
 
         from deepseek_jax.convert.config_file import read_config
+        from deepseek_jax.text.presets import PRESETS
 
         if process_count() > 1:
             raise ValueError("a conversation has one keyboard: chat runs in one process; generate runs in several.")
@@ -88,12 +92,19 @@ class Chat:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1.")
         if self.thinking is not None and not tokenizer.template_reads("thinking"):
             raise ValueError(f"--thinking {self.thinking}: {self.ckpt}'s chat template has no such switch.")
-        settings = settings_of(self.ckpt) | {
+        preset = PRESETS[self.preset] if self.preset else None
+        if preset and self.system is not None:
+            raise ValueError(f"--preset {self.preset}: R1 wants no system prompt; leave out --system.")
+        settings = (
+            settings_of(self.ckpt) if preset is None else {"temperature": preset.temperature, "top_p": preset.top_p}
+        )
+        settings |= {
             name: value
             for name in ("temperature", "top_k", "top_p", "min_p")
             if (value := getattr(self, name)) is not None
         }
-        talk = Talk(tokenizer, self.system, self.thinking, self.max_new_tokens, settings | {"seed": self.seed})
+        settings |= {"seed": self.seed}
+        talk = Talk(tokenizer, self.system, self.thinking, self.max_new_tokens, settings, thinks=preset is not None)
         talk.render("")  # a template that refuses says so before the weights are read
 
         from deepseek_jax.generation.conversation import Conversation
@@ -114,12 +125,16 @@ def settings_of(folder: Path) -> dict:
 
 
 class Talk:
-    """What was said, and what goes on: messages come in, answers are printed.
+    """What was said, and what goes on: messages come in, answers are printed. ``thinks``: they are made to begin with a
+    thought.
 
     At a keyboard an error is one line and the conversation goes on; from a pipe it ends the command."""
 
-    def __init__(self, tokenizer, system: str | None, thinking: str | None, most: int | None, settings: dict):
+    def __init__(
+        self, tokenizer, system: str | None, thinking: str | None, most: int | None, settings: dict, thinks: bool
+    ):
         self._tokenizer, self._thinking, self._most, self._settings = tokenizer, thinking, most, settings
+        self._thinks = thinks
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self._said = list(self._first)
         self._typed = sys.stdin.isatty()
@@ -176,11 +191,14 @@ class Talk:
 
     def _answer(self, text: str) -> str | None:
         """Prints the answer and keeps it with the question; returns the signal that stopped it, None if none did."""
+        from deepseek_jax.text.presets import THINK, opening
         from deepseek_jax.text.stream import Stream
 
         rendered = self.render(text)
         messages, switch = self._chat(text)
         ids = self._tokenizer.chat(messages, **switch)
+        if self._thinks:
+            ids += opening(self._tokenizer, rendered)
         room = self._conversation.length - len(ids)
         if room < 1:
             raise ValueError(self._full(f"the conversation and this message have {len(ids)} tokens"))
@@ -193,8 +211,8 @@ class Talk:
 
         with StopSignals() as stop:
             stop.hold()
-            if rendered.rstrip().endswith("<think>"):
-                print("<think>")  # the template has opened the thoughts that the answer begins with
+            if self._thinks or rendered.rstrip().endswith(THINK):
+                print(THINK)  # the thoughts that the answer begins with were opened for it
             for (new,) in run:
                 show(stream.push(i for i in new if i not in self._cfg.eos_ids))
                 if stop.asked:

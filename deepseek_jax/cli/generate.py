@@ -34,14 +34,17 @@ class Generate:
     """Pictures that a Janus is shown with every prompt, in the places of <image_placeholder> in it, or before it."""
     chat: bool = False
     """Take each prompt as a user's message, and render it by the checkpoint's own chat template."""
+    preset: Literal["r1", "r1-zero"] | None = None
+    """Ask as R1's README advises: each prompt as a user's message without a system prompt, an answer that begins with
+    <think>, temperature 0.6, top-p 0.95; or so in R1-Zero's template. Options that are given come first."""
     max_new_tokens: int = 64
     """Tokens to generate at most; a stop token of the checkpoint ends a text earlier."""
-    temperature: float = 0.0
-    """0: the likeliest token each time; 1: the model's own distribution."""
+    temperature: Annotated[float | None, tyro.conf.arg(metavar="NUMBER")] = None
+    """0: the likeliest token each time; 1: the model's own distribution. By default 0, or the preset's."""
     top_k: int = 0
     """Sample from the k likeliest tokens only; 0: all."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much probability, in (0, 1]."""
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """Sample from the smallest set of tokens with this much probability, in (0, 1]. By default 1, or the preset's."""
     min_p: float = 0.0
     """Drop tokens below this share of the likeliest one's probability, in [0, 1]."""
     seed: int = 0
@@ -64,6 +67,10 @@ class Generate:
             )
         if self.chat and self.prompt_ids:
             raise ValueError("--chat renders text: give --prompt, not --prompt-ids.")
+        if self.preset and (self.chat or self.prompt_ids or self.image):
+            raise ValueError(
+                f"--preset {self.preset} says how prompts are put: leave out --chat, --prompt-ids, --image."
+            )
         if self.prompt.count("-") > 1:
             raise ValueError("--prompt - -: the standard input can be read once only.")
         check_destination(self.json)
@@ -82,10 +89,10 @@ class Generate:
         tokenizer = open_tokenizer(self.ckpt, needed=None if self.prompt_ids else "--prompt-ids")
         if tokenizer is None and is_first():
             print(f"{self.ckpt} has no tokenizer.json: token ids are printed, not text.", file=sys.stderr)
-        settings = {
-            name: getattr(self, name)
-            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "use_mtp")
-        }
+        settings = {name: getattr(self, name) for name in ("max_new_tokens", "top_k", "min_p", "seed", "use_mtp")}
+        preset = self._preset
+        settings["temperature"] = self.temperature if self.temperature is not None else preset.temperature
+        settings["top_p"] = self.top_p if self.top_p is not None else preset.top_p
         if janus:
             from deepseek_jax.cli.generate_janus import begin
 
@@ -132,8 +139,17 @@ class Generate:
                 write_json(self.json, {"checkpoint": str(self.ckpt), **used, **settings, "rows": rows})
         return EXIT_CODES[stop.asked]
 
+    @property
+    def _preset(self):
+        from deepseek_jax.text.presets import PRESETS, Preset
+
+        return PRESETS[self.preset] if self.preset else Preset(temperature=0.0, top_p=1.0, chat=False)
+
     def _encode(self, tokenizer, text: str) -> list[int]:
-        return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else tokenizer.encode(text)
+        messages = [{"role": "user", "content": text}]
+        if self.preset:
+            return self._preset.ids(tokenizer, messages)
+        return tokenizer.chat(messages) if self.chat else tokenizer.encode(text)
 
 
 def _prompt(file: Path) -> str:

@@ -4,15 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from deepseek_jax.rl.rewards import THINK
 from deepseek_jax.rl.tasks import Problem
+from deepseek_jax.text.presets import R1_ZERO
 from deepseek_jax.text.tokenizer import Tokenizer
-
-# 2501.12948, table 1.
-R1_ZERO = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
-)
 
 
 def encode(words: Tokenizer, problems: Sequence[Problem], form: str) -> tuple[list[list[int]], bool]:

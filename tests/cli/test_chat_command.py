@@ -117,6 +117,14 @@ def test_thoughts_are_switched_where_the_template_can(folder, thinker, talk):
     assert (code, ends) == (0, ["</think>", "<think>\n", "</think>"])
     assert out.count("<think>") == 1
     assert tokenizer.decode(talk(thinker, ["a"], "--thinking", "on")[3][0]).endswith("<think>\n")
+    # R1's preset opens them where the template has not.
+    for ckpt, more in (folder, ()), (thinker, ("--thinking", "on")):
+        code, out, _, prompts = talk(ckpt, ["a"], "--preset", "r1", *more)
+        assert (code, out.count("<think>")) == (0, 1)
+        asked = dsj.load_tokenizer(ckpt).decode(prompts[0])
+        assert asked.endswith("<think>\n")
+        assert asked.count("<think>") == 1
+    assert "R1 wants no system prompt" in talk(folder, ["a"], "--preset", "r1", "--system", "b")[2]
     assert "no such switch" in talk(folder, ["a"], "--thinking", "off")[2]
     assert "no switch for thoughts" in talk(folder, ["/think on"])[2]
 

@@ -16,6 +16,7 @@ from deepseek_jax.cli.generate import Printer
 from deepseek_jax.cli.main import main
 from deepseek_jax.convert.save import save_pretrained
 from deepseek_jax.text.bpe import save_tokenizer, train_tokenizer
+from deepseek_jax.text.presets import PRESETS
 from deepseek_jax.version import __version__
 
 TEXT = "def héllo(x):\n    return '日本語 🎉' + x\n"
@@ -133,6 +134,20 @@ def test_chat_renders_the_checkpoints_template(capsys, folder, expected, tmp_pat
     assert prompt == expected[0].chat([{"role": "user", "content": "x"}])
 
 
+def test_the_preset_of_r1_opens_a_thought_and_says_how_to_sample(capsys, folder, expected, tmp_path):
+    path, tokenizer = tmp_path / "out.json", expected[0]
+    for more, sampling in ((), (0.6, 0.95)), (("--temperature", 0.5, "--top-p", 1), (0.5, 1.0)):
+        assert generate(capsys, folder, "--preset", "r1", "--prompt", "x", "--json", path, *more)[0] == 0
+        found = json.loads(path.read_text())
+        assert (found["temperature"], found["top_p"]) == sampling
+        asked = tokenizer.render([{"role": "user", "content": "x"}]) + "<think>\n"
+        assert tokenizer.decode(found["rows"][0]["prompt_ids"]) == asked
+    zero = PRESETS["r1-zero"].ids(tokenizer, [{"role": "user", "content": "2 + 2?"}])
+    assert tokenizer.decode(zero).endswith("</answer>. User: 2 + 2?. Assistant:")
+    with pytest.raises(ValueError, match="no system prompt"):
+        PRESETS["r1"].ids(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
 def test_drafts_are_counted(capsys, folder):
     code, _, err = generate(capsys, folder, "--prompt", "x", "--use-mtp", "--temperature", 3)
     assert code == 0
@@ -145,6 +160,7 @@ def test_drafts_are_counted(capsys, folder):
         ((), "give either --prompt TEXT or --prompt-ids"),
         (("--prompt", "a", "--prompt-ids", 1), "give either --prompt TEXT or --prompt-ids"),
         (("--prompt-ids", 1, "--chat"), "--chat renders text"),
+        (("--prompt", "a", "--chat", "--preset", "r1"), "--preset r1 says how prompts are put: leave out --chat"),
         (("--prompt-ids", 280), "outside the vocabulary of 280"),
         (("--prompt", "a", "--max-new-tokens", 999), "beyond the 256"),
         (("--prompt", "a", "--top-p", 2), "top_p=2"),
