@@ -74,7 +74,9 @@ def loss_picture(run: Run, axis: str) -> Figure | None:
         shown = {"mtp": ("MTP", ORANGE), "loss": ("total", GREY), "main": ("next token", BLUE)}
         for name in losses:
             line(ax, steps[name], axis, *shown[name], smooth=True)
-        ax.set(ylabel="nats a token", title="Training loss")
+        # Of GRPO it is no likelihood: near 0 on policy, whatever is learned.
+        title, unit = ("Minus GRPO's objective", "") if "surrogate" in steps else ("Training loss", "nats a token")
+        ax.set(ylabel=unit, title=title)
         robust(ax, [steps[n].array() for n in losses])
 
     def held_out(ax: Axes) -> None:
