@@ -14,6 +14,7 @@ from tiny import random_model, random_tokens, tiny_config
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.hf import config_to_json
 from deepseek_jax.configs.schema import HyperConnections
+from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.core.params import decays, map_variables, named, named_variables, unstack
 from deepseek_jax.core.partition import combine, partition
@@ -279,7 +280,7 @@ def test_weights_are_float32_in_a_bfloat16_model():
     assert y.dtype == streams.write(x, y, back, DEFAULT).dtype == jnp.bfloat16
 
 
-def test_a_config_says_one_thing_and_no_v3_file_carries_streams():
+def test_a_config_says_one_thing_and_llamas_files_carry_no_streams():
     with pytest.raises(ConfigError, match="sinkhorn_steps=3 belongs to the constraint, but constrained is False"):
         replace(HC, sinkhorn_steps=3)
     with pytest.raises(ConfigError, match=r"eps=.* belongs to the constraint"):
@@ -287,4 +288,4 @@ def test_a_config_says_one_thing_and_no_v3_file_carries_streams():
     with pytest.raises(ConfigError, match="n_streams must be positive, not 0"):
         replace(MHC, n_streams=0)
     with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: residual is HyperConn"):
-        config_to_json(CFG)
+        config_to_json(replace(zoo("tiny-llm"), residual=MHC))
