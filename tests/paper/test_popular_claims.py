@@ -89,8 +89,8 @@ def test_128k_comes_from_two_short_phases():
 def test_preferences_took_part_in_a_quarter_of_one_stage():
     last, steps = 400, 1700
     assert last / steps == pytest.approx(0.25, abs=0.02)
-    # What this package could show of it needs reinforcement learning, and says so.
-    assert {absent.kind for absent in ABSENT if absent.source == "2501.12948"} == {"not built"}
+    # Beside it nothing of that run is computed here, and the table says whose figures they are.
+    assert {absent.kind for absent in ABSENT if absent.source == "2501.12948"} == {"measured"}
 
 
 def test_the_note_counts_the_figures_as_the_table_does():
