@@ -230,7 +230,9 @@ def _help() -> str:
         [
             "usage: deepseek-jax COMMAND [ARGUMENTS]",
             "",
-            fill("DeepSeek models in JAX, from the dense ones to V3: load, convert, verify, train and run them."),
+            fill(
+                "DeepSeek models in JAX, from the dense ones to V4: load, convert, verify, train, serve and run them."
+            ),
             "",
             *(fill(text, f"  {name}", column) for name, (_, text) in COMMANDS.items()),
             "",
