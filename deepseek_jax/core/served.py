@@ -1,7 +1,7 @@
 """Keys in the formats that releases are served in: FP8 or FP4 in blocks with a scale each, what is rotated in bfloat16.
 
 V3 and V3.2: FP8 in blocks of 128 with float32 scales (V3.2-Exp's inference: 656 bytes of a token and layer); V4: FP8 in
-blocks of 64 and, of the indexer's keys, FP4 in blocks of 32, with a byte of exponent each (2606.19348 §5.2.1). A scale
+blocks of 64 and, of the indexer's keys, FP4 in blocks of 32, with a byte of exponent each (2606.19348). A scale
 is a block's largest magnitude over the format's; V3's inference takes magnitudes of at least 1e-4.
 
 All of a key is held in 32-bit words, as serving engines hold it: its values, its scales, what is rotated. No compiler

@@ -59,10 +59,9 @@ class Delta:
 
     ``request``, ``choice``: what `Batcher.submit` gave, and 0 to n - 1. ``tokens``: the new ids, a stop id included.
     ``logprobs``: of each the model's log-softmax, in nats, no temperature, bias or filter; ``behaviour``: the
-    log-probability with which it was drawn. ``top``: of each the
-    likeliest ids and their log-probabilities, best first; empty where none were asked for. ``finish``: "stop" (a stop
-    id came, or the grammar lets nothing follow), "length", "error" (``error`` says what its grammar raised), None while
-    it goes on. A cancelled request has no further deltas.
+    log-probability with which it was drawn. ``top``: of each the likeliest ids and their log-probabilities, best first;
+    empty where none were asked for. ``finish``: "stop" (a stop id came, or the grammar lets nothing follow), "length",
+    "error" (``error`` says what its grammar raised), None while it goes on. A cancelled request has no further deltas.
 
     Of the whole choice up to here: ``drafted`` and ``accepted``, drafts verified and those in the output.
     ``cached``: tokens of the prompt that were kept from earlier requests. ``waited``, ``prefilled``: seconds from

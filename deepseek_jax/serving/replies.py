@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from deepseek_jax.serving.answer import Answer, Pieces
@@ -31,9 +32,9 @@ def usage_of(prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> dic
     }
 
 
-class Reply:
-    """``usage``: whether chunks have a field for it, null but in the last one. ``wanted``: whether log-probabilities
-    are asked for."""
+class Reply(ABC):
+    """A kind of completion. ``usage``: whether chunks have a field for it, null but in the last one. ``wanted``:
+    whether log-probabilities are asked for."""
 
     prefix, whole_object, chunk_object = "", "", ""
 
@@ -44,6 +45,14 @@ class Reply:
     def begin(self, choice: int) -> Iterator[dict]:
         """Chunks before the first piece."""
         yield from ()
+
+    @abstractmethod
+    def pieces(self, choice: int, pieces: Pieces) -> Iterator[dict]:
+        """A chunk for each piece."""
+
+    @abstractmethod
+    def end(self, choice: int, answer: Answer) -> dict:
+        """The chunk that says why a choice has ended."""
 
     def routed(self, choice: int, answer: Answer) -> Iterator[dict]:
         """A chunk of experts, where there are new ones."""
@@ -57,8 +66,9 @@ class Reply:
         rows = [self._choice(i, answer, pieces) for i, (answer, pieces) in enumerate(choices)]
         return self._head(self.whole_object) | {"choices": rows, "usage": usage}
 
+    @abstractmethod
     def _choice(self, choice: int, answer: Answer, pieces: Pieces) -> dict:
-        raise NotImplementedError
+        """A choice of a whole completion."""
 
     def _head(self, kind: str) -> dict:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}

@@ -258,6 +258,7 @@ def test_sublayers_read_one_stream_after_the_other_at_first():
         assert (reading.max(-1) == most).all()
         assert (np.stack([s.scale.get_value() for s in sublayers]) == np.float32(0.01)).all()
         _, post, mix = unstack(model.stacks[0], 0).attn_streams.weights(jnp.ones((1, 1, H, D)), DEFAULT)
+        # Nearly a plain residual: what is read moves a weight by a hundredth of itself, for that is the scale.
         np.testing.assert_allclose(post, 1, atol=1e-2)
         assert (np.diagonal(mix[0, 0]) > 0.9).all()
 
