@@ -18,13 +18,17 @@ FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry
 
 
 def keep_programs(wanted: bool = True) -> None:
-    """Lets JAX keep what it compiles in `folder` and find it there the next time; not ``wanted``: neither.
+    """Lets JAX keep what it compiles in `folder` and find it there the next time, and generation what it runs
+    (`generation.programs`); not ``wanted``: neither.
 
     JAX's own settings have the word before it: JAX_COMPILATION_CACHE_DIR names another folder, which is left alone
     otherwise, JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing. A folder that cannot be written is said in one line.
     """
     import jax
 
+    from deepseek_jax.generation.programs import keep_ready
+
+    keep_ready(None)
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -43,6 +47,7 @@ def keep_programs(wanted: bool = True) -> None:
     except OSError as error:
         _say(f"compiled programs are not kept, {path} cannot be written: {error.strerror}.")
         return
+    keep_ready(path / "ready")
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Of a command's seconds many go into programs that take less than JAX's default, a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.core.context import Context
+from deepseek_jax.generation.programs import Ready
 from deepseek_jax.generation.sampling import DRAFT, Sampling, distribution, draw, packed, verify
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.tokens import make_tokens
@@ -118,7 +119,8 @@ def compiled(structure=None, places=None):
     which is where they stay, so that every call runs the same program."""
     out = None if structure is None else jax.tree.unflatten(structure, places)
     jit = partial(jax.jit, donate_argnames=("state",), out_shardings=out)
-    return jit(prefill, static_argnames=("chunk", "depth", "ctx")), jit(decode, static_argnames=("depth", "ctx"))
+    both = jit(prefill, static_argnames=("chunk", "depth", "ctx")), jit(decode, static_argnames=("depth", "ctx"))
+    return both if places else tuple(map(Ready, both))
 
 
 def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> State:

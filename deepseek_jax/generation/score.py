@@ -13,6 +13,7 @@ import numpy as np
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation.arguments import check_count, check_ids, check_model
 from deepseek_jax.generation.engine import MIN_CACHE
+from deepseek_jax.generation.programs import Ready
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import fetch, place, row_groups
@@ -78,7 +79,8 @@ def score(
 def _compiled(structure=None, places=None):
     """`_feed`, jitted; on a mesh the cache, of that structure, stays in its places."""
     out = None if structure is None else (jax.tree.unflatten(structure, places), None)
-    return jax.jit(_feed, static_argnames=("ctx",), donate_argnames=("cache",), out_shardings=out)
+    feed = jax.jit(_feed, static_argnames=("ctx",), donate_argnames=("cache",), out_shardings=out)
+    return feed if places else Ready(feed)
 
 
 def _feed(

@@ -74,12 +74,12 @@ def test_the_chunk_changes_nothing(model, prompts, plain):
 
 def test_nothing_is_compiled_again_for_other_lengths_settings_and_stops(model, prompts, plain):
     prefill, decode = loop.compiled()
-    before = prefill._cache_size(), decode._cache_size()
+    before = prefill.jitted._cache_size(), decode.jitted._cache_size()
     other = random_prompts(model.cfg, [3, 40, 1, 12, 8, 5, 2], seed=1)
     settings = {"temperature": 0.5, "top_k": [0, 1, 2, 3, 4, 5, 6], "top_p": 0.9, "min_p": 0.1, "seed": 4}
     dsj.generate(model, other, 70, chunk=CHUNK, stop_ids=(5, 6, 7), **settings)
     dsj.generate(model, [[1]] * 7, 1, chunk=CHUNK)
-    assert (prefill._cache_size(), decode._cache_size()) == before
+    assert (prefill.jitted._cache_size(), decode.jitted._cache_size()) == before
 
 
 # Rings shorter than texts, and entries: what decoding takes back differs by layer.
