@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from browser import CHROMIUM, MISSING, browser
 from served import client, serving
 
 import deepseek_jax as dsj
@@ -134,6 +136,30 @@ def test_a_client_that_leaves_frees_its_slot_within_a_call(running):
     with client(url, timeout=0.02) as hasty, pytest.raises(openai.APITimeoutError):
         hasty.completions.create(**settings)
     assert idle(worker)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_the_page_shows_an_answer_its_drafts_and_its_experts(running, loaded):
+    _, url, _ = running
+    model, tokenizer = loaded
+    prompt = tokenizer.chat([{"role": "user", "content": PROMPTS[0].strip()}])
+    (new,), info = dsj.generate(model, [prompt], NEW, cache_length=LENGTH, record="routing")
+    with browser() as page:
+        page.open(f"{url}/")
+        page.until("at('name').textContent === 'tiny'")
+        page.run(f"at('temperature').value = 0; at('most').value = {NEW}; at('box').focus()")
+        page.type(PROMPTS[0])
+        page.press("Enter")
+        page.until("at('send').textContent === 'send' && messages.length === 2")
+        assert page.run("messages[1].content") == tokenizer.decode(new, skip_special_tokens=True)
+        said = page.run("document.querySelector('article .said').textContent")
+        assert re.match(rf"{NEW} tokens, [0-9.]+ a second, .*[0-9]+ of [0-9]+ drafts accepted", said)
+        page.hover(".token")
+        told = page.run("at('experts').textContent").splitlines()[0]
+        first = info.routing[0][:, len(prompt)]
+        found = [set(map(int, layer.split(":")[-1].split())) for layer in told.split(" · ")]
+        assert found == [set(row) for row in first.tolist()]
+        assert page.thrown == []
 
 
 def test_random_requests_hostile_bodies_and_clients_that_leave_cost_no_slot_and_no_text(running, expected):
