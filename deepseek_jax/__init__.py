@@ -12,15 +12,15 @@ from deepseek_jax.version import __version__
 _HOME = {
     "zoo": "deepseek_jax.configs.zoo",
     "Context": "deepseek_jax.parallel.context",
-    "init": "deepseek_jax.model.transformer",
+    "init": "deepseek_jax.multimodal.public",
     "partition": "deepseek_jax.core.partition",
     "combine": "deepseek_jax.core.partition",
-    "load_pretrained": "deepseek_jax.convert.load",
-    "save_pretrained": "deepseek_jax.convert.save",
+    "load_pretrained": "deepseek_jax.multimodal.public",
+    "save_pretrained": "deepseek_jax.multimodal.public",
     "loss": "deepseek_jax.train.loss",
     "LossWeights": "deepseek_jax.train.weights",
     "update_router_bias": "deepseek_jax.train.balance",
-    "generate": "deepseek_jax.generation.engine",
+    "generate": "deepseek_jax.multimodal.public",
     "load_tokenizer": "deepseek_jax.text.tokenizer",
     "counts": "deepseek_jax.analysis.counts",
 }
@@ -41,11 +41,8 @@ def __dir__():
 if TYPE_CHECKING:
     from deepseek_jax.analysis.counts import counts  # noqa: F401
     from deepseek_jax.configs.zoo import zoo  # noqa: F401
-    from deepseek_jax.convert.load import load_pretrained  # noqa: F401
-    from deepseek_jax.convert.save import save_pretrained  # noqa: F401
     from deepseek_jax.core.partition import combine, partition  # noqa: F401
-    from deepseek_jax.generation.engine import generate  # noqa: F401
-    from deepseek_jax.model.transformer import init  # noqa: F401
+    from deepseek_jax.multimodal.public import generate, init, load_pretrained, save_pretrained  # noqa: F401
     from deepseek_jax.parallel.context import Context  # noqa: F401
     from deepseek_jax.text.tokenizer import load_tokenizer  # noqa: F401
     from deepseek_jax.train.balance import update_router_bias  # noqa: F401

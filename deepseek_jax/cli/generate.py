@@ -31,7 +31,8 @@ class Generate:
     prompt_ids: Annotated[tuple[int, ...], tyro.conf.arg(metavar="ID [ID ...]")] = ()
     """Token ids to continue instead of text, for a checkpoint without tokenizer.json; nothing is added."""
     image: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
-    """Pictures that a Janus is shown with every prompt, in the places of <image_placeholder> in it, or before it."""
+    """Pictures that a Janus is shown with every prompt, a user's message then, in the places of <image_placeholder> in
+    it, or before it. Without pictures its language model goes on with the text, as any other."""
     chat: bool = False
     """Take each prompt as a user's message, and render it by the checkpoint's own chat template."""
     preset: Literal["r1", "r1-zero"] | None = None
@@ -83,8 +84,7 @@ class Generate:
         from deepseek_jax.multimodal.checkpoint import holds_janus
         from deepseek_jax.parallel.processes import is_first
 
-        janus = holds_janus(self.ckpt)
-        if self.image and not janus:
+        if self.image and not holds_janus(self.ckpt):
             raise ValueError(f"--image: {self.ckpt} holds no Janus, and no other model here is shown pictures.")
         tokenizer = open_tokenizer(self.ckpt, needed=None if self.prompt_ids else "--prompt-ids")
         if tokenizer is None and is_first():
@@ -93,7 +93,7 @@ class Generate:
         preset = self._preset
         settings["temperature"] = self.temperature if self.temperature is not None else preset.temperature
         settings["top_p"] = self.top_p if self.top_p is not None else preset.top_p
-        if janus:
+        if self.image:
             from deepseek_jax.cli.generate_janus import begin
 
             prompts, run = begin(self, tokenizer, texts, ctx, settings)
@@ -234,13 +234,14 @@ def open_tokenizer(ckpt: Path, needed: str | None):
 
 
 def load_model(ckpt: Path, dtype: DTYPE, ctx=None, adapter: Path | None = None):
+    """The language model of a checkpoint, a Janus's among them, with adapters where there are any."""
     from deepseek_jax.convert.adapter import load_adapter
-    from deepseek_jax.convert.load import load_pretrained
+    from deepseek_jax.multimodal.public import language_model, load_pretrained
 
     if adapter is not None and ctx is not None and ctx.mesh is not None:
         raise ValueError(
             f"--adapter with --mesh: adapters are applied on one device. Merge them first: deepseek-jax convert {ckpt} "
             f"DST --adapter {adapter}."
         )
-    model = load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype, ctx=ctx)
+    model = language_model(load_pretrained(ckpt, dtype=None if dtype == "stored" else dtype, ctx=ctx))
     return model if adapter is None else load_adapter(model, adapter)

@@ -45,9 +45,8 @@ def config_from_json(data: dict, name: str | None = None) -> ModelConfig:
         raise ConfigError(f"config.json: model_type {model_type} is {NOT_BUILT[model_type]}, which is not built.")
     if isinstance(model_type, str) and model_type in JANUS:
         raise ConfigError(
-            f"config.json: model_type {model_type} is a Janus, not a language model alone: "
-            "deepseek_jax.multimodal.checkpoint.load_pretrained loads it, and the commands generate, draw, summary and "
-            "verify take it."
+            f"config.json: model_type {model_type} is a Janus, not a language model alone: dsj.load_pretrained loads "
+            "it, and the commands generate, draw, score, summary and verify take it."
         )
     if not isinstance(model_type, str) or model_type not in TRADITIONS:
         raise ConfigError(

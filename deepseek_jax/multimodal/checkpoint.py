@@ -24,6 +24,7 @@ from deepseek_jax.convert.load import filled
 from deepseek_jax.convert.names import IGNORED
 from deepseek_jax.convert.pickles import safetensors_name
 from deepseek_jax.convert.safetensors import INDEX, CheckpointError, Entry, Writer, load_json
+from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.multimodal.janus import Janus, abstract
 from deepseek_jax.multimodal.names import UNUSED, Kept, layout
@@ -59,12 +60,13 @@ def read_config(folder: Path) -> JanusConfig:
         raise ConfigError(f"{folder}: {error}") from None
 
 
-def load_pretrained(path: str | Path, dtype=jnp.bfloat16) -> Janus:
+def load_pretrained(path: str | Path, dtype=jnp.bfloat16, ctx: Context | None = None) -> Janus:
     """A Janus from a folder of DeepSeek's files or of transformers', safetensors or, where PyTorch is installed,
-    ``pytorch_model*.bin``. ``dtype``: of all parameters; None keeps every tensor as it is stored.
+    ``pytorch_model*.bin``. ``dtype``: of all parameters; None keeps every tensor as it is stored. ``ctx``: with a mesh
+    the model is read into its shards.
 
     Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or dtype, truncated or not finite;
-    ConfigError for a config that is not built.
+    ConfigError for a config that is not built; LayoutError where the context's layout does not divide the model.
     """
     folder = Path(path)
     cfg = read_config(folder)
@@ -77,7 +79,7 @@ def load_pretrained(path: str | Path, dtype=jnp.bfloat16) -> Janus:
     for tensor in (tensor for one in kept for tensor in one.parts):
         by_leaf.setdefault(tensor.path, []).append(tensor)
     like = abstract(cfg, np.float32 if dtype is None else dtype)
-    return filled(like, checkpoint, by_leaf, leaves, dtype)
+    return filled(like, checkpoint, by_leaf, leaves, dtype, ctx or DEFAULT)
 
 
 def _parts(checkpoint: Checkpoint, kept: tuple[Kept, ...]) -> dict[str, Entry]:

@@ -6,6 +6,8 @@ an aligner of their own and predicted by a head of their own. In between is the 
 Suffixes: B rows, T tokens, D width, I pictures, Y and X pixels, C colours, P a picture's tokens, K codes.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from deepseek_jax.configs.multimodal import JanusConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.params import drawn, map_variables, matrix_of, param
 from deepseek_jax.model import transformer
-from deepseek_jax.model.arguments import check_dtype, known
+from deepseek_jax.model.arguments import check_init, known
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.outputs import Output
 from deepseek_jax.model.transformer import Transformer
@@ -127,27 +129,29 @@ def abstract(cfg: JanusConfig, dtype=jnp.float32) -> Janus:
     return jax.eval_shape(lambda: Janus(cfg, jnp.dtype(dtype)))
 
 
-def init(cfg: JanusConfig, key: jax.Array, dtype=jnp.float32) -> Janus:
-    """A fresh model: the language model is `deepseek_jax.init`'s; of the other parts each linear map has values from
-    N(0, 1 / its inputs) that follow from the key, its name and shape, gains are 1 and biases 0."""
-    dtype = check_dtype(dtype)
-    language = transformer.init(cfg.language, key, dtype)
+def init(cfg: JanusConfig, key: jax.Array, dtype=jnp.float32, ctx: Context | None = None) -> Janus:
+    """A fresh model: the language model is that of `transformer.init`; of the other parts each linear map has values
+    from N(0, 1 / its inputs) that follow from the key, its name and shape, gains are 1 and biases 0. On a mesh every
+    device makes its own shards.
 
-    @jax.jit
-    def others(key):
-        def draw(path, variable):
-            name, form = ".".join(map(str, path)), matrix_of(variable, ".".join(map(str, path)))
-            if path[0] == "language" or not form.inputs:
-                return variable
-            shape = variable.get_value().shape
-            layers = jnp.arange(shape[0]) if path[:2] == ("vision", "layers") else None
-            return drawn(variable, key, name, _std(variable, form), layers)
+    Raises ValueError for what is no key or dtype of weights, LayoutError where the context's layout does not divide the
+    model.
+    """
+    dtype = check_init(cfg.language, key, dtype)
+    return (ctx or DEFAULT).ops.made(partial(_init, cfg, dtype=dtype), key)
 
-        return map_variables(draw, Janus(cfg, dtype))
 
-    model = others(key)
-    model.language = language
-    return model
+@partial(jax.jit, static_argnums=(0, 2))
+def _init(cfg: JanusConfig, key: jax.Array, dtype) -> Janus:
+    def draw(path, variable):
+        name, form = ".".join(map(str, path)), matrix_of(variable, ".".join(map(str, path)))
+        if path[0] == "language" or not form.inputs:
+            return variable
+        shape = variable.get_value().shape
+        layers = jnp.arange(shape[0]) if path[:2] == ("vision", "layers") else None
+        return drawn(variable, key, name, _std(variable, form), layers)
+
+    return with_language(map_variables(draw, Janus(cfg, dtype)), transformer.init(cfg.language, key, dtype))
 
 
 def _std(variable, form) -> float:

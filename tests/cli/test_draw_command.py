@@ -102,6 +102,22 @@ def test_text_about_pictures_is_what_the_library_writes(folder, picture, tmp_pat
 
 
 @pytest.mark.slow
+def test_without_pictures_the_language_model_goes_on(folder, tmp_path, capsys):
+    record = tmp_path / "a.json"
+    settings = ("--dtype", "float32", "--max-new-tokens", NEW, "--json", record)
+    code, _, err = run(capsys, "generate", folder, "--prompt", "a red", *settings)
+    assert code == 0, err
+    model, tokenizer = dsj.load_pretrained(folder, dtype=np.float32), dsj.load_tokenizer(folder)
+    (row,) = json.loads(record.read_text())["rows"]
+    assert row["prompt_ids"] == tokenizer.encode("a red")
+    assert row["ids"] == dsj.generate(model.language, [row["prompt_ids"]], NEW)[0][0]
+    (tmp_path / "text").write_text("a red circle")
+    code, out, err = run(capsys, "score", folder, tmp_path / "text", "--dtype", "float32")
+    assert code == 0, err
+    assert "nats" in out
+
+
+@pytest.mark.slow
 def test_in_bfloat16_and_as_stored(folder, picture, tmp_path, capsys):
     for dtype in ("bfloat16", "stored"):
         out = tmp_path / f"{dtype}.png"
@@ -149,9 +165,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, picture, tmp_path, cap
         (("draw", tmp_path / "nowhere", "--prompt", "x", out), "is not a folder"),
         (("generate", tmp_path / "language", "--prompt-ids", 1, "--image", picture), "holds no Janus"),
         (("generate", folder, "--prompt", "x", "--image", folder / "config.json"), "is no picture that Pillow reads"),
-        (("generate", folder, "--prompt", "x", "--use-mtp"), "--use-mtp: "),
+        (("generate", folder, "--prompt", "x", "--use-mtp", "--image", picture), "--use-mtp: "),
         (("generate", folder, "--prompt", "x", "--image", tmp_path / "b.png"), "No such file"),
-        (("score", folder, folder / "config.json"), "is a Janus, not a language model alone"),
         (("train", tmp_path / "run", "--model", "tiny-janus"), "is a Janus; this command takes language models"),
     ):
         code, _, err = run(capsys, *arguments)

@@ -10,11 +10,12 @@ import torch
 from tiny import fill_randomly
 from tiny_janus import tiny_config, tiny_janus
 
+from deepseek_jax import load_pretrained, save_pretrained
 from deepseek_jax.convert.checkpoint import Checkpoint
 from deepseek_jax.convert.safetensors import CheckpointError, Writer
 from deepseek_jax.core.params import named
-from deepseek_jax.multimodal.checkpoint import load_pretrained, save_pretrained
-from deepseek_jax.multimodal.janus import abstract
+from deepseek_jax.multimodal import checkpoint
+from deepseek_jax.multimodal.janus import Janus, abstract
 
 UNUSED = {
     "vision_model.vision_tower.attn_pool.latent": np.ones((1, 1, 32), np.float32),
@@ -107,7 +108,8 @@ def test_there_and_back_in_both_layouts(folder, tmp_path):
     save_pretrained(model, tmp_path / "like", like=folder)
     same(tmp_path / "like", folder)
     assert {p.name for p in (tmp_path / "like").iterdir()} == {p.name for p in folder.iterdir()}
-    save_pretrained(model, tmp_path / "hf", model_type="janus")
+    assert isinstance(model, Janus)
+    checkpoint.save_pretrained(model, tmp_path / "hf", model_type="janus")
     other = load_pretrained(tmp_path / "hf", dtype=None)
     save_pretrained(other, tmp_path / "hf2", like=tmp_path / "hf")
     same(tmp_path / "hf2", tmp_path / "hf")
@@ -162,4 +164,8 @@ def test_nothing_is_left_of_what_cannot_be_written(folder, tmp_path):
         save_pretrained(tiny_janus(), folder)
     with pytest.raises(ValueError, match="dtype int8"):
         save_pretrained(tiny_janus(), tmp_path / "a", dtype=np.int8)
+    with pytest.raises(ValueError, match="quantize='fp8': a Janus's files have no quantised tensors"):
+        save_pretrained(tiny_janus(), tmp_path / "a", quantize="fp8")
+    with pytest.raises(ValueError, match="holds a Janus, which is loaded under its own config"):
+        load_pretrained(folder, cfg=tiny_config().language)
     assert list(tmp_path.iterdir()) == []

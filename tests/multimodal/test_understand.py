@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from tiny_janus import IMAGE, pictures, run, tiny_janus
 
+from deepseek_jax import generate
 from deepseek_jax.multimodal.pictures import read_picture, shown, write_png
-from deepseek_jax.multimodal.understand import generate
 
 P, NEW = 16, 6
 PROMPTS = ([1, *[IMAGE] * P, 7, 8, *[IMAGE] * P, 9], [1, 20, *[IMAGE] * P, 30, 31, 32])
@@ -21,7 +21,7 @@ def images():
 
 def test_tokens_and_their_probabilities(images):
     model = tiny_janus()
-    tokens, info = generate(model, PROMPTS, images, NEW, stop_ids=())
+    tokens, info = generate(model, PROMPTS, NEW, stop_ids=(), images=images)
     texts, rows = [[*p, *new] for p, new in zip(PROMPTS, tokens, strict=True)], np.zeros((2, 48), np.int32)
     for row, text in zip(rows, texts, strict=True):
         row[: len(text)] = text
@@ -44,7 +44,22 @@ def test_tokens_and_their_probabilities(images):
 )
 def test_pictures_and_their_places_have_to_match(prompts, count, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny_janus(), prompts, [list(pictures(count))], NEW)
+        generate(tiny_janus(), prompts, NEW, images=[list(pictures(count))])
+
+
+def test_without_pictures_the_language_model_goes_on():
+    model, prompts = tiny_janus(), [[1, 5, 6], [1, 20, 30, 31, 32]]
+    tokens, info = generate(model, prompts, NEW, stop_ids=())
+    expected, same = generate(model.language, prompts, NEW, stop_ids=())
+    assert (tokens, info.logprobs) == (expected, same.logprobs)
+
+
+def test_options_of_prompts_without_pictures_are_refused(images):
+    model = tiny_janus()
+    with pytest.raises(ValueError, match="with images, use_mtp, cache_length, chunk and record stay as they are"):
+        generate(model, PROMPTS, images=images, cache_length=64)
+    with pytest.raises(ValueError, match="the model is no Janus"):
+        generate(model.language, PROMPTS, images=images)
 
 
 def test_a_call_says_what_does_not_match():

@@ -1,5 +1,6 @@
 """Janus-Pro (2501.17811): sizes of its parts, and that each stage of its training moves what the paper says alone."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from tiny_janus import IMAGE, pictures, tiny_janus
 
 import deepseek_jax as dsj
-from deepseek_jax.core.params import named
+from deepseek_jax.core.params import matrix_of, named
 from deepseek_jax.core.partition import partition
 from deepseek_jax.multimodal.janus import abstract
 from deepseek_jax.multimodal.objective import Pictures, Text, begin, loss, picture_nats, step, text_nats, vq_loss
@@ -30,6 +31,19 @@ def batch():
     prompts[1, :2], segments[1, :2] = 0, 0
     codes = rng.integers(0, 48, (3, 16)).astype(np.int32)
     return Text(tokens, weight, pictures(2)), Pictures(prompts, segments, codes)
+
+
+@pytest.mark.slow
+def test_a_fresh_janus_has_a_fresh_language_model():
+    """Variances of the other parts are those of the maps' inputs."""
+    key, cfg = jax.random.key(3), tiny_janus().cfg
+    # Fewer parameters, whose every draw is compiled.
+    model = dsj.init(replace(cfg, vq=replace(cfg.vq, multipliers=(1,))), key)
+    for name, value in named(dsj.init(model.cfg.language, key)).items():
+        np.testing.assert_array_equal(value, named(model.language)[name], err_msg=name)
+    for w in (model.vision.layers.q, model.vq.decoder.conv_in.weight, model.gen_head.layers[1].weight):
+        inputs = np.prod([w.get_value().shape[a] for a in matrix_of(w).inputs])
+        np.testing.assert_allclose(np.std(w.get_value()), inputs**-0.5, rtol=0.1)
 
 
 @pytest.mark.parametrize(("name", "dim", "layers"), [("janus-pro-1b", 2048, 24), ("janus-pro-7b", 4096, 30)])
