@@ -1,12 +1,15 @@
 """Does GRPO teach a model of two million parameters what it taught R1-Zero, on tasks from a form to a long thought?
 
-The claims stand in paper_notes/r1_ladder.md; the rule of each is `CLAIMS` here. Four rungs, three seeds each:
+The claims stand in paper_notes/r1_ladder.md; the rule of each is `CLAIMS` here. Five rungs, three seeds each:
 
 - L0 tags: the base has seen four tags in any order, one text in ten in theirs. GRPO on the form alone, from the base.
 - L1 sort: five digits, from a cold start that is stopped early.
 - L2 carry: two-digit addition with its steps, from such a start.
 - L3 parity: of 12 bits; a fifth of the texts reasons, bit by bit, the others answer at once. The start has learned them
   all; half of what it answers at once is right.
+- L4 thought: L3 once more, after its runs: there no start had learned to reason (of its thoughts' steps half were
+  right, so that they told of nothing), and RL found nothing to lengthen. Here the start has first learned texts of
+  which all reason, in two minutes; its thoughts are right then.
 
 A base is trained on the texts of L0 alone. A cold start is `train --sft` on the task's own solutions with a checkpoint
 every 25 steps, of which the first counts whose held-out pass@1 reaches `Rung.begin`, on L3 the last one. All runs are
@@ -69,12 +72,14 @@ FORM = Grpo()
 @dataclass(frozen=True)
 class Rung:
     """``begin``: the held-out pass@1 at which the cold start ends; None: after all its ``steps``, and of no cold start
-    where these are 0."""
+    where these are 0. ``before``: what it learns before its task, in ``before_steps``."""
 
     task: Exercise
     recipe: RlRecipe
     steps: int = 0
     begin: float | None = None
+    before: Exercise | None = None
+    before_steps: int = 0
 
 
 RL = RlRecipe(steps=150, prompts=8, group=16, lr=1e-4, held_out=64, attempts=8, evaluate_every=10)
@@ -83,7 +88,16 @@ RUNGS = {
     "L1": Rung(Sort(symbols=5, documents=4000), replace(RL, max_new_tokens=12), 600, 0.2),
     "L2": Rung(Carry(digits=2, documents=4000), replace(RL, prompts=16, max_new_tokens=32), 600, 0.2),
     "L3": Rung(Parity(bits=12, long=20, documents=4000), replace(RL, max_new_tokens=20), 600),
+    "L4": Rung(
+        Parity(bits=12, long=20, documents=4000),
+        replace(RL, max_new_tokens=20, steps=60, evaluate_every=5),
+        100,
+        before=Parity(bits=12, long=100, documents=8000),
+        before_steps=600,
+    ),
 }
+# Which were put down together, before the first result of any of them.
+PUT_DOWN = (("L0", "L1", "L2", "L3"), ("L4",))
 # What each claim asks of a run's measurements [first .. last], each of a dict as `held_out.measure` gives it; a claim
 # holds where it holds in every seed, and is opposite where it fails in every seed.
 CLAIMS = {
@@ -95,6 +109,10 @@ CLAIMS = {
         "pass@1 rises by 0.1 and the mean length by 30%, and they rise together: rank correlation 0.7",
     ),
     "C5": ("L1", "pass@8 rises by less than half of what pass@1 does"),
+    "C6": (
+        "L4",
+        "pass@1 rises by 0.1 and the mean length by 30%, and they rise together: rank correlation 0.7",
+    ),
 }
 
 
@@ -112,7 +130,7 @@ def holds(claim: str, seen: list[dict]) -> bool:
         form = next((i for i, found in enumerate(seen) if found["format"] >= 0.9), len(seen))
         right = next(i for i, found in enumerate(seen) if found["pass_at_1"] >= 0.9 * last["pass_at_1"])
         return risen("pass_at_1") >= 0.2 and form < right
-    if claim == "C4":
+    if claim in ("C4", "C6"):
         together = correlation([s["pass_at_1"] for s in seen], [s["length"] for s in seen])
         return risen("pass_at_1") >= 0.1 and last["length"] >= 1.3 * first["length"] and together >= 0.7
     return risen("pass_at_k") < risen("pass_at_1") / 2
@@ -130,10 +148,12 @@ def correlation(a: list[float], b: list[float]) -> float:
     return sum(i * j for i, j in zip(x, y, strict=True)) / size if size else 0.0
 
 
-def rule() -> str:
-    """A hash of rungs, seeds, the model and the claims' words."""
-    rungs = {name: described(rung) for name, rung in RUNGS.items()}
-    return digest([rungs, described(MODEL), described(FORM), CLAIMS, list(SEEDS)])
+def rule(name: str) -> str:
+    """A hash of the rungs put down with one, of seeds, the model and these rungs' claims."""
+    together = next(names for names in PUT_DOWN if name in names)
+    rungs = {name: described(RUNGS[name]) for name in together}
+    claims = {claim: says for claim, says in CLAIMS.items() if says[0] in together}
+    return digest([rungs, described(MODEL), described(FORM), claims, list(SEEDS)])
 
 
 def supervised(steps: int, seed: int, every: int) -> Recipe:
@@ -173,17 +193,24 @@ def base(work: Path, seed: int, steps: int) -> Path:
     return folder / "checkpoint"
 
 
+def learned(task: Exercise, source: Path, steps: int, work: Path, name: str, seed: int) -> Path:
+    """The folder of a supervised run on a task's own solutions, with a checkpoint every 25 steps."""
+    traces, folder = work / f"{name}-traces", work / name
+    if not traces.is_dir():
+        write_traces(task, traces)
+    shutil.rmtree(folder, ignore_errors=True)
+    options = Options(save_every=25, keep_last=steps, keep_best=0)
+    fine_tune(source, supervised(steps, seed, steps), traces / "traces.jsonl", folder, options=options)
+    return folder
+
+
 def start(name: str, rung: Rung, work: Path, seed: int, source: Path) -> tuple[Path, list[dict]]:
     """The checkpoint that RL begins from, and what was measured of those before it."""
     if not rung.steps:
         return source, []
-    traces, folder = work / f"{name}-traces", work / f"{name}-{seed}-start"
-    if not traces.is_dir():
-        write_traces(rung.task, traces)
-    shutil.rmtree(folder, ignore_errors=True)
-    options = Options(save_every=25, keep_last=rung.steps, keep_best=0)
-    recipe = supervised(rung.steps, seed, rung.steps)
-    fine_tune(source, recipe, traces / "traces.jsonl", folder, options=options)
+    if rung.before is not None:
+        source = learned(rung.before, source, rung.before_steps, work, f"{name}-{seed}-before", seed) / "checkpoint"
+    folder = learned(rung.task, source, rung.steps, work, f"{name}-{seed}-start", seed)
     saved = sorted((path for path in (folder / "checkpoints").iterdir()), key=lambda path: int(path.name))
     if rung.begin is None:
         return folder / "checkpoint", []
@@ -213,7 +240,7 @@ def carry_out(name: str, rung: Rung, work: Path, seed: int, base_steps: int) -> 
     return {
         "rung": name,
         "seed": seed,
-        "rule": rule(),
+        "rule": rule(name),
         "settings": {"recipe": asdict(rung.recipe), "task": rung.task.spelled},
         **provenance(),
         "cpu_minutes": (time.process_time() - began) / 60,
@@ -231,7 +258,7 @@ def verdicts(results: Path) -> list[str]:
     lines = []
     for claim, (rung, says) in CLAIMS.items():
         found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{rung}-*.json"))]
-        found = [run for run in found if run["rule"] == rule()]
+        found = [run for run in found if run["rule"] == rule(rung)]
         held = [holds(claim, run["evaluations"]) for run in found]
         ends = "; ".join(
             f"seed {run['seed']}: pass@1 {a['pass_at_1']:.2f} to {b['pass_at_1']:.2f}, pass@8 {a['pass_at_k']:.2f} to "
@@ -249,7 +276,8 @@ def verdicts(results: Path) -> list[str]:
 
 def toy(rung: Rung) -> Rung:
     recipe = replace(rung.recipe, steps=2, prompts=2, group=4, held_out=2, attempts=4, evaluate_every=1)
-    return replace(rung, recipe=recipe, steps=25 * bool(rung.steps), begin=None if rung.begin is None else 0.0)
+    begin = None if rung.begin is None else 0.0
+    return replace(rung, recipe=recipe, steps=25 * bool(rung.steps), begin=begin, before_steps=5)
 
 
 def main() -> None:
@@ -268,7 +296,7 @@ def main() -> None:
         for seed in arguments.seeds[: 1 if arguments.smoke else None]:
             for name in arguments.rungs:
                 file = results / f"{name}-{seed}.json"
-                if file.exists() and json.loads(file.read_text())["rule"] == rule():
+                if file.exists() and json.loads(file.read_text())["rule"] == rule(name):
                     continue
                 rung = toy(RUNGS[name]) if arguments.smoke else RUNGS[name]
                 found = carry_out(name, rung, work, seed, 5 if arguments.smoke else 150)
