@@ -7,9 +7,8 @@ The claims stand in paper_notes/r1_ladder.md; the rule of each is `CLAIMS` here.
 - L2 carry: two-digit addition with its steps, from such a start.
 - L3 parity: of 12 bits; a fifth of the texts reasons, bit by bit, the others answer at once. The start has learned them
   all; half of what it answers at once is right.
-- L4 thought: L3 once more, after its runs: there no start had learned to reason (of its thoughts' steps half were
-  right, so that they told of nothing), and RL found nothing to lengthen. Here the start has first learned texts of
-  which all reason, in two minutes; its thoughts are right then.
+- L4 thought: L3 once more, put down after its first two runs: there the start's thoughts were wrong, every second step
+  of them, and RL found nothing to lengthen. Here the start has first learned texts of which all reason.
 
 A base is trained on the texts of L0 alone. A cold start is `train --sft` on the task's own solutions with a checkpoint
 every 25 steps, of which the first counts whose held-out pass@1 reaches `Rung.begin`, on L3 the last one. All runs are
