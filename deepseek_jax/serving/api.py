@@ -136,12 +136,11 @@ class Api:
             if job.answers[number].finish is not None:
                 yield job.reply.end(number, job.answers[number])
 
+        # What came at once is sent at once.
         try:
-            for chunk in chunks(*first):
-                yield _event(chunk)
+            yield b"".join(map(_event, chunks(*first)))
             async for number, found in pieces:
-                for chunk in chunks(number, found):
-                    yield _event(chunk)
+                yield b"".join(map(_event, chunks(number, found)))
         except Exception as error:
             yield _event(_as_api_error(error).body())
             return

@@ -2,32 +2,21 @@
 
 import asyncio
 import json
-import random
 import re
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx2
 import numpy as np
 import openai
 import pytest
 from browser import CHROMIUM, MISSING, browser
 from served import client, serving
+from soak import FORM, LENGTH, NEW, PROMPTS, SLOTS, idle, soak
 
 import deepseek_jax as dsj
 from deepseek_jax.generation.batcher import Batcher
 from deepseek_jax.serving.worker import Worker
 
 pytestmark = pytest.mark.slow
-LENGTH, NEW = 128, 16
-PROMPTS = ["def add(a, b):\n", "class Point:\n    def", "import os\n\n", "for i in range(", "naïve = '日本 🙂'\n", "x"]
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 999}, "b": {"enum": ["x", "y"]}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +28,9 @@ def loaded(root):
 @pytest.fixture(scope="module")
 def running(loaded):
     """A worker, its server's address, and a client."""
-    worker = Worker(lambda: Batcher(loaded[0], slots=4, length=LENGTH, use_mtp=True, queue=64, chunk=16, routing=True))
+    worker = Worker(
+        lambda: Batcher(loaded[0], slots=SLOTS, length=LENGTH, use_mtp=True, queue=64, chunk=16, routing=True)
+    )
     asyncio.run(worker.started())
     with (
         serving(worker, loaded[1], name="tiny", context=LENGTH, drafts=True, routing=True) as url,
@@ -63,14 +54,6 @@ def expected(loaded):
         return tokenizer.decode(new, skip_special_tokens=True)
 
     return list(map(text, greedy)), [np.asarray(row) for row in info.logprobs], list(map(text, drawn))
-
-
-def idle(worker):
-    """Waits until nothing is under way. That every slot comes back is what is tested."""
-    end = time.monotonic() + 20
-    while (worker.stats().running or worker.stats().waiting) and time.monotonic() < end:
-        time.sleep(0.02)
-    return (worker.stats().running, worker.stats().waiting) == (0, 0)
 
 
 def test_texts_are_those_of_generate_streamed_or_not_and_so_are_log_probabilities(running, expected):
@@ -117,8 +100,7 @@ def test_a_chat_is_its_template_s_prompt_continued(running, loaded):
 
 def test_an_answer_follows_its_schema(running):
     _, _, c = running
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    settings = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    settings = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "response_format": FORM}
     found = c.chat.completions.create(n=2, seed=1, max_tokens=100, **settings)
     for choice in found.choices:
         assert choice.finish_reason == "stop"
@@ -132,10 +114,10 @@ def test_a_client_that_leaves_frees_its_slot_within_a_call(running):
     stream = c.completions.create(stream=True, **settings)
     next(stream)
     stream.close()
-    assert idle(worker)
+    assert idle(worker.stats)
     with client(url, timeout=0.02) as hasty, pytest.raises(openai.APITimeoutError):
         hasty.completions.create(**settings)
-    assert idle(worker)
+    assert idle(worker.stats)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
@@ -162,40 +144,10 @@ def test_the_page_shows_an_answer_its_drafts_and_its_experts(running, loaded):
         assert page.thrown == []
 
 
-def test_random_requests_hostile_bodies_and_clients_that_leave_cost_no_slot_and_no_text(running, expected):
-    """A soak of some seconds: every text that comes whole is that of `generate`, and in the end every slot is free."""
-    worker, url, _ = running
-    end, failed, whole = time.monotonic() + 12, [], [0]
-
-    def one(seed: int) -> None:
-        draw = random.Random(seed)
-        with client(url, timeout=30) as c, httpx2.Client(base_url=url, timeout=30) as web:
-            while time.monotonic() < end:
-                number = draw.randrange(len(PROMPTS))
-                settings = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": NEW, "temperature": 0}
-                kind = draw.randrange(5)
-                if kind == 0:
-                    stream = c.completions.create(stream=True, **settings)
-                    for _ in range(draw.randrange(4)):
-                        next(stream, None)
-                    stream.close()
-                elif kind == 1:
-                    body = draw.choice(
-                        [b"", b"{", b'{"prompt": 5}', b'{"prompt": [99999]}', b"[" * 9999, b"\xff", b"null"]
-                    )
-                    answer = web.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-                    failed.extend([answer.text] * (answer.status_code != 400))
-                else:
-                    found = c.completions.create(**settings).choices[0].text
-                    whole[0] += 1
-                    failed.extend([(PROMPTS[number], found)] * (found != expected[0][number]))
-
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert whole[0] > 20
-    assert idle(worker)
-    assert worker.state == "ready"
+def test_a_soak_of_some_seconds(loaded):
+    """Random requests, clients that leave in every phase, hostile bodies; ``soak.py`` runs for longer."""
+    found = soak(*loaded, seconds=16, parts=2)
+    assert (found.wrong, found.compiled) == ([], [])
+    kinds = {"whole", "streamed", "schema", "hostile", "left early", "left in a stream", "looked"}
+    assert kinds <= set(found.done)
+    assert found.done["whole"] + found.done["streamed"] > 5
