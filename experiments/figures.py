@@ -287,13 +287,21 @@ def ledger() -> str:
     beside, drafting = "slots / static", "slots, drafts / static, drafts"
     sharing = "one beginning, shared / one beginning, fed whole"
     found["bench_serve"] = (
-        f"{serving['requests']} requests of mixed lengths at once in {serving['slots']} slots that come and go, beside "
-        "static batches, on the shipped checkpoint",
+        f"{serving['requests']} clients, texts of mixed lengths, in {serving['slots']} slots that come and go, beside "
+        "static batches and PyTorch transformers",
         f"{faster[beside]:.2f} times the tokens a second, {sooner[beside]:.2f} times the median time to a first token; "
         f"with drafts on both sides {faster[drafting]:.2f} and {sooner[drafting]:.2f}; slots with drafts over slots "
         f"without {faster['slots, drafts / slots']:.2f} ({serving['accepted_share']:.0%} of drafts accepted), with one "
         f"grammar {faster['slots, one grammar / slots']:.2f}; sharing a common beginning {faster[sharing]:.2f} and "
-        f"{sooner[sharing]:.2f}",
+        f"{sooner[sharing]:.2f}"
+        + "".join(
+            f"; {words} {faster[pair]:.2f} and {sooner[pair]:.2f}"
+            for pair, words in (
+                ("slots, over HTTP / slots", "asked over HTTP"),
+                ("distill, slots / distill, transformers", "a dense model beside transformers' continuous batching"),
+            )
+            if pair in faster
+        ),
     )
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
     gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"

@@ -60,7 +60,8 @@ def test_it_runs(stem, root, tmp_path):
         assert {"model/mla.py", "model/outputs.py", "train/loss.py"} < set(record["files"])
         assert 0 < record["totals"]["forward"]["code"] < record["totals"]["loss"]["code"]
     if stem == "bench_serve":
-        assert len(record["results"]) == 7
+        assert len(record["results"]) == 10
+        assert record["same_as_transformers"] == 1
         assert 0 < record["accepted_share"] < 1
         assert 0.3 < record["shared_share"] < 1
     if stem == "compile_671b":

@@ -1,15 +1,18 @@
-"""The serving engine: 16 requests of mixed lengths at once, in batches that end together and in slots that come and go.
+"""The serving engine: 16 clients with texts of mixed lengths, in batches that end together or slots that come and go.
 
 The shipped checkpoint continues pieces of Python's standard library, greedily, each to a length of its own, 8 at a
 time. Sides: "static", `generate`'s batches of 8 in the order of their coming, each of which waits for its longest text;
 "slots", the batcher of `deepseek_jax/generation/batcher.py`. Both with and without the MTP module's drafts; slots with
-one choice that has a grammar (which forbids nothing: what it costs is that all decode one token a call); and, where the
-requests begin with the same 256 tokens, slots that feed each prompt whole and slots that share what is kept. All is
-compiled before; sides take turns, round by round, and medians count. A first token counts when it is handed over, by
-both sides after at most 8 steps, from the moment when all 16 came. Times vary from machine to machine; the ratios are
-the result.
+one choice that has a grammar (which forbids nothing: what it costs is that all decode one token a call); where the
+requests begin with the same 256 tokens, slots that feed each prompt whole and slots that share what is kept; and slots
+behind the server, asked by 16 clients over HTTP. Beside them PyTorch transformers' own continuous batching (`peer.py`),
+on the same random weights of a dense model, as many requests at a time.
 
-    python experiments/bench_serve/run.py          # about two minutes on 2 cores; writes results.json beside itself
+All is compiled before; sides take turns, round by round, and medians count. A first token counts when it is handed
+over, by our sides after at most 8 steps, by transformers after one, from the moment when all 16 came. Times vary from
+machine to machine; the ratios are the result.
+
+    python experiments/bench_serve/run.py          # about six minutes on 2 cores; writes results.json beside itself
     python experiments/bench_serve/run.py --smoke  # the same code with short texts and one round
 """
 
@@ -17,13 +20,18 @@ import argparse
 import inspect
 import json
 import statistics
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
+from clients import over_http, served
+from peer import DISTILL, batching
 
 import deepseek_jax as dsj
 from deepseek_jax.analysis.provenance import provenance
@@ -94,9 +102,9 @@ def slots(batcher: Batcher, model, requests: list[Request]) -> Callable[[], tupl
     return run
 
 
-def measured(sides: dict[str, Callable], rounds: int) -> dict:
-    """A side's medians over the rounds, after one that is not counted."""
-    found = {name: [] for name in sides}
+def measured(sides: dict[str, Callable], rounds: int) -> tuple[dict, dict]:
+    """A side's medians over the rounds, after one that is not counted; and its texts."""
+    found, said = {name: [] for name in sides}, {}
     for turn in range(rounds + 1):
         for name, run in sides.items():
             texts, first, seconds = run()
@@ -104,13 +112,21 @@ def measured(sides: dict[str, Callable], rounds: int) -> dict:
                 found[name].append((sum(map(len, texts)) / seconds, *np.percentile(first, (50, 95))))
             else:
                 assert all(texts), f"{name}: a request has no text"
+                said[name] = texts
     names = ("tokens_a_second", "first_token_p50_seconds", "first_token_p95_seconds")
     return {
         name: {
             of: round(statistics.median(column), 4) for of, column in zip(names, zip(*rows, strict=True), strict=True)
         }
         for name, rows in found.items()
-    }
+    }, said
+
+
+def same(texts: list[list[int]], others: list[list[int]]) -> float:
+    """The share of tokens before two sides first differ in a text."""
+    pairs = list(zip(texts, others, strict=True))
+    equal = sum(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) for a, b in pairs)
+    return round(equal / sum(map(len, texts)), 3)
 
 
 def over(side: dict, base: dict) -> dict:
@@ -130,27 +146,37 @@ def main() -> None:
     drafting = [replace(request, use_mtp=True) for request in mixed]
     bound = [replace(mixed[0], grammar=Free), *mixed[1:]]
 
-    def made(use_mtp: bool, prefixes: bool) -> Batcher:
+    def made(use_mtp: bool, prefixes: bool, model=model) -> Batcher:
         sizes = {"slots": SLOTS, "length": length, "queue": REQUESTS, "chunk": CHUNK, "steps": STEPS}
         return Batcher(model, use_mtp=use_mtp, prefixes=prefixes, **sizes)
 
     plain, drafts, sharing = made(False, False), made(True, False), made(False, True)
-    sides = {
-        "static": static(model, mixed, length, False),
-        "slots": slots(plain, model, mixed),
-        "static, drafts": static(model, mixed, length, True),
-        "slots, drafts": slots(drafts, model, drafting),
-        "slots, one grammar": slots(plain, model, bound),
-        "one beginning, fed whole": slots(plain, model, behind),
-        "one beginning, shared": slots(sharing, model, behind),
-    }
-    results = measured(sides, rounds)
+    distill, cfg = dsj.init(DISTILL, jax.random.key(0)), model.cfg
+    with ExitStack() as stack:
+        folder = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "distill")
+        dsj.save_pretrained(distill, folder)
+        port = stack.enter_context(served(lambda: made(False, False), cfg, tokenizer, length))
+        sides = {
+            "static": static(model, mixed, length, False),
+            "slots": slots(plain, model, mixed),
+            "static, drafts": static(model, mixed, length, True),
+            "slots, drafts": slots(drafts, model, drafting),
+            "slots, one grammar": slots(plain, model, bound),
+            "one beginning, fed whole": slots(plain, model, behind),
+            "one beginning, shared": slots(sharing, model, behind),
+            "slots, over HTTP": over_http(port, mixed, cfg.eos_ids),
+            "distill, slots": slots(made(False, False, distill), distill, mixed),
+            "distill, transformers": stack.enter_context(batching(folder, mixed, SLOTS, CHUNK, length)),
+        }
+        results, texts = measured(sides, rounds)
     pairs = (
         ("slots", "static"),
         ("slots, drafts", "static, drafts"),
         ("slots, drafts", "slots"),
         ("slots, one grammar", "slots"),
         ("one beginning, shared", "one beginning, fed whole"),
+        ("slots, over HTTP", "slots"),
+        ("distill, slots", "distill, transformers"),
     )
     stats, again = drafts.stats(), sharing.stats()
     record = {
@@ -162,6 +188,7 @@ def main() -> None:
         "ratios": {f"{side} / {base}": over(results[side], results[base]) for side, base in pairs},
         "accepted_share": round(stats.accepted / stats.drafted, 3),
         "shared_share": round(again.cached / again.prompt, 3),
+        "same_as_transformers": same(texts["distill, slots"], texts["distill, transformers"]),
         **provenance(),
     }
     for name, found in results.items():
