@@ -9,6 +9,7 @@ from tiny import fill_randomly
 from deepseek_jax.configs.multimodal import VQ, JanusConfig, Vision
 from deepseek_jax.configs.schema import GQA, ModelConfig
 from deepseek_jax.multimodal.janus import Janus, abstract
+from deepseek_jax.multimodal.objective import Pictures, Text
 
 IMAGE = 250
 
@@ -42,6 +43,20 @@ def tiny_janus() -> Janus:
 def pictures(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
     """float32 [count, side, side, 3], values from -1 to 1."""
     return np.random.default_rng(seed).uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+
+
+@lru_cache
+def batch() -> tuple[Text, Pictures]:
+    """Rows of text with a picture in each, the answers' tokens as targets; and rows to draw, some padded in front."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, IMAGE, (2, 24)).astype(np.int32)
+    tokens[:, 2:18] = IMAGE
+    weight = np.zeros((2, 24), np.float32)
+    weight[:, 20:] = 1
+    prompts, segments = rng.integers(4, IMAGE, (3, 6)).astype(np.int32), np.ones((3, 6), np.int32)
+    prompts[1, :2], segments[1, :2] = 0, 0
+    codes = rng.integers(0, 48, (3, 16)).astype(np.int32)
+    return Text(tokens, weight, pictures(2)), Pictures(prompts, segments, codes)
 
 
 run = jax.jit(

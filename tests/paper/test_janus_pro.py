@@ -1,36 +1,22 @@
 """Janus-Pro (2501.17811): sizes of its parts, and that each stage of its training moves what the paper says alone."""
 
 from dataclasses import replace
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_janus import IMAGE, pictures, tiny_janus
+from tiny_janus import batch, pictures, tiny_janus
 
 import deepseek_jax as dsj
 from deepseek_jax.core.params import matrix_of, named
 from deepseek_jax.core.partition import partition
 from deepseek_jax.multimodal.janus import abstract
-from deepseek_jax.multimodal.objective import Pictures, Text, begin, loss, picture_nats, step, text_nats, vq_loss
+from deepseek_jax.multimodal.objective import Pictures, begin, loss, picture_nats, step, text_nats, vq_loss
 from deepseek_jax.multimodal.stages import STAGES, Stage, _constant
 from deepseek_jax.multimodal.vq import unit
 
 VQ_ALONE = Stage(("*",), _constant(1e-3, 0), 1, 1, (0, 0, 1))
-
-
-@lru_cache
-def batch():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(4, IMAGE, (2, 24)).astype(np.int32)
-    tokens[:, 2:18] = IMAGE
-    weight = np.zeros((2, 24), np.float32)
-    weight[:, 20:] = 1
-    prompts, segments = rng.integers(4, IMAGE, (3, 6)).astype(np.int32), np.ones((3, 6), np.int32)
-    prompts[1, :2], segments[1, :2] = 0, 0
-    codes = rng.integers(0, 48, (3, 16)).astype(np.int32)
-    return Text(tokens, weight, pictures(2)), Pictures(prompts, segments, codes)
 
 
 @pytest.mark.slow
