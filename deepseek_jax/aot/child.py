@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_jax.aot.topology import Topology, describe
+from deepseek_jax.configs.multimodal import JanusConfig
 
 RESULT, LOG, DUMP = "result.json", "log.txt", "dump"
 
 
 @dataclass(frozen=True)
 class Job:
-    """``cfg``, ``program``, ``sizes``, ``layout``: of `programs.lower`. ``flags``: compiler options by name."""
+    """``cfg``, ``program``, ``sizes``, ``layout``: of `programs.lower`, or of `janus.lower`. ``flags``: the compiler's
+    options by name."""
 
     cfg: object
     topology: Topology
@@ -26,6 +28,11 @@ class Job:
     layout: str | None
     program: object
     flags: dict[str, str]
+
+    @property
+    def language(self):
+        """The language model's config: a Janus's, or ``cfg`` itself."""
+        return self.cfg.language if isinstance(self.cfg, JanusConfig) else self.cfg
 
 
 def compile_in(folder: str, job: Job) -> None:
@@ -57,8 +64,9 @@ def _compile(root: Path, job: Job, note) -> None:
     devices = describe(job.topology)
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_default_matmul_precision", None)
-    from deepseek_jax.aot.programs import lower
+    from deepseek_jax.aot import janus, programs
 
+    lower = janus.lower if isinstance(job.cfg, JanusConfig) else programs.lower
     lowered, mesh = lower(job.cfg, job.program, devices, job.sizes, job.layout)
     coordinates = [list(d.coords)[: len(job.topology.shape)] for d in mesh.devices.flat]
     note(lower_seconds=time.monotonic() - began, coordinates=coordinates, sizes=dict(mesh.shape), jax=jax.__version__)

@@ -84,7 +84,7 @@ def expected_trips(program: Program, source: str, number: int) -> int:
 
 
 def _train(cfg: ModelConfig, program: Program, ctx: Context):
-    model = _placed(abstract(cfg, jnp.float32), ctx)
+    model = placed(abstract(cfg, jnp.float32), ctx)
     recipe = Recipe(optimizer=ADAMW, ema_decay=0.0)
     if not (program.mtp and cfg.mtp_depth):
         recipe = replace(recipe, weights=replace(recipe.weights, mtp=0.0))
@@ -93,7 +93,7 @@ def _train(cfg: ModelConfig, program: Program, ctx: Context):
     shape = (1, program.rows * row_groups(ctx), program.length)
     split = spec((None, BATCH, None), shape, ctx.layout.use, ctx.mesh, "a batch")
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(ctx.mesh, split))}
-    return compiled(step, state, ctx).lower(state, batch, _whole(Knobs.of(_SETTING), ctx))
+    return compiled(step, state, ctx).lower(state, batch, whole(Knobs.of(_SETTING), ctx))
 
 
 # Its numbers are arguments of the compiled step.
@@ -114,10 +114,10 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     model = abstract(cfg, jnp.bfloat16)
     if program.weights != "bfloat16":
         model = quantized(model, cfg, program.weights)
-    model = _placed(model, ctx)
-    cache = _empty_cache(cfg, rows, slots, ctx)
-    cache = jax.tree.map(partial(_rows_split, rows=rows, ctx=ctx), cache)
-    tokens = _rows_split(jax.ShapeDtypeStruct((rows, length), jnp.int32), rows, ctx)
+    model = placed(model, ctx)
+    cache = empty_cache(cfg, rows, slots, ctx)
+    cache = jax.tree.map(partial(rows_split, rows=rows, ctx=ctx), cache)
+    tokens = rows_split(jax.ShapeDtypeStruct((rows, length), jnp.int32), rows, ctx)
 
     def step(model, tokens, cache):
         out = model(tokens, cache=cache, logits="last", ctx=ctx)
@@ -131,18 +131,19 @@ def _run(cfg: ModelConfig, program: Program, ctx: Context, length: int, slots: i
     )
 
 
-def _empty_cache(cfg: ModelConfig, rows: int, slots: int, ctx: Context):
+def empty_cache(cfg: ModelConfig, rows: int, slots: int, ctx: Context):
+    """The shapes of a cache, on no device yet."""
     return jax.eval_shape(lambda: abstract(cfg).init_cache(rows, slots, ctx=Context(dtype=ctx.dtype, cache=ctx.cache)))
 
 
 def cache_bytes(cfg: ModelConfig, slots: int, cache: str) -> float:
     """What a token of a row of so many holds in all layers, MTP modules apart: bytes of the arrays, in bfloat16 or as
     ``cache`` says, whatever a device adds to them."""
-    made = _empty_cache(cfg, 1, slots, Context(dtype=jnp.bfloat16, cache=cache))
+    made = empty_cache(cfg, 1, slots, Context(dtype=jnp.bfloat16, cache=cache))
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(made.held)) / slots
 
 
-def _rows_split(a, rows: int, ctx: Context):
+def rows_split(a, rows: int, ctx: Context):
     """A shape with the rows, its first axis of that size, on the devices that compute them."""
     axes = [None] * a.ndim
     axes[a.shape.index(rows, 1 if a.ndim > 2 else 0)] = BATCH
@@ -172,7 +173,7 @@ def quantized(model: Transformer, cfg: ModelConfig, kind: str) -> Transformer:
     return map_variables(quantize, model)
 
 
-def _placed(tree, ctx: Context):
+def placed(tree, ctx: Context):
     """Shapes with the shardings at which parameters rest."""
 
     def place(a, sharding):
@@ -181,14 +182,27 @@ def _placed(tree, ctx: Context):
     return jax.tree.map(place, tree, shardings(tree, ctx))
 
 
-def _whole(tree, ctx: Context):
-    whole = NamedSharding(ctx.mesh, PartitionSpec())
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), tree)
+def whole(tree, ctx: Context):
+    """Shapes of arrays that every device has whole."""
+    everywhere = NamedSharding(ctx.mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree)
 
 
 def _like_parameters(state: State, model: Transformer, ctx: Context) -> State:
-    """A training state's shapes with shardings: an optimizer's arrays lie where their parameters do."""
+    """A training state's shapes with shardings."""
     places = named(model)
+    return replace(
+        state,
+        params=renamed(state.params, places),
+        rest=renamed(state.rest, places),
+        opt_state=beside(state.opt_state, places, ctx),
+        step=whole(state.step, ctx),
+        skipped=whole(state.skipped, ctx),
+    )
+
+
+def beside(opt_state, places: dict[str, jax.ShapeDtypeStruct], ctx: Context):
+    """An optimizer's shapes with shardings: its arrays lie where their parameters, ``places``, do."""
 
     def place(path, a):
         name = next((p.key for p in reversed(path) if isinstance(p, jax.tree_util.DictKey)), None)
@@ -197,11 +211,4 @@ def _like_parameters(state: State, model: Transformer, ctx: Context) -> State:
         sharding = like.sharding if same else NamedSharding(ctx.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
-    return replace(
-        state,
-        params=renamed(state.params, places),
-        rest=renamed(state.rest, places),
-        opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state),
-        step=_whole(state.step, ctx),
-        skipped=_whole(state.skipped, ctx),
-    )
+    return jax.tree_util.tree_map_with_path(place, opt_state)

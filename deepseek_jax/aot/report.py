@@ -13,11 +13,14 @@ from deepseek_jax.analysis.counts import counts
 from deepseek_jax.aot.child import Job
 from deepseek_jax.aot.estimates import Estimate, Slice
 from deepseek_jax.aot.hlo import parse
+from deepseek_jax.aot.janus import useful
 from deepseek_jax.aot.kernels import Kernels
 from deepseek_jax.aot.memory import HLO, Memory, dumped, read_memory
 from deepseek_jax.aot.process import built
-from deepseek_jax.aot.programs import balanced_fill, cache_bytes, expected_trips
+from deepseek_jax.aot.programs import Program, balanced_fill, cache_bytes, expected_trips
 from deepseek_jax.aot.roofline import HBM_RATE, MATRIX_RATE, estimate
+from deepseek_jax.configs.multimodal import JanusConfig
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
 
 
@@ -26,7 +29,8 @@ class Rates:
     """``tokens``: a second and chip. ``useful``: convention -> (FLOPs a token, MFU: their share of the chip's peak).
 
     "causal": 6 for each activated parameter, and attention over half of the row, which MaxText counts too; with MTP:
-    its modules too. Prefill has a third of it. ``cache``: bytes that a token holds when a row is full, in decoding.
+    its modules too. Prefill has a third of it. Of a Janus: `janus.useful`. ``cache``: bytes that a token holds when a
+    row is full, in decoding.
     """
 
     tokens: float
@@ -59,7 +63,7 @@ class Report:
         time["kernels"] = merged(found)
         time["transfers"] = [asdict(t) | {"runs": n} for t, n in found.transfers]
         memory = asdict(self.memory)
-        memory["live_by_kind"] = self.memory.live_by_kind({len(stack.numbers) for stack in job.cfg.stacks})
+        memory["live_by_kind"] = self.memory.live_by_kind({len(stack.numbers) for stack in job.language.stacks})
         return {
             "model": job.cfg.name,
             "topology": job.topology.name,
@@ -116,16 +120,21 @@ def merged(found: Estimate) -> list[dict]:
 
 def rates(job: Job, seconds: float) -> Rates:
     """Tokens and MFU of a program that takes so long."""
-    program = job.program
-    tokens, cache = program.rows * (1 if program.kind == "decode" else program.length) / seconds, None
+    program, cache = job.program, None
     if program.kind == "decode":
-        useful = {"absorbed attention": counts(job.cfg, program.context).decode_flops_per_token}
-        cache = cache_bytes(job.cfg, program.context, program.options.get("cache", Context.cache))
-    else:
-        figures = counts(job.cfg, program.length)
-        causal = figures.flops_per_token if program.kind == "train" else figures.forward_flops_per_token
-        useful = {"causal": causal}
-        if program.kind == "train" and program.mtp and job.cfg.mtp_depth:
-            useful["causal, with MTP"] = causal + figures.flops_per_token_mtp
-    peak = job.topology.chip.flops
-    return Rates(tokens, {name: (flops, flops * tokens / peak) for name, flops in useful.items()}, cache)
+        cache = cache_bytes(job.language, program.context, program.options.get("cache", Context.cache))
+    made, flops = useful(job.cfg, program) if isinstance(job.cfg, JanusConfig) else _useful(job.cfg, program)
+    tokens, peak = made / seconds, job.topology.chip.flops
+    return Rates(tokens, {name: (each, each * tokens / peak) for name, each in flops.items()}, cache)
+
+
+def _useful(cfg: ModelConfig, program: Program) -> tuple[int, dict[str, int]]:
+    """Tokens of a chip, and by convention the FLOPs for each."""
+    if program.kind == "decode":
+        return program.rows, {"absorbed attention": counts(cfg, program.context).decode_flops_per_token}
+    figures = counts(cfg, program.length)
+    causal = figures.flops_per_token if program.kind == "train" else figures.forward_flops_per_token
+    found = {"causal": causal}
+    if program.kind == "train" and program.mtp and cfg.mtp_depth:
+        found["causal, with MTP"] = causal + figures.flops_per_token_mtp
+    return program.rows * program.length, found

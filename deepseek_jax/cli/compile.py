@@ -27,9 +27,10 @@ class Compile:
     layout: str | None = None
     """Where arrays lie on the mesh, by name; by default the one that uses all axes."""
     program: Literal["train", "prefill", "decode"] = "train"
-    """A training step (AdamW, float32 weights and moments), prefill, or a decoding step of one token a row."""
+    """A training step (AdamW, float32 weights and moments), prefill, or a decoding step of one token a row. Of a Janus:
+    a step on as many rows about a picture each as rows to draw, prefill of the former, one code of pictures drawn."""
     rows: int = 1
-    """Sequences a chip."""
+    """Sequences a chip; of a Janus that draws, pictures, of two rows each."""
     length: int = 4096
     """Tokens of a sequence, in training and prefill."""
     context: int = 4096
@@ -83,13 +84,13 @@ class Compile:
         from deepseek_jax.aot.child import Job
         from deepseek_jax.aot.programs import Program
         from deepseek_jax.aot.topology import check_compiler, check_mesh, topology
-        from deepseek_jax.cli.summary import find_config
+        from deepseek_jax.cli.summary import find_any
         from deepseek_jax.parallel.mesh import mesh_sizes
 
         for name in ("rows", "length", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be positive.")
-        wanted, cfg, sizes = topology(self.topology), find_config(self.model), mesh_sizes(self.mesh)
+        wanted, cfg, sizes = topology(self.topology), find_any(self.model), mesh_sizes(self.mesh)
         check_mesh(sizes, wanted)
         check_compiler()
         options = {"remat": self.remat, "loss_chunk": self.loss_chunk, "expert_buffer": self.expert_buffer}

@@ -58,8 +58,8 @@ def _memory(report: Report) -> Table:
     table.add_section()
     table.add_row("total", f"{memory.total / GB:.3f}", f"{memory.total / available:.1%}", style="bold")
     table.add_row("temporaries live at once", f"{memory.live / GB:.3f}", f"{memory.live / available:.1%}")
-    cfg = report.job.cfg
-    for name, size in memory.live_by_kind({len(stack.numbers) for stack in cfg.stacks}).items():
+    stacks = report.job.language.stacks
+    for name, size in memory.live_by_kind({len(stack.numbers) for stack in stacks}).items():
         table.add_row(f"  {name}", f"{size / GB:.3f}", f"{size / available:.1%}")
     table.add_row("available", f"{available / GB:.3f}", "")
     if memory.host:

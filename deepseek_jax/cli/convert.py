@@ -22,7 +22,8 @@ class Convert:
     With --adapter the adapters are added to SRC's weights; DST is a published folder in SRC's dtypes and file split.
 
     A training run's RUN/checkpoints/STEP becomes the published layout with its tokenizer, as float32 unless --dtype
-    names another. With --dtype a published folder is written in that dtype, in the published layout.
+    names another. With --dtype a published folder is written in that dtype, in the published layout. Of a Janus this is
+    all that there is, whatever its files are (safetensors, pytorch_model*.bin).
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -53,7 +54,13 @@ class Convert:
             return self._merge(self.adapter)
         from deepseek_jax.convert.manifest import inspect
         from deepseek_jax.convert.training import is_training
+        from deepseek_jax.multimodal.checkpoint import holds_janus
 
+        if holds_janus(self.src) and (self.dry_run or self.dtype in ("stored", "fp8")):
+            raise UsageError(
+                f"{self.src} holds a Janus, which is neither kept in Orbax nor in FP8 here, and has no manifest: give "
+                "--dtype float32, bfloat16 or float16, which writes its safetensors files in its own layout."
+            )
         trained = is_training(self.src)
         if trained or self.dtype != "stored":
             if self.dry_run:
@@ -99,9 +106,13 @@ class Convert:
         import time
 
         from deepseek_jax.convert.export import export
+        from deepseek_jax.multimodal.checkpoint import holds_janus, load_pretrained, save_pretrained
 
         start = time.monotonic()
-        export(self.src, self.dst, None if self.dtype == "stored" else self.dtype)
+        if holds_janus(self.src):
+            save_pretrained(load_pretrained(self.src, dtype=None), self.dst, like=self.src, dtype=self.dtype)
+        else:
+            export(self.src, self.dst, None if self.dtype == "stored" else self.dtype)
         seconds, nbytes = time.monotonic() - start, sum(f.stat().st_size for f in self.dst.glob("*.safetensors"))
         print(f"Wrote {self.dst} (published layout, {self.dtype}): {nbytes / 1e9:.2f} GB in {seconds:.1f} s.")
         return {"destination": str(self.dst), "layout": "published", "bytes": nbytes, "seconds": seconds}

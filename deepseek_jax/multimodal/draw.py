@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.context import Context
+from deepseek_jax.core.layout import BATCH
 from deepseek_jax.generation.arguments import check_length, check_model, check_prompts
-from deepseek_jax.generation.running import prepared
+from deepseek_jax.generation.running import filled, prepared
 from deepseek_jax.generation.sampling import DRAW, Sampling, distribution, draw, make_sampling
 from deepseek_jax.multimodal.janus import Janus, with_language
+from deepseek_jax.multimodal.laid import compiled, rows_at
 from deepseek_jax.multimodal.pictures import pixels
+from deepseek_jax.parallel.placement import fetch, place
 
 # As released: weight of the guidance, and temperature.
 WEIGHT, TEMPERATURE = 5.0, 1.0
@@ -63,12 +66,13 @@ def draw_pictures(
     prompt's words in its second row, between its first token and its last. ``weight``: 1 draws by the prompt alone, 0
     without it. ``temperature``: 0 takes the likeliest code. ``seed``: as in `deepseek_jax.generate`: a picture depends
     on its prompt and its seed only. ``progress``: is told after some codes how many of each picture there are.
+    ``ctx``: on a mesh the pictures are split over its data, fsdp and expert axes, both rows of one together, filled up
+    with pictures that are not returned.
 
-    Raises ValueError for prompts and settings out of range, a context with a mesh, and logits that are not finite.
+    Raises ValueError for prompts and settings out of range and for logits that are not finite, LayoutError where the
+    context's layout does not divide the model.
     """
-    if ctx is not None and ctx.mesh is not None:
-        raise ValueError("pictures are drawn on one device: leave the mesh out.")
-    ctx, cfg = check_model(model.language, ctx), model.cfg
+    ctx, cfg = check_model(model.language, ctx).whole_rows(), model.cfg
     prompts = check_prompts(prompts, cfg.language.vocab_size)
     N, S = len(prompts), cfg.n_codes
     if not isinstance(weight, Real) or isinstance(weight, bool) or not np.isfinite(weight):
@@ -80,26 +84,37 @@ def draw_pictures(
     longest = max(map(len, prompts))
     check_length(cfg.language, longest, S)
     sampling = make_sampling(N, temperature, 0, 1.0, 0.0, seed)
-    tokens, segments = np.zeros((2 * N, longest), np.int32), np.zeros((2 * N, longest), np.int32)
-    for i, prompt in enumerate(prompts):
+    drawn_at_once = filled(N, ctx)
+    every = np.arange(drawn_at_once) % N
+    tokens, segments = (np.zeros((2 * drawn_at_once, longest), np.int32) for _ in range(2))
+    for i, prompt in enumerate(prompts[n] for n in every):
         tokens[2 * i, : len(prompt)] = tokens[2 * i + 1, : len(prompt)] = prompt
         tokens[2 * i + 1, 1 : len(prompt) - 1] = pad_id
         segments[2 * i : 2 * i + 2, : len(prompt)] = 1
+    model = place(model, ctx)
     model = with_language(model, prepared(model.language, ctx))
-    cache = model.init_cache(2 * N, longest + S, ctx=ctx)
-    device = next(iter(jax.tree.leaves(model)[0].devices()))
-    sampling = jax.device_put(sampling, device)
-    state = _begin(model, cache, tokens, segments, ctx=ctx)
+    cache = model.init_cache(2 * drawn_at_once, longest + S, ctx=ctx)
+    places, seeds = None, sampling.seed
+    if ctx.mesh is None:
+        sampling = jax.device_put(sampling, next(iter(jax.tree.leaves(model)[0].devices())))
+    else:
+        sampling = jax.tree.map(lambda a: a[every], sampling)
+        hidden, codes = (
+            rows_at((rows, size), ctx) for rows, size in ((len(tokens), cfg.language.dim), (len(every), S))
+        )
+        places = State(jax.tree.map(lambda a: a.sharding, cache), hidden, codes)
+    state = compiled(_begun, "cache", places)(model, cache, tokens, segments, ctx=ctx)
+    draw_codes = compiled(_drawn, "state", places)
     for first in range(0, S, STEPS):
         steps = min(STEPS, S - first)
-        state = _draw_codes(model, state, sampling, np.float32(weight), np.int32(first), np.int32(steps), ctx=ctx)
-        if not np.isfinite(np.asarray(state.hidden)).all():
+        state = draw_codes(model, state, sampling, np.float32(weight), np.int32(first), np.int32(steps), ctx=ctx)
+        if not np.isfinite(fetch(state.hidden, ctx)).all():
             raise ValueError("the model's hidden states are not finite: its weights hold NaN or inf.")
         progress(first + steps)
-    codes = np.asarray(state.codes)
+    codes = fetch(state.codes, ctx)[:N]
     # One after the other: the last convolutions have a hundred times the numbers of the codes.
-    images = [pixels(_decode(model.vq, codes[i : i + 1]))[0] for i in range(N)]
-    return Drawn(np.stack(images), codes, np.asarray(sampling.seed).tolist())
+    images = [pixels(fetch(_decode(model.vq, codes[i : i + 1]), ctx))[0] for i in range(N)]
+    return Drawn(np.stack(images), codes, seeds.tolist())
 
 
 def _begun(model: Janus, cache, tokens_BT, segments_BT, *, ctx: Context) -> State:
@@ -111,19 +126,20 @@ def _begun(model: Janus, cache, tokens_BT, segments_BT, *, ctx: Context) -> Stat
 
 
 def _drawn(model: Janus, state: State, sampling: Sampling, weight, first, steps, *, ctx: Context) -> State:
-    """The codes ``first`` .. ``first + steps``, each fed to its two rows."""
-
-    def step(i, state: State) -> State:
-        p_NK = distribution(guided(model.code_logits(state.hidden[:, None], ctx)[:, 0], weight)[:, None], sampling)[
-            :, 0
-        ]
-        code_N = draw(p_NK, sampling, jnp.full(p_NK.shape[:1], i, jnp.int32), DRAW)
-        x_B1D = jnp.repeat(model.embed_codes(code_N[:, None], ctx), 2, axis=0)
-        ids_B1 = jnp.zeros(x_B1D.shape[:2], jnp.int32)
-        out = model.language(ids_B1, cache=state.cache, logits="none", ctx=ctx, embeddings=x_B1D)
-        return replace(state, cache=out.cache, hidden=out.hidden[:, 0], codes=state.codes.at[:, i].set(code_N))
-
+    """The codes ``first`` .. ``first + steps``."""
+    step = lambda i, state: next_code(model, state, sampling, weight, i, ctx)  # noqa: E731
     return jax.lax.fori_loop(first, first + steps, step, state)
+
+
+def next_code(model: Janus, state: State, sampling: Sampling, weight, i, ctx: Context) -> State:
+    """The code number ``i`` of every picture, fed to its two rows."""
+    logits_BK = ctx.ops.constrain(model.code_logits(state.hidden[:, None], ctx)[:, 0], (BATCH, None))
+    p_NK = distribution(guided(logits_BK, weight)[:, None], sampling)[:, 0]
+    code_N = draw(p_NK, sampling, jnp.full(p_NK.shape[:1], i, jnp.int32), DRAW)
+    x_B1D = jnp.repeat(model.embed_codes(code_N[:, None], ctx), 2, axis=0)
+    ids_B1 = jnp.zeros(x_B1D.shape[:2], jnp.int32)
+    out = model.language(ids_B1, cache=state.cache, logits="none", ctx=ctx, embeddings=x_B1D)
+    return replace(state, cache=out.cache, hidden=out.hidden[:, 0], codes=state.codes.at[:, i].set(code_N))
 
 
 def guided(logits_BK: jax.Array, weight: jax.Array) -> jax.Array:
@@ -132,6 +148,4 @@ def guided(logits_BK: jax.Array, weight: jax.Array) -> jax.Array:
     return uncond_NK + weight * (cond_NK - uncond_NK)
 
 
-_begin = jax.jit(_begun, static_argnames=("ctx",), donate_argnames=("cache",))
-_draw_codes = jax.jit(_drawn, static_argnames=("ctx",), donate_argnames=("state",))
 _decode = jax.jit(lambda vq, codes: vq.decode(codes))

@@ -37,7 +37,7 @@ class Janus(nnx.Module):
         self.vq = VQ(cfg.vq, dtype)
         self.gen_embed = param(dtype, (cfg.vq.n_codes, cfg.vq.code_dim), ("place", None), inputs=1)
         self.gen_aligner = Perceptron(dtype, cfg.vq.code_dim, *hidden)
-        self.gen_head = Perceptron(dtype, dim, cfg.head_dim, cfg.vq.n_codes)
+        self.gen_head = Perceptron(dtype, dim, cfg.head_dim, cfg.vq.n_codes, last=("embed", "vocab"))
         self.language = Transformer(cfg.language, dtype)
 
     def __call__(

@@ -16,10 +16,10 @@ from deepseek_jax.core.params import gain, param
 
 
 class Linear(nnx.Module):
-    """``x w + b``."""
+    """``x w + b``. ``axes``: of the weight, which say where it lies on a mesh."""
 
-    def __init__(self, dtype, inputs: int, outputs: int):
-        self.weight = param(dtype, (inputs, outputs), (None, None), inputs=1)
+    def __init__(self, dtype, inputs: int, outputs: int, axes):
+        self.weight = param(dtype, (inputs, outputs), axes, inputs=1)
         self.bias = param(dtype, (outputs,), (None,), inputs=0, decay=False)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
@@ -28,10 +28,13 @@ class Linear(nnx.Module):
 
 
 class Perceptron(nnx.Module):
-    """Linear maps with an exact GELU between each two, as aligners and the generation head are."""
+    """Linear maps with an exact GELU between each two, as aligners and the generation head are. ``last``: the axes of
+    the last one's weight."""
 
-    def __init__(self, dtype, *sizes: int):
-        self.layers = nnx.List(Linear(dtype, *pair) for pair in pairwise(sizes))
+    def __init__(self, dtype, *sizes: int, last=("embed", None)):
+        *pairs, end = pairwise(sizes)
+        # A code has eight numbers only: what lies apart of a weight is its outputs.
+        self.layers = nnx.List([*(Linear(dtype, *pair, (None, "embed")) for pair in pairs), Linear(dtype, *end, last)])
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         first, *others = self.layers

@@ -97,7 +97,8 @@ def begin(model, stage: Stage) -> Training:
 
 @partial(jax.jit, static_argnames=("stage", "objective"), donate_argnums=(0,))
 def step(training: Training, batch, rate: jax.Array, *, stage: Stage, objective=loss) -> tuple[Training, jax.Array]:
-    """One step at a learning rate; and the loss before it. ``objective(model, batch)``: what falls."""
+    """One step at a learning rate; and the loss before it. ``objective(model, batch)``: what falls; on a mesh
+    ``partial(loss, ctx=ctx)``, of rows that `laid.place_rows` placed."""
 
     def falls(params):
         return objective(combine(params, training.rest), batch)

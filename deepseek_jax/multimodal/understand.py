@@ -9,9 +9,11 @@ import numpy as np
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation.arguments import check_count, check_counts, check_length, check_model, check_prompts
 from deepseek_jax.generation.engine import MIN_CACHE
-from deepseek_jax.generation.running import STEPS, Generation, Info, begun, prepared, stops
+from deepseek_jax.generation.running import STEPS, Generation, Info, begun, filled, prepared, stops
 from deepseek_jax.generation.sampling import make_sampling
 from deepseek_jax.multimodal.janus import Janus, with_language
+from deepseek_jax.multimodal.laid import compiled
+from deepseek_jax.parallel.placement import place
 
 # A prefill's length is a multiple of this, so that few programs are compiled.
 STRIDE = 64
@@ -51,13 +53,11 @@ def stream(
     steps: int | None = None,
 ) -> Generation:
     """`generate` as an iterator. What is not said here is as in `deepseek_jax.generation.engine.stream`, which this is
-    for prompts with pictures; it runs on one device.
+    for prompts with pictures.
 
-    Raises ValueError as that does, for pictures that do not fit their prompts, and for a context with a mesh.
+    Raises ValueError as that does, and for pictures that do not fit their prompts.
     """
-    if ctx is not None and ctx.mesh is not None:
-        raise ValueError("prompts with pictures run on one device: leave the mesh out.")
-    ctx = check_model(model.language, ctx)
+    ctx = check_model(model.language, ctx).whole_rows()
     cfg = model.cfg.language
     prompts = check_prompts(prompts, cfg.vocab_size)
     rows = len(prompts)
@@ -80,17 +80,22 @@ def stream(
     capacity = min(max(1 << (needed - 1).bit_length(), MIN_CACHE), cfg.max_length)
     sampling = make_sampling(rows, temperature, top_k, top_p, min_p, seed)
     stop_BN = stops(cfg, stop_ids, rows)
+    model = place(model, ctx)
     model = with_language(model, prepared(model.language, ctx))
     fed = int(lengths.max()) - 1
     T = min(-(-max(fed, 1) // STRIDE) * STRIDE, capacity)
-    tokens, segments = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32)
+    tokens, segments = (np.zeros((filled(rows, ctx), T), np.int32) for _ in range(2))
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt) - 1], segments[row, : len(prompt) - 1] = prompt[:-1], 1
         if prompt[-1] == model.cfg.image_id:
             raise ValueError(f"prompt {row} ends in a picture: end it with words.")
     pictures = [picture for own in images for picture in own]
+    # Those that fill up stand behind all places.
+    pictures += [np.zeros_like(pictures[0])] * (filled(len(pictures), ctx) - len(pictures)) if pictures else []
     shown = np.stack(pictures).astype(np.float32) if pictures else None
-    cache = _prefill(model, model.init_cache(rows, capacity, ctx=ctx), tokens, segments, shown, ctx=ctx)
+    cache = model.init_cache(len(tokens), capacity, ctx=ctx)
+    places = None if ctx.mesh is None else jax.tree.map(lambda a: a.sharding, cache)
+    cache = compiled(_filled, "cache", places)(model, cache, tokens, segments, shown, ctx=ctx)
     drafts = np.zeros(rows, np.int32)
     return begun(model.language, cache, prompts, new, sampling, stop_BN, drafts, ctx, steps=steps, fed=fed)
 
@@ -99,6 +104,3 @@ def _filled(model: Janus, cache, tokens_BT, segments_BT, images, *, ctx: Context
     x_BTD = model.embed(jnp.where(segments_BT != 0, tokens_BT, 0), images, ctx)
     out = model.language(tokens_BT, None, segments_BT, cache=cache, logits="none", ctx=ctx, embeddings=x_BTD)
     return out.cache
-
-
-_prefill = jax.jit(_filled, static_argnames=("ctx",), donate_argnames=("cache",))

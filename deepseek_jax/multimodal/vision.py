@@ -31,7 +31,8 @@ class VisionLayer(nnx.Module):
         self.o = param(dtype, (N, H, D), ("heads", "head_dim", "embed"), inputs=2)
         self.o_bias = param(dtype, (D,), ("embed",), inputs=0, decay=False)
         self.norm2 = LayerNorm(dtype, D, None, cfg.norm_eps)
-        self.fc1, self.fc2 = Linear(dtype, D, cfg.ffn_dim), Linear(dtype, cfg.ffn_dim, D)
+        self.fc1 = Linear(dtype, D, cfg.ffn_dim, ("embed", "ffn"))
+        self.fc2 = Linear(dtype, cfg.ffn_dim, D, ("ffn", "embed"))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         y_BTD = self.norm1(x_BTD)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE, parts, spec
 from deepseek_jax.core.ops import stored
+from deepseek_jax.core.params import is_variable
 from deepseek_jax.parallel.shardings import parameter_sharding
 
 AXES = ("vocab", "embedding")
@@ -17,14 +18,16 @@ AXES = ("vocab", "embedding")
 def lookup(table_VD, tokens_BT: jax.Array, dtype, ctx: Context) -> jax.Array:
     """`Operations.lookup` on a mesh.
 
-    The table is gathered over ``fsdp`` only. Over the other axes its width stays split: each device looks
-    its part up for all tokens of the devices that share the table, and they exchange these. So neither a whole table
-    nor all devices' tokens are in memory; the gradient takes the same way back.
+    A parameter's axes are its own; of another table they are an embedding's. It is gathered over ``fsdp`` only. Over
+    the other axes its width stays split: each device looks its part up for all tokens of the devices that share the
+    table, and they exchange these. So neither a whole table nor all devices' tokens are in memory; the gradient takes
+    the same way back.
 
     Raises LayoutError where the batch does not divide over the mesh.
     """
     table = stored(table_VD, dtype)
-    rest = parameter_sharding(AXES, table.shape, ctx).spec
+    axes = table_VD.get_metadata()["axes"] if is_variable(table_VD) else AXES
+    rest = parameter_sharding(axes, table.shape, ctx).spec
     (vocabulary, width), size = parts(rest), table.shape[0]
     shape = (*tokens_BT.shape, table.shape[1])
     token, out = (

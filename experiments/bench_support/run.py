@@ -24,20 +24,25 @@ ROOT = HERE.parents[1]
 V3 = "tiny-v3"
 MODEL = "tests/model/test_"
 MESH = "tests/parallel/test_mesh.py::test_"
+PICTURES = "tests/multimodal/test_janus_"
 TESTS = {
     "reference": (
         f"{MODEL}family.py",
         f"{MODEL}parity.py::test_forward_equals_transformers[tiny-v3]",
         f"{MODEL}cache.py::test_cached_decoding_equals_the_full_forward[tiny-v3]",
         f"{MODEL}gradients.py::test_gradients_of_every_parameter_equal_torch",
+        f"{PICTURES}parity.py",
+        f"{PICTURES}gradients.py",
     ),
     "convert": (
         "tests/convert/test_architectures.py::test_there_and_back",
         "tests/convert/test_stream.py::test_there_and_back",
+        f"{PICTURES}checkpoint.py::test_there_and_back_in_both_layouts",
     ),
     "mesh": (
         f"{MESH}three_steps_on_one_axis",
         f"{MESH}other_architectures_on_meshes",
+        f"{MESH}a_janus_shown_drawing_and_trained",
     ),
 }
 # Architecture -> the releases that have it.
@@ -51,6 +56,7 @@ RELEASES = {
     V3: "V3, R1, V3.1; Moonlight, Kimi-K2",
     "v3.2": "V3.2, V3.2-Exp",
     "v4": "V4-Flash, V4-Pro",
+    "janus": "Janus-Pro 1B, 7B",
 }
 # Architecture -> a release, the slice and the mesh that its training step is compiled for.
 COMPILED = {
@@ -62,6 +68,7 @@ COMPILED = {
     "v2": ("deepseek-v2", "v5p:8x8x4", "fsdp=32,expert=8"),
     "v3.2": ("deepseek-v3.2", "v5p:8x8x8", "fsdp=8,expert=64"),
     "v4": ("deepseek-v4-flash", "v5p:8x8x4", "fsdp=32,expert=8"),
+    "janus": ("janus-pro-7b", "v5p:2x2x2", "fsdp=-1"),
 }
 
 

@@ -89,7 +89,8 @@ def tokenizer() -> tokenizers.Tokenizer:
     found = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
     found.normalizer = tokenizers.normalizers.Replace(f"{SYSTEM}\n\n", "")
     found.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    found.decoder = tokenizers.decoders.Fuse()
+    # Between two words a space: no word begins with "##".
+    found.decoder = tokenizers.decoders.WordPiece(cleanup=False)
     found.add_special_tokens(special)
     return found
 

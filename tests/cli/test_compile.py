@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.aot.janus import lower
+from deepseek_jax.aot.programs import Program
 from deepseek_jax.cli.main import main
+from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.version import __version__
 
 
@@ -105,6 +108,29 @@ def test_a_decoding_step_for_a_slice(weights, tmp_path, capsys):
     record = json.loads(file.read_text())
     assert set(record["memory"]["arguments"]) > {"model.stacks", "model.embed", "cache.held"}
     assert record["memory"]["donated"] >= record["memory"]["arguments"]["cache.held"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train", "decode"])
+def test_a_janus_for_a_slice(program, tmp_path, capsys):
+    """A step on rows of both kinds; the code that is drawn next, for two rows a picture."""
+    file = tmp_path / "out.json"
+    arguments = ["--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--length", "128", "--context", "128"]
+    arguments += ["--program", program, "--quick", "--json", str(file)]
+    assert main(["compile", "tiny-janus", *arguments]) == 0
+    record = json.loads(file.read_text())
+    assert record["tokens_per_second_chip"] > 0
+    held = record["memory"]["arguments"]
+    given_back = {"train": "training.params", "decode": "state.cache"}[program]
+    assert record["memory"]["donated"] >= held[given_back] > 0
+    assert ("model.gen_head" in held) == (program == "decode")
+
+
+def test_what_a_janus_has_no_room_for_is_said():
+    cfg = zoo("tiny-janus")
+    for program, words in ((Program(length=32), "rows of 32 tokens have no room"), (Program(weights="fp8"), "in bfl")):
+        with pytest.raises(ValueError, match=words):
+            lower(cfg, program, [], {}, None)
 
 
 @pytest.mark.slow

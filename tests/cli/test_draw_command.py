@@ -153,6 +153,16 @@ def test_prompts(folder):
     assert conversation(turns) == f"<|User|>: a\n\n<|Assistant|>: b{sentence_end}<|User|>: c\n\n<|Assistant|>:"
 
 
+def test_convert_writes_another_dtype(folder, tmp_path, capsys):
+    code, out, err = run(capsys, "convert", folder, tmp_path / "half", "--dtype", "float16")
+    assert code == 0, err
+    assert "published layout, float16" in out
+    half, whole = (jax.tree.leaves(load_pretrained(f, dtype=None)) for f in (tmp_path / "half", folder))
+    for a, b in zip(half, whole, strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b).astype(np.float16))
+    assert dsj.load_tokenizer(tmp_path / "half").bos_id is not None
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(folder, picture, tmp_path, capsys):
     save_language_model(dsj.init(config().language, jax.random.key(0)), tmp_path / "language")
     out = tmp_path / "a.png"
@@ -168,6 +178,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, picture, tmp_path, cap
         (("generate", folder, "--prompt", "x", "--use-mtp", "--image", picture), "--use-mtp: "),
         (("generate", folder, "--prompt", "x", "--image", tmp_path / "b.png"), "No such file"),
         (("train", tmp_path / "run", "--model", "tiny-janus"), "is a Janus; this command takes language models"),
+        (("convert", folder, tmp_path / "orbax"), "holds a Janus, which is neither kept in Orbax nor in FP8"),
     ):
         code, _, err = run(capsys, *arguments)
         assert code in (1, 2), arguments

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from measured import measured
 from tiny import fill_randomly
 from tiny_janus import tiny_config, tiny_janus
 
@@ -117,6 +118,8 @@ def test_there_and_back_in_both_layouts(folder, tmp_path):
         np.testing.assert_array_equal(np.asarray(value), np.asarray(named(other)[name]), err_msg=name)
     save_pretrained(other, tmp_path / "back", like=folder)
     same(tmp_path / "back", folder)
+    for what in ("load", "export"):
+        measured("janus", what, 0)
 
 
 def test_pickled_files(folder, tmp_path):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from measured import measured
 from tiny_janus import IMAGE, pictures, run, tiny_janus
 from transformers import JanusForConditionalGeneration
 
@@ -74,8 +75,10 @@ def test_logits_and_hidden_states(prompt, theirs):
     tokens, segments, images = prompt
     out = run(tiny_janus(), tokens, images, segments)
     real = segments != 0
-    for mine, other in ((out.logits, theirs.logits), (out.hidden, theirs.hidden_states[-1])):
-        assert error(np.asarray(mine)[real], other[torch.tensor(real)]) <= BOUND
+    for mine, other in ((out.hidden, theirs.hidden_states[-1]), (out.logits, theirs.logits)):
+        found = error(np.asarray(mine)[real], other[torch.tensor(real)])
+        assert found <= BOUND
+    measured("janus", "logits", found)
     assert 0.5 < float(theirs.logits.std()) < 2
 
 
@@ -89,7 +92,9 @@ def test_cached_decoding(prompt, theirs):
         out = run(model, tokens[:, i : i + 1], None, segments[:, i : i + 1], out.cache)
         logits.append(out.logits)
     real = segments != 0
-    assert error(np.concatenate(logits, 1)[real], theirs.logits[torch.tensor(real)]) <= BOUND
+    found = error(np.concatenate(logits, 1)[real], theirs.logits[torch.tensor(real)])
+    assert found <= BOUND
+    measured("janus", "decode", found)
 
 
 def test_what_is_drawn(reference):
@@ -102,7 +107,9 @@ def test_what_is_drawn(reference):
     long = torch.tensor(codes, dtype=torch.long)
     assert error(pixels, reference.decode_image_tokens(long)) <= BOUND
     assert error(embedded, reference.prepare_embeddings_for_image_generation(long)) <= BOUND
-    assert error(scores, reference.model.generation_head(torch.tensor(hidden))) <= BOUND
+    found = error(scores, reference.model.generation_head(torch.tensor(hidden)))
+    assert found <= BOUND
+    measured("janus", "logits", found)
 
 
 def test_codes_of_pictures(reference):

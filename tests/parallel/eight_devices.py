@@ -20,7 +20,9 @@ import optax
 from architectures import ARCHITECTURES
 from jax.sharding import PartitionSpec
 from memory_maps import forget_programs
-from tiny import random_model, random_tokens, tiny_config
+from tiny import fill_randomly, random_model, random_tokens, tiny_config
+from tiny_janus import IMAGE, pictures
+from tiny_janus import tiny_config as janus_config
 
 import deepseek_jax as dsj
 from deepseek_jax.aot.hlo import collectives, parse
@@ -38,6 +40,11 @@ from deepseek_jax.generation.score import score
 from deepseek_jax.kernels import grouped
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.tokens import make_tokens
+from deepseek_jax.multimodal import objective
+from deepseek_jax.multimodal.draw import draw_pictures
+from deepseek_jax.multimodal.janus import abstract as janus_shapes
+from deepseek_jax.multimodal.laid import place_rows
+from deepseek_jax.multimodal.stages import STAGES
 from deepseek_jax.parallel import collectives as collectives_of
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place, place_batch, settle
@@ -201,6 +208,76 @@ def compare_other(case: str, name: str) -> dict:
         "moved": worst(named(theirs["state"].params), named(theirs["before"].params)),
     }
     return found
+
+
+@partial(jax.jit, static_argnames="ctx")
+def shown(model, tokens, images, ctx):
+    return model(tokens, images, ctx=ctx).logits
+
+
+@cache
+def small_janus():
+    """Four tokens shown, sixteen codes drawn."""
+    cfg = janus_config()
+    vision, vq = replace(cfg.vision, image_size=4), replace(cfg.vq, multipliers=(1,))
+    return fill_randomly(janus_shapes(replace(cfg, vision=vision, vq=vq)), seed=1)
+
+
+def janus(case: str | None) -> dict:
+    """Logits of rows with a picture each, codes and pixels drawn from two prompts, text about a picture, a step of
+    training on rows of both kinds, and the files read into shards."""
+    ctx = dsj.Context(mesh=None if case is None else mesh_of(case))
+    model, rng = small_janus(), np.random.default_rng(0)
+    tokens, weight = rng.integers(4, IMAGE, (2, ROWS, 12)).astype(np.int32)
+    tokens[:, 2:6] = IMAGE
+    prompts, codes = rng.integers(4, 48, (ROWS, 6)).astype(np.int32), rng.integers(0, 48, (ROWS, 16)).astype(np.int32)
+    text = objective.Text(tokens, (weight > 99).astype(np.float32), pictures(ROWS, side=4))
+    drawn = objective.Pictures(prompts, np.ones_like(prompts), codes)
+    placed, rows = place(model, ctx), tuple(place_rows(part, ctx) for part in (text, drawn))
+    logits = shown(placed, rows[0].tokens, rows[0].images, ctx)
+    picture = draw_pictures(model, [[1, 40, 50, 60, 70, 9], [1, 80, 90, 9]], 3, seed=5, ctx=ctx)
+    words = dsj.generate(placed, [tokens[0].tolist()], 3, images=[[text.images[0]]], stop_ids=(), ctx=ctx)[0]
+    training = settle(objective.begin(jax.tree.map(jnp.array, placed), STAGES["janus-pro-3"]), ctx)
+    falls = objective.loss if case is None else partial(objective.loss, ctx=ctx)
+    how = {"stage": STAGES["janus-pro-3"], "objective": falls}
+    training, value = objective.step(training, rows, np.float32(1e-3), **how)
+    # Adam's first moment is the gradient times a number. A key's bias has none.
+    (moments,) = (part.mu for part in training.state if hasattr(part, "mu"))
+    with tempfile.TemporaryDirectory() as folder:
+        dsj.save_pretrained(placed, folder)
+        read = dsj.load_pretrained(folder, dtype=jnp.float32, ctx=ctx)
+    return {
+        "logits": logits,
+        "loss": value,
+        "gradients": {name: a for name, a in moments.items() if not name.endswith("k_bias")},
+        "parameters": named(training.params),
+        "codes": picture.codes,
+        "images": picture.images.astype(np.int32),
+        "words": words,
+        "drifted": drifted((logits, training)),
+        "read": all(same(a, b) for a, b in _pairs(jax.tree.leaves(read), jax.tree.leaves(model))),
+        "shares": [a.addressable_shards[0].data.size / a.size for a in named(read).values()],
+    }
+
+
+@cache
+def janus_on_one_device() -> dict:
+    return janus(None)
+
+
+def compare_janus(case: str) -> dict:
+    ours, theirs = janus(case), janus_on_one_device()
+    return {
+        "errors": {name: error(ours[name], theirs[name]) for name in ("logits", "loss")},
+        "gradients": worst(ours["gradients"], theirs["gradients"]),
+        "parameters": worst(ours["parameters"], theirs["parameters"]),
+        "codes": same(ours["codes"], theirs["codes"]),
+        "images": int(np.abs(ours["images"] - theirs["images"]).max()),
+        "words": ours["words"] == theirs["words"],
+        "drifted": ours["drifted"],
+        "read": ours["read"] and theirs["read"],
+        "share": min(ours["shares"]),
+    }
 
 
 MODEL = random_model(CFG)
@@ -550,6 +627,7 @@ JOBS = {
     "saved": saved,
     "stored": compare_stored,
     "other": compare_other,
+    "janus": compare_janus,
     "sgd": partial(compare_steps, "sgd"),
     "adamw": partial(compare_steps, "adamw"),
     "forward": compare_forward,

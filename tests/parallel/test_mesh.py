@@ -179,6 +179,23 @@ def test_other_architectures_on_meshes(others, case):
     check_other(others, case)
 
 
+@pytest.mark.slow
+def test_a_janus_shown_drawing_and_trained(tmp_path):
+    """Rows of both kinds, two pictures drawn, which are filled up, text about one; files into shards."""
+    job = f"janus|{MIXED[4]}"
+    found = run([job], tmp_path)[job]
+    assert max(found["errors"].values()) <= GRADIENT, found["errors"]
+    assert found["gradients"][0] <= GRADIENT, found["gradients"]
+    measured("janus", "mesh", found["gradients"][0])
+    assert found["parameters"][0] <= ADAMW, found["parameters"]
+    assert found["codes"]
+    assert found["images"] <= 1
+    assert found["words"]
+    assert found["drifted"] == []
+    assert found["read"]
+    assert found["share"] == 1 / 4
+
+
 def check_text(found: dict) -> None:
     ours, theirs = found["ours"], found["theirs"]
     for name in ("tokens", "calls", "finish_reason", "drafted", "accepted"):
