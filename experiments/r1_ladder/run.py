@@ -18,7 +18,7 @@ of one form, DeepSeekMath's without a KL: 8 problems (L2: 16) of 16 answers a st
     python experiments/r1_ladder/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_ladder/run.py --smoke    # the same code at toy size, in a folder that goes
 
-A run takes up to 15 minutes of one core. `results` holds a file a run.
+A run takes up to 15 minutes of one core. `results` holds a file a run, figure.png draws them.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.pretrain import train
 from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
 from deepseek_jax.train.weights import LossWeights
+from deepseek_jax.version import __version__
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -273,6 +274,38 @@ def verdicts(results: Path) -> list[str]:
     return lines
 
 
+def draw(results: Path, path: Path) -> None:
+    """A column a rung: pass@1 and pass@8 above, tokens an answer below; a colour a seed."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(3.1 * len(RUNGS), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(RUNGS), squeeze=False)
+    for (name, rung), (above, below) in zip(RUNGS.items(), axes.T, strict=True):
+        for file in sorted(results.glob(f"{name}-*.json")):
+            run = json.loads(file.read_text())
+            seen, colour = run["evaluations"], f"C{run['seed']}"
+            steps = [s["step"] for s in seen]
+            above.plot(steps, [s["pass_at_1"] for s in seen], color=colour)
+            above.plot(steps, [s["pass_at_k"] for s in seen], color=colour, linestyle=":")
+            below.plot(steps, [s["length"] for s in seen], color=colour)
+        task, start = type(rung.task).__name__.lower(), ", from starts that reason" if rung.before else ""
+        above.set_title(f"{name}: {task}{start}", fontsize=10)
+        above.set_ylim(-0.03, 1.03)
+        below.set_ylim(0, 1.1 * below.get_ylim()[1])
+        below.set_xlabel("steps of GRPO")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("share of held-out problems")
+    axes[1, 0].set_ylabel("tokens an answer")
+    kinds = [
+        Line2D([], [], color="0.3", linestyle=line, label=label) for line, label in (("-", "pass@1"), (":", "pass@8"))
+    ]
+    seeds = [Line2D([], [], color=f"C{seed}", label=f"seed {seed}") for seed in SEEDS]
+    figure.legend(handles=kinds + seeds, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": f"deepseek_jax {__version__}"})
+
+
 def toy(rung: Rung) -> Rung:
     recipe = replace(rung.recipe, steps=2, prompts=2, group=4, held_out=2, attempts=4, evaluate_every=1)
     begin = None if rung.begin is None else 0.0
@@ -303,6 +336,7 @@ def main() -> None:
                 part.write_text(json.dumps(found, indent=1) + "\n")
                 part.replace(file)
                 print(f"{file.name}: {found['cpu_minutes']:.1f} CPU minutes", flush=True)
+        draw(results, results.parent / "figure.png")
         print("\n".join(verdicts(results)))
 
 
