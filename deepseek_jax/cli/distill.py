@@ -13,7 +13,7 @@ from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, free_folder, write_json
 from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
 from deepseek_jax.cli.rl import HELD, resumed, told
-from deepseek_jax.rl.recipe import RlRecipe
+from deepseek_jax.rl.recipe import RlRecipe, on_chats
 from deepseek_jax.rl.variants import MATH, Grpo
 from deepseek_jax.runs.options import Options
 
@@ -124,19 +124,9 @@ class Distill:
         from deepseek_jax.rl.reject import reject
         from deepseek_jax.rl.traces import CHATS
         from deepseek_jax.runs.finetune import fine_tune
-        from deepseek_jax.train.tuning import fine_tuning
 
         traces = out.with_name(f"{out.name}-traces")
         if not (self.resume and (traces / CHATS).is_file()):
             reject(self.teacher, task, traces, self.recipe, self.keep, ctx)
-        recipe = fine_tuning("sft-tiny").recipe
-        rate, length = replace(recipe.rate, peak=self.recipe.lr, decay_to=self.recipe.lr / 10), recipe.length
-        recipe = replace(
-            recipe,
-            rate=rate,
-            length=min(length, read_config(self.source).max_length),
-            seed=self.recipe.seed,
-            weights=replace(recipe.weights, mtp=0.0),
-            mtp_later=0.0,
-        )
+        recipe = on_chats(self.recipe.lr, read_config(self.source).max_length, self.recipe.seed)
         return fine_tune(self.source, recipe, traces / CHATS, out, epochs=self.epochs, **how)

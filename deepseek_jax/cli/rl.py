@@ -14,6 +14,7 @@ from deepseek_jax.cli.files import check_destination, free_folder, write_json
 from deepseek_jax.cli.given import given
 from deepseek_jax.cli.interrupts import EXIT_CODES, remarks
 from deepseek_jax.rl.recipe import RlRecipe
+from deepseek_jax.rl.stages import Stages
 from deepseek_jax.rl.variants import VARIANTS, Grpo
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.run_folder import extended, read_run
@@ -34,6 +35,10 @@ class Rl:
     With --traces FOLDER the task's solutions are written there instead: chats to begin with by fine-tuning
     (`deepseek-jax train --sft FOLDER/traces.jsonl`), the same as texts, and a tokenizer for models that are trained on
     such texts alone. With --from beside it they are that checkpoint's own right answers: rejection sampling.
+
+    With --pipeline R1's stages follow one another, each a folder of OUT: a cold start on the task's solutions, GRPO,
+    rejection sampling, fine-tuning of the base on what was kept, GRPO; beside them R1-Zero, GRPO from the base. The
+    same command goes on wherever it was ended.
     """
 
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
@@ -60,7 +65,11 @@ class Rl:
     """Write the task's solutions into this folder, and train nothing; with --from the right ones among the answers of
     --steps rollouts."""
     keep: int = 1
-    """Of --traces with --from: so many answers to a problem at most, the shortest ones, none twice."""
+    """Of rejection sampling: so many answers to a problem at most, the shortest ones, none twice."""
+    pipeline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """All of R1's stages, from the base that --from names; the other options are those of each stage."""
+    stages: Stages = field(default_factory=Stages)
+    """What they do beside reinforcement learning."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
     """How it is kept."""
     devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
@@ -92,6 +101,10 @@ class Rl:
             return self._write(task)
         self._check()
         ctx = self.devices.context()
+        if self.pipeline:
+            from deepseek_jax.cli.stages import lead
+
+            return lead(self, task, ctx, began)
 
         from deepseek_jax.cli.tables import Output
         from deepseek_jax.convert.folders import why_no_checkpoint
@@ -137,8 +150,8 @@ class Rl:
     def _write(self, task) -> int:
         from deepseek_jax.rl.traces import write_traces
 
-        if self.out is not None or self.resume:
-            raise ValueError("--traces writes solutions and trains nothing: leave OUT and --resume out.")
+        if self.out is not None or self.resume or self.pipeline:
+            raise ValueError("--traces writes solutions and trains nothing: leave OUT, --resume and --pipeline out.")
         if self.source is None:
             write_traces(task, self.traces)
             print(f"{self.traces}: {task.documents:,} solutions of {task.spelled}, and a tokenizer for them.")
@@ -155,6 +168,10 @@ class Rl:
             raise ValueError("--resume needs the folder of the run: deepseek-jax rl OUT --resume.")
         if self.source is None:
             raise ValueError("a run of reinforcement learning begins from a checkpoint: name it with --from.")
+        if self.pipeline and self.out is None:
+            raise ValueError("--pipeline needs a folder, by which the same command goes on: deepseek-jax rl OUT ...")
+        if not self.pipeline and self.stages != Stages():
+            raise ValueError("--stages options belong to --pipeline.")
         if not self.lora.rank and self.lora != LoRA(rank=0):
             raise ValueError("--lora options without adapters: give these a rank above 0 with --lora.rank.")
 

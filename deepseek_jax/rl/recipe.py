@@ -1,10 +1,11 @@
 """What a run of reinforcement learning does, apart from the model, the task and the objective. Loads no JAX."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deepseek_jax.configs.checks import check_types
 from deepseek_jax.configs.numbers import LARGEST, within
 from deepseek_jax.train.recipe import DTYPES, LearningRate, Optimizer, Recipe
+from deepseek_jax.train.tuning import fine_tuning
 from deepseek_jax.train.weights import LossWeights
 
 FORMS = ("chat", "text", "r1-zero")
@@ -130,3 +131,17 @@ class RlRecipe:
             evaluate_every=self.evaluate_every,
             log_every=self.log_every,
         )
+
+
+def on_chats(lr: float, max_length: int, seed: int) -> Recipe:
+    """Of fine-tuning on a task's solutions, in passes over them: a cosine from ``lr`` to a tenth of it. ``max_length``:
+    of the model."""
+    recipe = fine_tuning("sft-tiny").recipe
+    return replace(
+        recipe,
+        rate=replace(recipe.rate, peak=lr, decay_to=lr / 10),
+        length=min(recipe.length, max_length),
+        seed=seed,
+        weights=replace(recipe.weights, mtp=0.0),
+        mtp_later=0.0,
+    )

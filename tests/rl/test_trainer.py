@@ -8,53 +8,28 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-import optax
 import pytest
 from architectures import ARCHITECTURES
-from tiny import random_model, tiny_config
+from rl.tagged import TASK, tagged
+from tiny import random_model
 
 import deepseek_jax as dsj
 from deepseek_jax.analysis.rl_panels import policy_picture, rewards_picture
 from deepseek_jax.analysis.run_records import read_run
 from deepseek_jax.cli.main import main
 from deepseek_jax.convert.training import read_leaves, read_record
-from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.rl.recipe import Rewards, RlRecipe
-from deepseek_jax.rl.tasks import Tags
-from deepseek_jax.rl.traces import write_traces
 from deepseek_jax.rl.trainer import improve
 from deepseek_jax.rl.variants import MATH, V32
-from deepseek_jax.train.objective import Knobs, NextToken
-from deepseek_jax.train.schedule import Setting
-from deepseek_jax.train.step import start, train_step
 from deepseek_jax.train.tuning import LoRA
-from deepseek_jax.train.weights import LossWeights
 
-TASK = Tags(documents=1280)
 RECIPE = RlRecipe(steps=16, form="text", max_new_tokens=6, lr=2e-3, held_out=16, evaluate_every=8)
 FORM = replace(MATH, beta=0.0)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model that has seen the tags in any order, one text in ten in theirs, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    write_traces(TASK, folder / "traces")
-    words = dsj.load_tokenizer(folder / "traces/tokenizer")
-    texts = [json.loads(line)["text"] for line in (folder / "traces/traces.jsonl").read_text().splitlines()]
-    rows = np.array([[*ids, words.eos_id] for ids in words.encode_batch(texts)], np.int32)
-    cfg = tiny_config(n_layers=1, n_dense_layers=0, mtp_depth=0, vocab_size=words.vocab_size)
-    adam = optax.chain(optax.scale_by_adam(0.9, 0.95), optax.scale(-1.0))
-    step = jax.jit(train_step, static_argnames=("optimizer", "objective", "ctx"))
-    state = start(random_model(cfg), adam)
-    for i in range(50):
-        batch = {"tokens": rows[None, i % 20 * 64 : i % 20 * 64 + 64]}
-        knobs = Knobs.of(Setting(3e-3, 0.0, 0.0, 1, rows=64))
-        state, _ = step(state, batch, knobs, optimizer=adam, objective=NextToken(LossWeights(), 0), ctx=DEFAULT)
-    dsj.save_pretrained(state.model, folder / "base")
-    words.backend.save(str(folder / "base/tokenizer.json"))
-    (folder / "base/tokenizer_config.json").write_text((folder / "traces/tokenizer/tokenizer_config.json").read_text())
-    return folder / "base"
+    return tagged(tmp_path_factory.mktemp("base"))
 
 
 def records(folder, kind):
@@ -161,7 +136,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path,
     assert "no task" in refused(out, "--from", str(base), "--task", "chess")
     assert "whole groups of 16" in refused(out, "--from", str(base), "--micro-rows", "24")
     assert "exceed the model's max_length" in refused(out, "--from", str(base), "--max-new-tokens", "300")
-    assert "leave OUT and --resume out" in refused(out, "--traces", str(tmp_path / "t"))
+    assert "leave OUT, --resume and --pipeline out" in refused(out, "--traces", str(tmp_path / "t"))
+    assert "needs a folder" in refused("--pipeline", "--from", str(base))
+    assert "belong to --pipeline" in refused(out, "--from", str(base), "--stages.epochs", "2")
+    led = (out, "--pipeline", "--from", str(base))
+    assert "ask in chats, not as 'text'" in refused(*led, "--form", "text")
+    assert "put as r1-zero" in refused(*led, "--task", "tags")
+    assert "adapters must be merged" in refused(*led, "--lora.rank", "2", "--lora.no-merge")
     assert not any(tmp_path.iterdir())
     for wrong, said in (
         ({"temperature": 0.0}, "greedy"),
