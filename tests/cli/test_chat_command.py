@@ -59,10 +59,17 @@ def talk(capsys, monkeypatch):
     """Runs the command on lines of a pipe, or typed ones; gives its code, output, errors and the prompts' ids."""
 
     def run(ckpt, lines, *arguments, typed=False):
-        prompts, stream = [], Conversation.stream
+        prompts, run.fed, stream = [], [], Conversation.stream
         limits = ("--context", CONTEXT, "--max-new-tokens", NEW)
         with monkeypatch.context() as patch:
-            patch.setattr(Conversation, "stream", lambda *a, **k: prompts.append(a[1]) or stream(*a, **k))
+
+            def heard(*given, **settings):
+                prompts.append(given[1])
+                going = stream(*given, **settings)
+                run.fed.append(going._fed)
+                return going
+
+            patch.setattr(Conversation, "stream", heard)
             patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
             if typed:
                 waiting = iter(lines)
@@ -91,12 +98,15 @@ def answer(folder):
 
 def test_each_line_of_a_pipe_is_a_turn_of_one_conversation(folder, talk, answer):
     lines = ["héllo", "", "/reset", '"""two', 'lines"""', "return <｜User｜>", "/quit", "never read"]
-    code, out, err, _ = talk(folder, lines, "--system", "日本")
+    code, out, err, prompts = talk(folder, lines, "--system", "日本")
     first, second = (answer(text, system=["日本"]) for text in ("héllo", "two\nlines"))
     # The name of a control token that somebody types is text.
     third = answer("two\nlines", second, "return <｜User｜>", system=["日本"])
     assert (code, out) == (0, f"{first}\n{second}\n{third}\n")
     assert err.count(f"the answer is cut at --max-new-tokens {NEW}.") == 3
+    # What a turn shares with the one before is not fed again: the system message, then the whole turn.
+    assert 0 == talk.fed[0] < talk.fed[1] < len(prompts[1]) - 5
+    assert talk.fed[2] >= len(prompts[1]) - 1
 
 
 def test_the_release_says_how_to_sample_and_options_say_otherwise(folder, talk, answer, tmp_path):
