@@ -14,7 +14,16 @@ import numpy as np
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation import slots as device
 from deepseek_jax.generation.arguments import check_count, check_drafts, check_length, check_model
-from deepseek_jax.generation.choices import Choice, GrammarFailed, Offer, Phase, Slot, check_request, choices_of, row_of
+from deepseek_jax.generation.choices import (
+    Choice,
+    GrammarFailed,
+    Offer,
+    Phase,
+    Slot,
+    check_request,
+    choices_of,
+    row_of,
+)
 from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, QueueFull, Request, Stats
 from deepseek_jax.generation.running import CHUNK, prepared
 from deepseek_jax.generation.sampling import unpacked
@@ -81,12 +90,13 @@ class Batcher:
         """Runs each program once, for nobody: all are compiled then, and no request compiles another."""
         number, none = np.int32(0), Choice(0, 0, Request([0]), [0], [], 0, 0.0)
         self._device = device.admit(self._device, number, row_of(none, self.offer), number)
-        self._prefill(0, 0)
+        self._prefill(0, 0, scored=False)
         self._device = device.fork(self._device, number, number, np.uint32(0))
         for top in (False, True):
             self._call([], self._every, 1, top)
         if self.offer.routing:
             device.routing_of(self._device, number)
+        device.scores_of(self._device, number)
         jax.block_until_ready(self._device)
 
     def check(self, request: Request) -> None:
@@ -176,7 +186,7 @@ class Batcher:
                 self._enter(slot)
             hungry = slot.fed < len(slot.tokens) - 1
             if hungry:
-                self._prefill(slot.number, slot.fed)
+                self._prefill(slot.number, slot.fed, slot.choice.scored)
                 slot.fed = min(slot.fed + self._chunk, len(slot.tokens) - 1)
             if slot.fed == len(slot.tokens) - 1:
                 self._begin(slot)
@@ -185,16 +195,17 @@ class Batcher:
 
     def _enter(self, slot: Slot) -> None:
         """When its turn to be fed has come, and not before: the prompts before it may have brought what it shares."""
-        prompt = slot.choice.prompt
-        source = self._source(prompt, first=[slot])
-        kept, row = source.kept(prompt, self._again), row_of(slot.choice, self.offer)
+        prompt, looks = slot.choice.prompt, self.reuses and not slot.choice.scored
+        # What was kept has no log-probabilities, which come of feeding it.
+        source = self._source(prompt, first=[slot]) if looks else slot
+        kept, row = source.kept(prompt, self._again) if looks else 0, row_of(slot.choice, self.offer)
         if source is not slot:
             self._fork(source, slot)
         self._device = device.admit(self._device, np.int32(slot.number), row, np.int32(kept))
         slot.phase, slot.tokens, slot.fed = Phase.FEEDING, list(prompt), kept
         for one in (slot, *slot.twins):
             one.choice.cached = kept
-        self._counts.update(prompt=len(prompt), queried=len(prompt) if self.reuses else 0, cached=kept)
+        self._counts.update(prompt=len(prompt), queried=len(prompt) if looks else 0, cached=kept)
 
     def _begin(self, slot: Slot) -> None:
         for twin in slot.twins:
@@ -225,6 +236,8 @@ class Batcher:
                 if not unpacked(mask, self.offer.cfg.vocab_size).any():
                     deltas.append(self._delta(slot, "stop"))
         running = [slot for slot in self._slots if slot.phase == Phase.RUNNING]
+        deltas += [self._delta(slot, "length") for slot in running if not slot.choice.given.max_new_tokens]
+        running = [slot for slot in running if slot.phase == Phase.RUNNING]
         if running:
             news = self._call(running, allowed, steps, any(slot.choice.given.top_logprobs for slot in running))
             deltas += [self._heard(slot, news) for slot in running]
@@ -234,8 +247,6 @@ class Batcher:
         """What a call to decode has brought a slot."""
         i, choice, count = slot.number, slot.choice, int(news.count[slot.number])
         tokens, drafted, accepted = news.tokens[i, :count].tolist(), int(news.drafted[i]), int(news.accepted[i])
-        if not np.isfinite(news.logprob[i, :count]).all():
-            raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
         slot.tokens += tokens
         slot.fed = len(slot.tokens) - 1
         self._counts.update(
@@ -258,35 +269,22 @@ class Batcher:
     def _delta(
         self, slot: Slot, finish: Finish | None, error: str = "", news: News | None = None, count: int = 0
     ) -> Delta:
-        i, choice, routing = slot.number, slot.choice, None
-        new = () if news is None else [a[i, :count].tolist() for a in (news.tokens, news.logprob, news.behaviour)]
-        most, top = choice.given.top_logprobs, ()
-        if most and count:
-            ids, values = (news.top[name][i, :count, :most].tolist() for name in device.TOP)
-            top = tuple(tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True))
+        i, choice, said = slot.number, slot.choice, {}
+        if news is not None:
+            new = {name: getattr(news, name)[i, :count] for name in ("tokens", "logprob", "behaviour")}
+            said = choice.heard(**new, top={name: a[i, :count] for name, a in news.top.items()})
+        if choice.scored:
+            said |= choice.told(*jax.device_get(device.scores_of(self._device, np.int32(i))))
         if choice.given.routing:
-            routing = np.asarray(device.routing_of(self._device, np.int32(i)))[choice.reported : slot.fed]
+            said["routing"] = np.asarray(device.routing_of(self._device, np.int32(i)))[choice.reported : slot.fed]
             choice.reported = slot.fed
         if finish is not None:
             self._finished[finish] += 1
             self._release(slot)
-        return Delta(
-            choice.request,
-            choice.number,
-            *(map(tuple, new) if new else ((), ())),
-            top=top,
-            finish=finish,
-            error=error,
-            drafted=choice.drafted,
-            accepted=choice.accepted,
-            cached=choice.cached,
-            waited=choice.admitted - choice.submitted,
-            prefilled=choice.began - choice.admitted,
-            routing=routing,
-        )
+        return choice.delta(finish, error, said)
 
-    def _prefill(self, slot: int, start: int) -> None:
-        where = (np.int32(slot), np.int32(start))
+    def _prefill(self, slot: int, start: int, scored: bool) -> None:
+        where = (np.int32(slot), np.int32(start), np.bool_(scored))
         self._device = device.prefill(self._model, self._device, *where, chunk=self._chunk, **self._static)
 
     def _call(self, running: list[Slot], allowed: np.ndarray, steps: int, top: bool) -> News:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.generation.arguments import check_count, check_drafts, check_ids, check_stops
-from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Grammar, Request
+from deepseek_jax.generation.loop import TOP
+from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, Grammar, Request
 from deepseek_jax.generation.sampling import Sampling, make_sampling
 from deepseek_jax.generation.slots import STOPS, Row
 from deepseek_jax.notes import shown
@@ -39,7 +40,7 @@ class Choice:
 
     ``request``, ``number``: as `Delta` names it. ``prompt``, ``stops``, ``seed``: its own. ``submitted``, ``admitted``,
     ``began``: seconds of a clock. ``cached``: tokens of the prompt that were not fed. ``reported``: tokens whose
-    experts were.
+    experts were. ``scored``: the prompt's log-probabilities are still to be told.
     """
 
     request: int
@@ -56,6 +57,7 @@ class Choice:
     drafted: int = 0
     accepted: int = 0
     reported: int = 0
+    scored: bool = False
 
     @property
     def bound(self) -> bool:
@@ -76,6 +78,35 @@ class Choice:
             self.grammar.accept(tokens)
         except Exception as error:
             raise GrammarFailed(f"the grammar failed: {error}") from error
+
+    def heard(self, tokens: np.ndarray, logprob: np.ndarray, behaviour: np.ndarray, top: dict[str, np.ndarray]) -> dict:
+        """The fields of a `Delta` that say what one call has brought."""
+        check_finite(logprob)
+        most, new = self.given.top_logprobs, (tuple(a.tolist()) for a in (tokens, logprob, behaviour))
+        found = dict(zip(("tokens", "logprobs", "behaviour"), new, strict=True))
+        return found | ({"top": alternatives({k: a[:, :most] for k, a in top.items()})} if most else {})
+
+    def told(self, logprob_S: np.ndarray, top: dict[str, np.ndarray]) -> dict[str, tuple]:
+        """The fields of a `Delta` that say, once, what a prompt's own tokens were given; ``top``: [S, ...]."""
+        own, most, self.scored = slice(1, len(self.prompt)), self.given.top_logprobs, False
+        check_finite(logprob_S[own])
+        found = {"prompt_logprobs": tuple(logprob_S[own].tolist())}
+        return found | ({"prompt_top": alternatives({k: a[own, :most] for k, a in top.items()})} if most else {})
+
+    def delta(self, finish: Finish | None, error: str, said: dict) -> Delta:
+        """``said``: what is new."""
+        return Delta(
+            self.request,
+            self.number,
+            **{"tokens": (), "logprobs": ()} | said,
+            finish=finish,
+            error=error,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            cached=self.cached,
+            waited=self.admitted - self.submitted,
+            prefilled=self.began - self.admitted,
+        )
 
 
 class Phase(Enum):
@@ -117,13 +148,25 @@ def shared(a: list[int], b: list[int]) -> int:
     return int(differ[0]) if differ.size else size
 
 
+def alternatives(top: dict[str, np.ndarray]) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The likeliest ids with their log-probabilities, token by token, of arrays [t, ...] of both."""
+    ids, values = (top[name].tolist() for name in TOP)
+    return tuple(tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True))
+
+
+def check_finite(logprobs: np.ndarray) -> None:
+    if not np.isfinite(logprobs).all():
+        raise ValueError("the model's logits are not finite: its weights hold NaN or inf.")
+
+
 def check_request(request: Request, offer: Offer) -> None:
     """Raises ValueError, in a sentence, for what cannot be continued. Reads nothing that changes."""
     if not isinstance(request, Request):
         raise ValueError(f"a batcher takes a generation.request.Request, not {shown(request)}.")
     cfg, given = offer.cfg, request
     prompt = check_ids("prompt", given.prompt, cfg.vocab_size)
-    check_count("max_new_tokens", given.max_new_tokens)
+    if given.max_new_tokens != 0 or not given.prompt_logprobs:
+        check_count("max_new_tokens", given.max_new_tokens)
     needed = len(prompt) + given.max_new_tokens
     if needed > offer.length:
         raise ValueError(
@@ -159,7 +202,8 @@ def choices_of(number: int, request: Request, cfg, now: float) -> list[Choice]:
     prompt = check_ids("prompt", request.prompt, cfg.vocab_size)
     stops = sorted(set(cfg.eos_ids if request.stop_ids is None else request.stop_ids))
     seeds = _sampling(request, request.n).seed.tolist()
-    return [Choice(number, i, request, prompt, stops, seed, now) for i, seed in enumerate(seeds)]
+    scored = request.prompt_logprobs
+    return [Choice(number, i, request, prompt, stops, seed, now, scored=scored) for i, seed in enumerate(seeds)]
 
 
 def row_of(choice: Choice, offer: Offer) -> Row:

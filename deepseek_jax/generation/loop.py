@@ -61,12 +61,23 @@ class State:
 # distribution, "kept_size": int32 [B, S], tokens that the filters leave; "kept_mask": uint32 [B, S, V / 32], which.
 # Besides, for slots, "top_id" and "top_logprob": [B, S, N], the model's likeliest tokens in each one's place.
 RECORDS = ("routing", "kept_size", "kept_mask")
+TOP = ("top_id", "top_logprob")
 
 
-def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, depth: int, ctx: Context) -> State:
+def prefill(
+    model: Transformer,
+    state: State,
+    start: jax.Array,
+    scored: jax.Array | None = None,
+    *,
+    chunk: int,
+    depth: int,
+    ctx: Context,
+) -> State:
     """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
-    ``depth``: MTP modules in use, 0 or all.
+    ``scored``: a bool, whether the log-probabilities of the prompts' own tokens are wanted: then all have theirs, as
+    generated ones do, but for the first. None: they never are. ``depth``: MTP modules in use, 0 or all.
     """
     position_BT = jnp.broadcast_to(start + jnp.arange(chunk), (state.known.shape[0], chunk))
     real_BT = position_BT < state.known[:, None] - 1
@@ -83,12 +94,24 @@ def prefill(model: Transformer, state: State, start: jax.Array, *, chunk: int, d
         logits="none",
         ctx=ctx,
     )
-    return replace(
+    state = replace(
         state,
         cache=out.cache,
         recent=_latest(state.recent, out.carry, real_BT.sum(-1)),
         records=_recorded(state.records, out, position_BT, real_BT),
     )
+    if scored is None:
+        return state
+
+    def score():
+        logits_BTV = model.unembed(out.hidden, ctx)
+        next_BT = _tokens_at(state.tokens, position_BT + 1, state.known, missing=0)
+        logprob_BT = _logprob(logits_BTV, next_BT)
+        likeliest = _likeliest(state.records, logits_BTV, position_BT, real_BT)
+        return _put(state.logprob, logprob_BT, position_BT + 1, real_BT), likeliest
+
+    logprob, likeliest = jax.lax.cond(scored, score, lambda: (state.logprob, _only(state.records, TOP)))
+    return replace(state, logprob=logprob, records=state.records | likeliest)
 
 
 def decode(
@@ -143,14 +166,14 @@ def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> 
     kept_BT = (ahead_T <= accepted_B[:, None]) & (position_BT + 1 < state.limit[:, None]) & ~ended_BT
     kept_BT &= active_B[:, None]
 
-    logit_BT, p_BT = (jnp.take_along_axis(a, new_BT[..., None], axis=-1)[..., 0] for a in (out.logits, p_BTV))
+    p_BT = jnp.take_along_axis(p_BTV, new_BT[..., None], axis=-1)[..., 0]
     known_B = state.known + kept_BT.sum(-1)
     rejected_B = jnp.where(active_B, state.offered - accepted_B, 0)
     state = replace(
         state,
         cache=out.cache.rewind(rejected_B) if depth else out.cache,
         tokens=_put(state.tokens, new_BT, position_BT + 1, kept_BT),
-        logprob=_put(state.logprob, logit_BT - jax.nn.logsumexp(out.logits, axis=-1), position_BT + 1, kept_BT),
+        logprob=_put(state.logprob, _logprob(out.logits, new_BT), position_BT + 1, kept_BT),
         behaviour=_put(state.behaviour, jnp.log(p_BT), position_BT + 1, kept_BT),
         known=known_B,
         done=state.done | (kept_BT & stops_BT).any(-1) | (known_B >= state.limit),
@@ -210,12 +233,29 @@ def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> di
     if p_BTV is None:
         return result
     found = {"kept_size": lambda: (p_BTV > 0).sum(-1, dtype=jnp.int32), "kept_mask": lambda: packed(p_BTV > 0)}
-    if "top_id" in records:
-        top = jax.lax.top_k(jax.nn.log_softmax(out.logits), records["top_id"].shape[-1])
-        found |= {"top_logprob": lambda: top[0], "top_id": lambda: top[1]}
     for name in found.keys() & records.keys():
         result[name] = _put(records[name], found[name](), position_BT + 1, kept_BT)
-    return result
+    return result | _likeliest(records, out.logits, position_BT, kept_BT)
+
+
+def _likeliest(records, logits_BTV, position_BT, kept_BT) -> dict[str, jax.Array]:
+    """The records of the likeliest tokens, where there are any, with those in the places behind positions."""
+    held = _only(records, TOP)
+    if not held:
+        return {}
+    value_BTN, id_BTN = jax.lax.top_k(jax.nn.log_softmax(logits_BTV), held["top_id"].shape[-1])
+    new = {"top_id": id_BTN, "top_logprob": value_BTN}
+    return {name: _put(held[name], new[name], position_BT + 1, kept_BT) for name in held}
+
+
+def _only(records, names) -> dict[str, jax.Array]:
+    return {name: records[name] for name in names if name in records}
+
+
+def _logprob(logits_BTV, token_BT):
+    """Of tokens by the model."""
+    logit_BT = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1)[..., 0]
+    return logit_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
 def _tokens_at(tokens_BS, position_BT, known_B, missing: int = -1):

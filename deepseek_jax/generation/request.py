@@ -34,7 +34,9 @@ class Request:
     with, 0 to 20. ``logit_bias``: added to the logits of these ids before anything else, greedy choices too;
     log-probabilities are the model's own all the same. ``grammar``: makes the `Grammar` of a choice, called once for
     each; such a choice takes no drafts. ``use_mtp``: the MTP modules draft, where the batcher has them. ``routing``:
-    the experts of each token are wanted, where the batcher records them.
+    the experts of each token are wanted, where the batcher records them. ``prompt_logprobs``: the prompt's own tokens
+    are to come with log-probabilities, too, and with as many alternatives; then ``max_new_tokens`` may be 0, and
+    nothing is taken from kept prefixes.
     """
 
     prompt: Sequence[int]
@@ -51,6 +53,7 @@ class Request:
     grammar: Callable[[], Grammar] | None = None
     use_mtp: bool = False
     routing: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,9 @@ class Delta:
     submission to a slot, and from there to the first decoding step. ``routing``: int32 [t, L, K], experts of the tokens
     fed since the last delta, prompt's first, -1 where none; in the end all tokens' but the last one's. None if not
     asked for.
+
+    In a choice's first delta, where they were asked for, ``prompt_logprobs`` and ``prompt_top``: as ``logprobs`` and
+    ``top``, of the prompt's tokens but its first, which nothing predicts.
     """
 
     request: int
@@ -84,6 +90,8 @@ class Delta:
     waited: float = 0.0
     prefilled: float = 0.0
     routing: np.ndarray | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)

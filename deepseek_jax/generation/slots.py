@@ -15,14 +15,13 @@ import numpy as np
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.generation import loop
-from deepseek_jax.generation.loop import State
+from deepseek_jax.generation.loop import TOP, State
 from deepseek_jax.generation.running import empty_record, idle
 from deepseek_jax.generation.sampling import Sampling, make_sampling, unpacked
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.transformer import Transformer
 
 STOPS = 16  # stop ids that a slot may have
-TOP = ("top_id", "top_logprob")
 
 
 @jax.tree_util.register_dataclass
@@ -110,10 +109,18 @@ def admit(slots: Slots, slot: jax.Array, row: Row, kept: jax.Array) -> Slots:
 
 @partial(jax.jit, donate_argnames="slots", static_argnames=("chunk", "depth", "ctx"))
 def prefill(
-    model: Transformer, slots: Slots, slot: jax.Array, start: jax.Array, *, chunk: int, depth: int, ctx: Context
+    model: Transformer,
+    slots: Slots,
+    slot: jax.Array,
+    start: jax.Array,
+    scored: jax.Array,
+    *,
+    chunk: int,
+    depth: int,
+    ctx: Context,
 ) -> Slots:
     """`loop.prefill` of one slot: no other row is computed."""
-    row = loop.prefill(model, _row(slots, slot).state, start, chunk=chunk, depth=depth, ctx=ctx)
+    row = loop.prefill(model, _row(slots, slot).state, start, scored, chunk=chunk, depth=depth, ctx=ctx)
     return replace(slots, state=_put(slots, slot, replace(_row(slots, slot), state=row)).state)
 
 
@@ -173,6 +180,13 @@ def decode(
         accepted=state.accepted,
     )
     return replace(slots, state=state), news
+
+
+@jax.jit
+def scores_of(slots: Slots, slot: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """float32 [S], and [S, ...] of the likeliest: of a slot's tokens, where its prompt was fed to be scored; its first
+    token has none."""
+    return slots.state.logprob[slot], {name: slots.state.records[name][slot] for name in TOP}
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tokenizers
 
@@ -45,9 +46,29 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def entry(self, i: int, logprob: float) -> dict:
-        """As chat completions list it."""
-        return {"token": self.text(i), "logprob": finite(logprob), "bytes": list(self.raw(i))}
+    def entry(self, i: int, logprob: float, top: Sequence[tuple[int, float]] | None = None) -> dict:
+        """As chat completions list it; ``top``: its alternatives, None for one of these."""
+        entry = {"token": self.text(i), "logprob": finite(logprob), "bytes": list(self.raw(i))}
+        return entry if top is None else {**entry, "top_logprobs": [self.entry(*other) for other in top]}
+
+    def places(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where in a text each of its tokens begins, in characters; one that is no part of it, such as BOS, where the
+        next one does."""
+        stream, at, found = Stream(self.tokenizer, skip_special_tokens=False), 0, []
+        for i in ids:
+            found.append(min(at, len(text)))
+            control = self.tokenizer.control.get(i)
+            if control is None or text.startswith(control.content, at):
+                at += len(stream.push([i]))
+        return found
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that its answer repeats: its text, and its tokens."""
+
+    text: str
+    ids: Sequence[int]
 
 
 def finite(logprob: float) -> float:
@@ -58,7 +79,8 @@ class Answer:
     """Takes a choice's `Delta`s, gives pieces of it, each with the tokens that begin in it.
 
     Streamed or not, what comes out is the same. ``stop_ids``: those that may end it and are no part of its text.
-    ``wanted``: whether tokens' log-probabilities are. ``prompt``: its tokens, where experts are wanted.
+    ``wanted``: whether tokens' log-probabilities are. ``prompt``: its tokens, where experts are wanted. ``echo``: the
+    prompt, where it is to be repeated; every token is then listed, those of no text as well, as clients count them.
 
     Attributes:
         finish: why it ended: "stop", "length" or "error"; None while it goes on. A stop string ends it before the
@@ -67,10 +89,17 @@ class Answer:
         tokens, reasoning_tokens: how many came, and those of its thoughts.
         last: the last delta.
         experts: of each token, once it has been fed, a list a layer; its last token never is.
+        echoed: the prompt's tokens, where they are wanted: where each begins, and what is said of it.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, parser: Parser, stop_ids: Sequence[int], wanted: bool, prompt: int | None = None
+        self,
+        vocabulary: Vocabulary,
+        parser: Parser,
+        stop_ids: Sequence[int],
+        wanted: bool,
+        prompt: int | None = None,
+        echo: Echo | None = None,
     ):
         self.parser = parser
         self._vocabulary, self._stop_ids, self._wanted = vocabulary, frozenset(stop_ids), wanted
@@ -84,11 +113,15 @@ class Answer:
         self.last: Delta | None = None
         self.experts: list[list[list[int]]] = []
         self._prompt, self._fed = prompt, 0
+        self._echo = echo if wanted else None
+        self.echoed: list[tuple[int, dict]] = []
 
     def take(self, delta: Delta) -> Pieces:
         """What is certain now; nothing after the end."""
         if self.finish is not None:
             return []
+        if self.last is None and self._echo is not None:
+            self.echoed = self._prompted(delta)
         self.last, pieces = delta, []
         if delta.routing is not None:
             self.experts += delta.routing[max(0, self._prompt - self._fed) :].tolist()
@@ -96,9 +129,11 @@ class Answer:
         for k, i in enumerate(delta.tokens):
             self.tokens += 1
             ends = delta.finish == "stop" and k + 1 == len(delta.tokens) and i in self._stop_ids
-            if ends or i in self._vocabulary.unsaid:
+            silent = ends or i in self._vocabulary.unsaid
+            if not silent or self._echo is not None:
+                self._waiting.append((self._length, self._said(delta, k) if self._wanted else None))
+            if silent:
                 continue
-            self._waiting.append((self._length, self._said(delta, k) if self._wanted else None))
             pieces += self._push(self._stream.push([i]))
             if self.parser.stopped:
                 self.finish = "stop"
@@ -106,18 +141,28 @@ class Answer:
         if delta.finish is not None:
             pieces += self._push(self._stream.finish()) + self.parser.finish()
             self.finish, self.error = "stop" if self.parser.stopped else delta.finish, delta.error
-        return self._beside(pieces)
+        found = self._beside(pieces)
+        if self._echo is not None and delta.finish is not None and self._waiting and not self.parser.stopped:
+            found.append((Piece("content", "", self._length), list(self._waiting)))
+        return found
 
     def _push(self, text: str) -> list[Piece]:
         self._length += len(text)
         return self.parser.push(text)
 
     def _said(self, delta: Delta, k: int) -> dict:
-        entry = self._vocabulary.entry(delta.tokens[k], delta.logprobs[k])
-        top = delta.top[k] if delta.top else ()
+        entry = self._vocabulary.entry(delta.tokens[k], delta.logprobs[k], delta.top[k] if delta.top else ())
         if self._prompt is not None:  # which of `experts` are this one's
             entry["index"] = self.tokens - 1
-        return {**entry, "top_logprobs": [self._vocabulary.entry(i, logprob) for i, logprob in top]}
+        return entry
+
+    def _prompted(self, delta: Delta) -> list[tuple[int, dict]]:
+        """Nothing predicts the first one."""
+        echo, vocabulary, logprobs = self._echo, self._vocabulary, delta.prompt_logprobs
+        first = {"token": vocabulary.text(echo.ids[0]), "logprob": None, "top_logprobs": None}
+        top = delta.prompt_top or [()] * len(logprobs)
+        entries = [first, *(vocabulary.entry(*said) for said in zip(echo.ids[1:], logprobs, top, strict=True))]
+        return list(zip(vocabulary.places(echo.text, echo.ids), entries, strict=True))
 
     def _beside(self, pieces: list[Piece]) -> Pieces:
         found = []

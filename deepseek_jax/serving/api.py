@@ -130,7 +130,7 @@ class Api:
         def chunks(number: int, found):
             if number not in begun:
                 begun.add(number)
-                yield from job.reply.begin(number)
+                yield from job.reply.begin(number, job.answers[number])
             yield from job.reply.pieces(number, found)
             yield from job.reply.routed(number, job.answers[number])
             if job.answers[number].finish is not None:

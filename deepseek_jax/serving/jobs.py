@@ -9,7 +9,7 @@ from typing import Protocol
 
 from deepseek_jax.generation.request import Delta, Request, Stats
 from deepseek_jax.notes import cut
-from deepseek_jax.serving.answer import Answer, Pieces, Vocabulary
+from deepseek_jax.serving.answer import Answer, Echo, Pieces, Vocabulary
 from deepseek_jax.serving.calls import syntax_of
 from deepseek_jax.serving.errors import ApiError, bad
 from deepseek_jax.serving.grammar import Grammars
@@ -114,15 +114,20 @@ class Jobs:
         grammar = None
         if sampling.schema is not None:
             grammar = await self.grammars.of_schema(sampling.schema, thinking=False)
-        requests = [self._request(sampling, prompt, "prompt", grammar) for prompt in given]
         wanted = sampling.logprobs is not None
-        answers = [
-            Answer(self._vocabulary, Parser(stops=sampling.stop), self._stops(sampling), wanted)
-            for _ in range(len(given) * sampling.n)
+        scored = asked.echo and (wanted or sampling.max_tokens == 0)
+        requests = [
+            replace(self._request(sampling, prompt, "prompt", grammar), prompt_logprobs=scored) for prompt in given
         ]
         said = [p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True) for p in asked.prompts]
-        echoes = [text if asked.echo else "" for text in said for _ in range(sampling.n)]
-        return Job(requests, answers, TextReply(self.name, sampling.include_usage, wanted, echoes))
+        echoes = [Echo(text, ids) if asked.echo else None for text, ids in zip(said, given, strict=True)]
+        echoes = [echo for echo in echoes for _ in range(sampling.n)]
+        answers = [
+            Answer(self._vocabulary, Parser(stops=sampling.stop), self._stops(sampling), wanted, echo=echo)
+            for echo in echoes
+        ]
+        texts = ["" if echo is None else echo.text for echo in echoes]
+        return Job(requests, answers, TextReply(self.name, sampling.include_usage, wanted, texts))
 
     def _stops(self, sampling: Sampling) -> list[int]:
         return [*self.eos_ids, *sampling.stop_token_ids]
@@ -132,7 +137,7 @@ class Jobs:
             raise bad(param, "makes no tokens at all: there is nothing to continue.")
         context = self.limits.context
         new = context - len(prompt) if sampling.max_tokens is None else sampling.max_tokens
-        if new < 1 or len(prompt) + new > context:
+        if len(prompt) + new > context or (new < 1 and sampling.max_tokens is None):
             asked = "" if sampling.max_tokens is None else f" and {new} new ones"
             message = f"{len(prompt)} tokens{asked} do not fit the context of {context}: shorten it, or ask for fewer."
             raise bad(param, message, "context_length_exceeded")

@@ -42,7 +42,7 @@ class Reply(ABC):
         self.id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._model, self._usage, self._wanted = model, usage, wanted
 
-    def begin(self, choice: int) -> Iterator[dict]:
+    def begin(self, choice: int, answer: Answer) -> Iterator[dict]:
         """Chunks before the first piece."""
         yield from ()
 
@@ -88,7 +88,7 @@ class ChatReply(Reply):
         self._ids: dict[tuple[int, int], str] = {}
         self._routed: dict[int, int] = {}
 
-    def begin(self, choice: int) -> Iterator[dict]:
+    def begin(self, choice: int, answer: Answer) -> Iterator[dict]:
         yield self._delta(choice, {"role": "assistant", "content": ""}, None)
 
     def pieces(self, choice: int, pieces: Pieces) -> Iterator[dict]:
@@ -165,19 +165,20 @@ class TextReply(Reply):
         super().__init__(model, usage, wanted)
         self._echoes = echoes
 
-    def begin(self, choice: int) -> Iterator[dict]:
+    def begin(self, choice: int, answer: Answer) -> Iterator[dict]:
         if self._echoes[choice]:
-            yield self._part(choice, self._echoes[choice], None, None)
+            yield self._part(choice, self._echoes[choice], self._listed(answer.echoed), None)
 
     def pieces(self, choice: int, pieces: Pieces) -> Iterator[dict]:
         for piece, beside in pieces:
-            yield self._part(choice, piece.text, self._listed(choice, beside) if self._wanted else None, None)
+            yield self._part(choice, piece.text, self._listed(self._behind(choice, beside)), None)
 
     def end(self, choice: int, answer: Answer) -> dict:
         return self._part(choice, "", None, answer.finish)
 
     def _choice(self, choice: int, answer: Answer, pieces: Pieces) -> dict:
-        logprobs = self._listed(choice, [token for _, beside in pieces for token in beside]) if self._wanted else None
+        tokens = self._behind(choice, [token for _, beside in pieces for token in beside])
+        logprobs = self._listed([*answer.echoed, *tokens])
         text = self._echoes[choice] + "".join(piece.text for piece, _ in pieces)
         return self._row(choice, text, logprobs, answer.finish)
 
@@ -188,15 +189,21 @@ class TextReply(Reply):
     def _row(choice: int, text: str, logprobs: dict | None, reason: str | None) -> dict:
         return {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _listed(self, choice: int, tokens: Sequence[tuple[int, dict]]) -> dict:
+    def _behind(self, choice: int, tokens: Sequence[tuple[int, dict]]) -> list[tuple[int, dict]]:
+        """Where they are in the choice's text, the repeated prompt included."""
+        return [(len(self._echoes[choice]) + at, entry) for at, entry in tokens]
+
+    def _listed(self, tokens: Sequence[tuple[int, dict]]) -> dict | None:
+        if not self._wanted:
+            return None
         listed = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for at, entry in tokens:
             listed["tokens"].append(entry["token"])
             listed["token_logprobs"].append(entry["logprob"])
             # The token itself is among them, likely or not.
-            top = {e["token"]: e["logprob"] for e in entry["top_logprobs"]} | {entry["token"]: entry["logprob"]}
-            listed["top_logprobs"].append(top)
-            listed["text_offset"].append(len(self._echoes[choice]) + at)
+            top = {e["token"]: e["logprob"] for e in entry["top_logprobs"] or ()} | {entry["token"]: entry["logprob"]}
+            listed["top_logprobs"].append(None if entry["logprob"] is None else top)
+            listed["text_offset"].append(at)
         return listed
 
 

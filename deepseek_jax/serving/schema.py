@@ -51,7 +51,8 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """``prompts``: texts, or lists of token ids."""
+    """``prompts``: texts, or lists of token ids. ``echo``: they are repeated before what follows, with their tokens'
+    log-probabilities where those are wanted."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     sampling: Sampling
@@ -101,16 +102,17 @@ def completion_request(body, limits: Limits) -> CompletionRequest:
     logprobs = given.get("logprobs")
     if logprobs is not None:
         logprobs = f.integer("logprobs", logprobs, 0, MAX_TOP_LOGPROBS)
-    sampling = _sampling(given, limits, "max_tokens", COMPLETION_TOKENS, logprobs)
     echo = f.boolean("echo", given.get("echo", False))
-    if echo and logprobs is not None:
-        raise bad("logprobs", "are not given of a prompt: leave echo out, or score the text with deepseek-jax score.")
+    # A prompt that is repeated is an answer by itself.
+    sampling = _sampling(given, limits, "max_tokens", COMPLETION_TOKENS, logprobs, least=0 if echo else 1)
     if echo and sampling.schema is not None:
         raise bad("echo", "cannot be combined with response_format.")
     return CompletionRequest(prompts, sampling, echo)
 
 
-def _sampling(given: Mapping, limits: Limits, limit: str, most: int | None, logprobs: int | None) -> Sampling:
+def _sampling(
+    given: Mapping, limits: Limits, limit: str, most: int | None, logprobs: int | None, least: int = 1
+) -> Sampling:
     number = {
         "temperature": lambda v: f.number("temperature", v, 0, 2),
         "top_p": lambda v: f.number("top_p", v, 0, 1),
@@ -131,7 +133,7 @@ def _sampling(given: Mapping, limits: Limits, limit: str, most: int | None, logp
     ids = lambda name, value: f.integer(name, value, 0, limits.vocab_size - 1)  # noqa: E731
     return Sampling(
         model=f.text("model", given["model"]) if "model" in given else None,
-        max_tokens=f.integer(limit, given[limit], 1) if limit in given else most,
+        max_tokens=f.integer(limit, given[limit], least) if limit in given else most,
         n=f.integer("n", given.get("n", 1), 1, MOST_CHOICES),
         seed=f.integer("seed", given["seed"], -(2**63), 2**63 - 1) if "seed" in given else None,
         stop=f.stops("stop", given.get("stop", [])),

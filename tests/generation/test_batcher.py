@@ -16,6 +16,7 @@ from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.generation.batcher import Batcher
 from deepseek_jax.generation.request import QueueFull, Request
 from deepseek_jax.generation.sampling import packed
+from deepseek_jax.generation.score import score
 
 # As the slots of `test_slots`, so that their programs are these.
 SIZES = {"slots": SLOTS, "length": LENGTH, "chunk": CHUNK, "steps": ROOM, "routing": True, "use_mtp": True}
@@ -192,6 +193,34 @@ def test_only_what_differs_of_a_prompt_is_fed(model, prompts, talk):
     assert stats.queried == stats.prompt
 
 
+@pytest.mark.parametrize("new", [0, 1, 5])
+def test_a_prompts_own_tokens_have_log_probabilities(model, prompts, talk, new):
+    """Also where another has brought the whole of the prompt, and beside one that has none."""
+    one(talk, Request(prompts[2], 4))
+    with compilations() as compiled:
+        request = Request(prompts[2], new, n=2, temperature=1.0, top_logprobs=2, stop_ids=(), prompt_logprobs=True)
+        numbers = [talk.submit(request), talk.submit(Request(prompts[3], 3, stop_ids=(), prompt_logprobs=True))]
+        found = finished(talk)
+    assert compiled == []
+    rows = forward_of(model, prompts[2])[0][:-1]
+    wanted = score(model, prompts[2])
+    for choice in range(2):
+        first, *rest = found[numbers[0], choice]
+        np.testing.assert_allclose(first.prompt_logprobs, wanted, atol=2e-5)
+        best = np.argsort(-rows, axis=-1)[:, :2]
+        assert [[i for i, _ in top] for top in first.prompt_top] == best.tolist()
+        np.testing.assert_allclose(
+            [[value for _, value in top] for top in first.prompt_top], np.take_along_axis(rows, best, -1), atol=2e-5
+        )
+        assert all(delta.prompt_logprobs == () for delta in rest)
+        assert len(joined([first, *rest], "tokens")) == new
+        assert [delta.finish for delta in (first, *rest)][-1] == "length"
+        assert first.cached == 0
+    # One token alone has nothing before it.
+    assert (found[numbers[1], 0][0].prompt_logprobs, len(joined(found[numbers[1], 0], "tokens"))) == ((), 3)
+    assert one(talk, Request(prompts[2], 1))[1][0].cached > 0
+
+
 def test_who_leaves_is_forgotten_at_once(model, prompts, talk):
     """Under way, as its prompt is fed, among twins, and in the queue; what others get does not change."""
     requests = [Request(prompts[0], 30, temperature=0.7, seed=5, stop_ids=()), Request(prompts[4], 30, stop_ids=())]
@@ -316,6 +345,7 @@ def test_new_weights_share_nothing_with_the_old(model, prompts, talk):
         ({"prompt": "text"}, "not a list of token ids"),
         ({"prompt": [256]}, "id 256, outside the vocabulary"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": -1, "prompt_logprobs": True}, "max_new_tokens=-1"),
         ({"max_new_tokens": 63}, "make 65, beyond the 64 that a slot takes"),
         ({"n": 4}, "n=4: there are 3 slots"),
         ({"temperature": -1}, "temperature=-1"),

@@ -44,9 +44,13 @@ class Bench:
         """A prompt in a slot, while those of ``between`` decode."""
         slots = device.admit(slots, np.int32(slot), self.row(prompt, **settings), np.int32(0))
         for start in range(0, len(prompt) - 1, CHUNK):
-            slots = device.prefill(self.model, slots, np.int32(slot), np.int32(start), chunk=CHUNK, **self.static)
+            slots = self.fed(slots, slot, start)
             slots, _ = self.decoded(slots, between, 1)
         return slots
+
+    def fed(self, slots, slot, start):
+        where = (np.int32(slot), np.int32(start), np.bool_(False))
+        return device.prefill(self.model, slots, *where, chunk=CHUNK, **self.static)
 
     def decoded(self, slots, running, steps, allowed=None):
         running = np.isin(np.arange(SLOTS), list(running))
@@ -137,7 +141,7 @@ def test_what_is_kept_of_a_former_row_is_not_fed_again(bench):
     slots = device.admit(slots, np.int32(2), bench.row(prompt, drafts=DEPTH), np.int32(kept))
     assert np.asarray(slots.state.cache.length).tolist() == [0, 0, kept]
     for start in range(kept, len(prompt) - 1, CHUNK):
-        slots = device.prefill(bench.model, slots, np.int32(2), np.int32(start), chunk=CHUNK, **bench.static)
+        slots = bench.fed(slots, 2, start)
     _, (found, counts, _) = bench.finished(slots, 2)
     _, (fresh, fresh_counts, _) = bench.finished(bench.entered(bench.empty(), 2, prompt, drafts=DEPTH), 2)
     assert found[0] == fresh[0]

@@ -68,9 +68,12 @@ class Told:
             routing = np.asarray([[[i, i + 1]] for i in fed], np.int32).reshape(-1, 1, 2)
         top = tuple(tuple((k, -float(k)) for k in range(request.top_logprobs)) for _ in new)
         logprobs = tuple(-0.5 if i != self.never else float("-inf") for i in new)
-        return Delta(
-            1, choice, tuple(new), logprobs, top=top, finish=finish, drafted=4, accepted=3, cached=2, routing=routing
-        )
+        counts = {"drafted": 4, "accepted": 3, "cached": 2}
+        if request.prompt_logprobs and not begin:  # the token at position p has -p
+            behind = range(1, len(request.prompt))
+            told = tuple(tuple((k, -float(k)) for k in range(request.top_logprobs)) for _ in behind)
+            counts |= {"prompt_logprobs": tuple(-float(p) for p in behind), "prompt_top": told}
+        return Delta(1, choice, tuple(new), logprobs, top=top, finish=finish, routing=routing, **counts)
 
     def stats(self):
         return Stats(4, 1, 0, 10, 100, 5, 5, 2, 7, 4, 3, 2, {"stop": 1})

@@ -268,6 +268,46 @@ def test_completions_take_texts_and_ids(plain):
         assert [request.seed for request in engine.asked[:2]] == [5, 5]
 
 
+def test_a_repeated_prompt_has_log_probabilities_as_harnesses_read_them(plain):
+    """They take what stands behind the context, and leave the one new token out, whatever that is."""
+    with serving(Told(lambda request, choice: [1]), plain) as url, client(url) as c:
+        texts = ["ab 🙂", "x <｜User｜>"]
+        ids = [plain.encode(text) for text in texts]
+        asked = {"model": "tiny", "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+        for prompt in (texts, ids):
+            found = c.completions.create(prompt=prompt, **asked)
+            assert found.choices[0].text == texts[0]
+            assert found.choices[1].text == (texts[1] if prompt is texts else "x ")
+            for choice, known in zip(found.choices, ids, strict=True):
+                logprobs = choice.logprobs
+                assert logprobs.token_logprobs == [None, *(-float(p) for p in range(1, len(known))), -0.5]
+                assert logprobs.tokens[0] == plain.bos_token
+                assert logprobs.tokens[-1] == plain.eos_token
+                assert logprobs.top_logprobs[0] is None
+                values = zip(logprobs.top_logprobs[1:], logprobs.tokens[1:], logprobs.token_logprobs[1:], strict=True)
+                assert all(plain.bos_token in top and top[token] == value for top, token, value in values)
+                # Where each begins; what is no part of the text begins where it would.
+                assert logprobs.text_offset[:2] == [0, 0]
+                assert logprobs.text_offset[-1] == len(choice.text)
+                whole = [t for t in zip(logprobs.tokens, logprobs.text_offset, strict=True) if t[0] in choice.text]
+                assert len(whole) > 1
+                assert all(choice.text.startswith(token, at) for token, at in whole)
+        one = c.completions.create(prompt=texts[0], **asked | {"n": 2})
+        assert [choice.logprobs.token_logprobs[-1] for choice in one.choices] == [-0.5, -0.5]
+        chunks = list(c.completions.create(prompt=texts[0], stream=True, **asked))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
+        for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            parts = [getattr(chunk.choices[0].logprobs, field) for chunk in chunks if chunk.choices[0].logprobs]
+            assert [entry for part in parts for entry in part] == getattr(one.choices[0].logprobs, field)
+        # Nothing but the prompt, whose tokens are asked for or not.
+        none = c.completions.create(prompt=texts[0], **asked | {"max_tokens": 0})
+        assert (none.choices[0].text, none.choices[0].finish_reason) == (texts[0], "length")
+        assert none.choices[0].logprobs.token_logprobs == one.choices[0].logprobs.token_logprobs[:-1]
+        assert none.usage.completion_tokens == 0
+        bare = c.completions.create(model="tiny", prompt=texts[0], max_tokens=0, echo=True)
+        assert (bare.choices[0].text, bare.choices[0].logprobs) == (texts[0], None)
+
+
 def test_what_cannot_be_answered_has_its_status_and_is_never_our_failure(plain):
     engine = saying(plain, "x")
     with serving(engine, plain, body=5000) as url, httpx2.Client(base_url=url) as web:

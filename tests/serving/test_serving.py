@@ -14,6 +14,7 @@ from soak import FORM, LENGTH, NEW, PROMPTS, SLOTS, idle, soak
 
 import deepseek_jax as dsj
 from deepseek_jax.generation.batcher import Batcher
+from deepseek_jax.generation.score import score
 from deepseek_jax.serving.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,24 @@ def test_texts_are_those_of_generate_streamed_or_not_and_so_are_log_probabilitie
         # Drafts change no log-probability; a token that ends the text is no part of it.
         np.testing.assert_allclose(found, logprobs[: len(found)], atol=2e-5)
         assert "".join(x.choices[0].text for x in c.completions.create(stream=True, **settings)) == text
+
+
+def test_a_repeated_prompt_is_scored_as_dsj_scores_it(running, loaded):
+    """In several chunks; beside others; and its text goes on as without."""
+    _, _, c = running
+    model, tokenizer = loaded
+    texts = ["".join(PROMPTS), *PROMPTS[:3]]
+    settings = {"model": "tiny", "prompt": texts, "temperature": 0}
+    scored = c.completions.create(echo=True, logprobs=1, max_tokens=1, **settings)
+    plain = c.completions.create(max_tokens=1, **settings)
+    for choice, bare, text in zip(scored.choices, plain.choices, texts, strict=True):
+        ids = tokenizer.encode(text)
+        found = choice.logprobs.token_logprobs
+        assert (found[0], len(found)) == (None, len(ids) + 1)
+        np.testing.assert_allclose(found[1:-1], score(model, ids), atol=2e-5)
+        assert choice.text == text + bare.text
+        # What harnesses take for greedy: the token's own value is the largest.
+        assert found[-1] == max(choice.logprobs.top_logprobs[-1].values())
 
 
 def test_choices_are_the_rows_of_generate_whatever_is_beside_them(running, expected):
