@@ -144,8 +144,9 @@ def main() -> None:
             record["measured"].setdefault(architecture, {}).update(errors)
             print(architecture, errors, flush=True)
     head = provenance()
-    # Parts are measured apart; each says at which commit.
-    record.setdefault("at", {}).update(dict.fromkeys(parts, head["commit"]))
+    # Parts are measured apart, some of one architecture alone; each says at which commit.
+    of = f", {args.architecture}" if args.architecture else ""
+    record.setdefault("at", {}).update({part + of: head["commit"] for part in parts})
     record |= head
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

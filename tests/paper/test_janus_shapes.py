@@ -36,6 +36,16 @@ def test_every_scene_is_as_frequent_and_has_a_caption_of_its_own(shapes):
     assert len({scene.caption for scene in shapes.SCENES}) == len(shapes.SCENES) == 144
 
 
+def test_a_caption_is_what_its_tokens_say(root, shapes, monkeypatch):
+    monkeypatch.syspath_prepend(root / "experiments/janus_shapes")
+    spec = importlib.util.spec_from_file_location("janus_shapes_run", root / "experiments/janus_shapes/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = module.tokenizer()
+    for scene in shapes.SCENES:
+        assert words.decode(words.encode(scene.caption).ids) == scene.caption
+
+
 @pytest.mark.slow
 def test_it_runs(root, tmp_path):
     command = [sys.executable, "experiments/janus_shapes/run.py", "--smoke", "--out", str(tmp_path / "out.json")]
