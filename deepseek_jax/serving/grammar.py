@@ -8,7 +8,18 @@ import llguidance
 import numpy as np
 
 from deepseek_jax.notes import cut
-from deepseek_jax.serving.calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, V3, V31, Syntax
+from deepseek_jax.serving.calls import (
+    CALL_BEGIN,
+    CALL_END,
+    CALLS_BEGIN,
+    CALLS_END,
+    SEPARATOR,
+    V3,
+    V4,
+    V32,
+    Syntax,
+)
+from deepseek_jax.serving.dsml import TOKEN, dsml_grammar
 from deepseek_jax.serving.errors import bad
 from deepseek_jax.serving.parse import THOUGHT
 from deepseek_jax.text.stream import Stream
@@ -36,15 +47,20 @@ class Grammars:
         return await self._compiled("response_format", text, thinking)
 
     async def of_calls(
-        self, tools: Sequence[Mapping], only: str | None, syntax: Syntax | None, thinking: bool
+        self, tools: Sequence[Mapping], only: str | None, syntax: Syntax, thinking: bool
     ) -> Callable[[], "Bound"]:
-        """The same for calls of ``tools``: one of the one called ``only``, or else one or more of any."""
-        if syntax not in (V3, V31):
-            raise bad("tool_choice", "must be none or auto: this chat format's calls cannot be required.")
+        """The same for calls of ``tools``: one of the one called ``only``, or else one or more of any.
+
+        Raises `ApiError` also for parameters that the chat format's calls cannot be bound to.
+        """
         functions = [tool["function"] for tool in tools if only in (None, tool["function"]["name"])]
-        return await self._compiled(
-            "tools", calls_grammar(functions, syntax, only is not None, self._is_token), thinking
-        )
+        if syntax in (V32, V4):
+            mark = self._tokenizer.id_of(TOKEN)
+            special = None if mark is None or not self._tokenizer.control[mark].special else mark
+            text = dsml_grammar(functions, syntax.reader.BLOCK, only is not None, special)
+        else:
+            text = calls_grammar(functions, syntax, only is not None, self._is_token)
+        return await self._compiled("tools", text, thinking)
 
     async def _compiled(self, param: str, text: str, thinking: bool) -> Callable[[], "Bound"]:
         def compiled():

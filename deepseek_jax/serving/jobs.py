@@ -19,7 +19,7 @@ from deepseek_jax.serving.schema import ChatRequest, CompletionRequest, Limits, 
 from deepseek_jax.text.tokenizer import Tokenizer
 
 # What a request may say of its effort, and what formats that have the switch know.
-EFFORTS = {"medium": "high", "xhigh": "high"}
+EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high"}
 
 
 class Engine(Protocol):
@@ -83,7 +83,9 @@ class Jobs:
         try:
             return tokenizer.render(asked.messages, **variables), tokenizer.chat(asked.messages, **variables)
         except ValueError as error:
-            raise bad("messages", cut(error)) from error
+            of_effort = str(error).startswith("reasoning_effort ")
+            param = "reasoning_effort" if of_effort else "messages"
+            raise bad(param, cut(error).removeprefix("reasoning_effort ")) from error
 
     async def chat(self, asked: ChatRequest) -> Job:
         """Raises `ApiError`."""

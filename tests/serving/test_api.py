@@ -13,6 +13,8 @@ from served import CONTEXT, Told, client, serving
 from deepseek_jax.generation.request import Delta
 from deepseek_jax.serving.errors import NotServing
 from deepseek_jax.serving.server import listening
+from deepseek_jax.text.encoders import v4
+from deepseek_jax.text.encoders.choice import Encoder
 from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -54,7 +56,7 @@ def ask(plain):
     """Asks for a chat at a server of one engine."""
 
     def ask(engine, tokenizer=plain, **settings):
-        with serving(engine, tokenizer, drafts=True) as url, client(url) as c:
+        with serving(engine, tokenizer, drafts=True, context=4 * CONTEXT) as url, client(url) as c:
             made = c.chat.completions.create(model="tiny", messages=HI, **settings)
             return list(made) if settings.get("stream") else made
 
@@ -152,6 +154,28 @@ def test_a_call_can_be_required(ask, thinker, named):
     assert [c.function.name for c in found.message.tool_calls] == ["skip"]
     with pytest.raises(openai.InternalServerError):
         ask(saying(thinker, text.replace("skip", "none")), thinker, tools=TOOLS, tool_choice=choice)
+
+
+def test_the_official_v4_has_required_calls_and_three_efforts(ask, plain):
+    """Two words mean high, as in the hosted API; previews know no low one."""
+    official = Tokenizer(plain.backend, {}, Encoder(v4.encode_official))
+    text = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="skip">\n<｜DSML｜parameter name="n" string="false">12'
+    text = f"so</think>{text}</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    (choice,) = ask(saying(official, text), official, tools=TOOLS, tool_choice="required").choices
+    assert (choice.message.reasoning, choice.finish_reason) == ("so", "tool_calls")
+    assert [(c.function.name, c.function.arguments) for c in choice.message.tool_calls] == [("skip", '{"n": 12}')]
+    prompts = {}
+    for effort in ("minimal", "low", "medium", "high", "xhigh", "max"):
+        engine = saying(official, "so</think>x")
+        ask(engine, official, reasoning_effort=effort)
+        prompts[effort] = tuple(engine.asked[0].prompt)
+    assert prompts["medium"] == prompts["xhigh"] == prompts["high"]
+    assert prompts["minimal"] == prompts["low"]
+    assert len(set(prompts.values())) == 3
+    preview = Tokenizer(plain.backend, {}, Encoder(v4.encode))
+    with pytest.raises(openai.BadRequestError, match="must be high or max for this release, not 'low'") as found:
+        ask(saying(preview, "x"), preview, reasoning_effort="low")
+    assert found.value.param == "reasoning_effort"
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}

@@ -240,6 +240,15 @@ def test_v4_results_stand_in_the_order_of_their_calls_beside_what_the_user_says(
     assert '<｜DSML｜parameter name="l" string="false">[1, "x"]</｜DSML｜parameter>' in found
     assert v4.encode(chat, reasoning_effort="max").startswith(f"{BOS}Reasoning Effort: Absolute maximum")
     assert v4.encode(chat, thinking=False, reasoning_effort="max").startswith(f"{BOS}<｜User｜>")
+    # The official release's words, as vllm-project/vllm's copy has them: each effort is one step further.
+    efforts = {effort: v4.encode_official(chat, reasoning_effort=effort) for effort in (None, "low", "high", "max")}
+    assert efforts[None] == efforts["low"] == v4.encode(chat)
+    assert efforts["high"] == v4.encode(chat, reasoning_effort="max")
+    assert efforts["max"].startswith(
+        f"{BOS}Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    )
+    assert efforts["max"].endswith("remains undiscovered.\n\n" + v4.encode(chat).removeprefix(BOS))
+    assert v4.encode_official(chat, thinking=False, reasoning_effort="max") == v4.encode(chat, thinking=False)
     assert (
         v4.encode([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "prefix": True}])[-1] == "A"
     )
@@ -277,6 +286,7 @@ USER = {"role": "user", "content": "Q"}
         (v4.encode, [{"role": "developer"}], {}, "must have a content"),
         (v4.encode, [{"role": "user", "content": [{"type": "text", "text": "x"}]}], {}, "content must be text"),
         (v4.encode, [USER], {"reasoning_effort": "low"}, "must be high or max for this release, not 'low'"),
+        (v4.encode_official, [USER], {"reasoning_effort": "xhigh"}, "must be low, high or max for this release"),
         (v4.encode, [{**USER, "task": "sing"}], {}, "task must be one of action"),
         (v4.encode, [USER], {"tools": ["x"]}, "must be an object with a function, not 'x'"),
         (
@@ -330,3 +340,11 @@ def test_a_folder_without_a_template_has_its_release_s_format(tmp_path, backend,
     )
     assert templated.render([USER]) == "Q"
     assert not load_tokenizer(folder(tmp_path / "other", backend, "deepseek_v3")).has_template
+
+
+def test_the_official_v4_is_told_from_its_previews(tmp_path, backend):
+    official = folder(tmp_path, backend, "deepseek_v4")
+    (official / "config.json").write_text(json.dumps({"model_type": "deepseek_v4", "dspark_block_size": 5}))
+    found = load_tokenizer(official)
+    for effort in ("low", "max"):
+        assert found.render(HELLO, reasoning_effort=effort) == v4.encode_official(HELLO, reasoning_effort=effort)

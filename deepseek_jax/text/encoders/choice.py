@@ -11,6 +11,8 @@ from deepseek_jax.text.encoders import dsml, v4, v32
 
 # model_type of config.json -> its format.
 ENCODERS = {"deepseek_v32": v32.encode, "deepseek_v4": v4.encode}
+# Fields of config.json that the official V4 has, and its previews have not.
+OFFICIAL = "dspark_"
 TAGS = (dsml.BOS, dsml.EOS, dsml.USER, dsml.ASSISTANT)
 
 
@@ -49,6 +51,9 @@ def encoder_of(folder: Path, has: Callable[[str], bool]) -> Encoder | None:
     None where the release is another one, and where its tokenizer has not the tags that every chat is made of.
     """
     file = folder / "config.json"
-    kind = read_json(file).get("model_type") if file.exists() else None
+    fields = read_json(file) if file.exists() else {}
+    kind = fields.get("model_type")
     encode = ENCODERS.get(kind) if isinstance(kind, str) else None
+    if encode is v4.encode and any(name.startswith(OFFICIAL) for name in fields):
+        encode = v4.encode_official
     return Encoder(encode) if encode is not None and all(map(has, TAGS)) else None

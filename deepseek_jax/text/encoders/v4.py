@@ -1,7 +1,8 @@
 """DeepSeek-V4's chats: what ``encoding/encoding_dsv4.py`` of the published repositories makes of messages.
 
-The first published form: later revisions of the repository have other words for the efforts. The cases that it comes
-with are tests here (`tests/text/test_encoders.py`).
+`encode`: the first published form, of the previews; `encode_official`: that of V4-Flash-0731 and after, in which each
+effort says what the next higher one said before. The cases that the first comes with are tests here
+(`tests/text/test_encoders.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ BLOCK = "tool_calls"
 REMINDER = "<｜latest_reminder｜>"
 # Small tasks of the release's own products: a token in the answer's place asks for one word.
 TASKS = ("action", "query", "authority", "domain", "title", "read_url")
-EFFORTS = (None, "high", "max")
 MOST_EFFORT = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
@@ -38,6 +38,17 @@ MOST_EFFORT = (
     "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
     "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
 )
+BEYOND = (
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the "
+    "problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying "
+    "cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles and are certain "
+    "that no assumption remains unchecked and no error remains undiscovered.\n\n"
+)
+# What each effort puts before a chat.
+EFFORTS = {"high": "", "max": MOST_EFFORT}
+OFFICIAL_EFFORTS = {"low": "", "high": MOST_EFFORT, "max": BEYOND}
 TOOLS = (
     "\n\n## Tools\n\n"
     "You have access to a set of tools to help answer the user's question. You can invoke tools by writing a "
@@ -80,15 +91,33 @@ def encode(
     Raises:
         TokenizerError: a role, content or setting that this format does not have.
     """
-    if reasoning_effort not in EFFORTS:
-        raise TokenizerError(f"reasoning_effort must be high or max for this release, not {shown(reasoning_effort)}.")
+    return _written(messages, add_generation_prompt, tools, thinking, drop_thinking, EFFORTS, reasoning_effort)
+
+
+def encode_official(
+    messages: Sequence[dict],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[dict] | None = None,
+    thinking: bool = True,
+    drop_thinking: bool = True,
+    reasoning_effort: str | None = None,
+) -> str:
+    """As `encode`; of the efforts "low" and None say nothing, "high" asks for much and "max" for more still."""
+    return _written(messages, add_generation_prompt, tools, thinking, drop_thinking, OFFICIAL_EFFORTS, reasoning_effort)
+
+
+def _written(messages, add_generation_prompt, tools, thinking, drop_thinking, efforts, effort) -> str:
+    if effort is not None and (not isinstance(effort, str) or effort not in efforts):
+        known = f"{', '.join(list(efforts)[:-1])} or {list(efforts)[-1]}"
+        raise TokenizerError(f"reasoning_effort must be {known} for this release, not {shown(effort)}.")
     messages = _merged(with_tools(messages, tools))
     drop = drop_thinking and not any(message.get("tools") for message in messages)
     if thinking and drop:
         last = last_asked(messages)
         messages = [m for i, m in enumerate(messages) if i >= last or m.get("role") != "developer"]
     last = last_asked(messages)
-    parts = [BOS, MOST_EFFORT if thinking and reasoning_effort == "max" else ""]
+    parts = [BOS, efforts[effort] if thinking and effort is not None else ""]
     for i, message in enumerate(messages):
         role, text = message.get("role"), text_of(message)
         if role == "system":
