@@ -2,15 +2,15 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from deepseek_jax.cli.devices import Devices
 from deepseek_jax.cli.files import check_destination, write_json
 from deepseek_jax.cli.generate import DTYPE, open_tokenizer
-from deepseek_jax.cli.programs import keep_programs
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Draw:
     """Precision of the weights; "stored" keeps each as it is stored. On a CPU float32 is the fastest."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Also write codes, seeds and settings to this file; "-" is the standard output."""
-    compilation_cache: bool = True
-    """Keep compiled programs in ~/.cache/deepseek-jax, or where XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR say, and
-    find them there; at most 2 GB."""
+    devices: Annotated[Devices, tyro.conf.arg(name="")] = field(default_factory=Devices)
+    """Where it runs."""
 
     def run(self) -> int:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,6 +45,7 @@ class Draw:
         from deepseek_jax.multimodal.draw import draw_pictures
         from deepseek_jax.multimodal.pictures import pillow, write_png
         from deepseek_jax.multimodal.prompts import PromptWriter
+        from deepseek_jax.parallel.processes import is_first
 
         if self.count < 1:
             raise ValueError(f"--count must be at least 1, not {self.count}.")
@@ -61,11 +61,10 @@ class Draw:
             raise ValueError(f"{self.ckpt} holds no Janus, and no other model here draws.")
         if tokenizer is None:
             raise ValueError(f"{self.ckpt} has no tokenizer.json, so it takes no text.")
-        keep_programs(self.compilation_cache)
-        cfg = read_config(self.ckpt)
+        ctx, cfg = self.devices.context(), read_config(self.ckpt)
         writer = PromptWriter(tokenizer, cfg)
         prompt = writer.to_draw(self.prompt)
-        model = load_pretrained(self.ckpt, None if self.dtype == "stored" else self.dtype)
+        model = load_pretrained(self.ckpt, None if self.dtype == "stored" else self.dtype, ctx)
         settings = {name: getattr(self, name) for name in ("weight", "temperature", "seed")}
         began = time.monotonic()
         columns = (TextColumn("codes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,8 +75,11 @@ class Draw:
                 [prompt] * self.count,
                 writer.pad_id,
                 progress=lambda codes: bar.update(task, completed=codes),
+                ctx=ctx,
                 **settings,
             )
+        if not is_first():
+            return 0
         for file, image in zip(names, drawn.images, strict=True):
             write_png(file, image)
             print(file)

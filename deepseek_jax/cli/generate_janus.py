@@ -27,6 +27,6 @@ def begin(command: "Generate", tokenizer, texts: list[str], ctx, settings: dict)
     else:
         writer = PromptWriter(tokenizer, cfg)
         prompts = [writer.about_pictures(text, len(images)) for text in texts]
-    model = load_pretrained(command.ckpt, None if command.dtype == "stored" else command.dtype)
+    model = load_pretrained(command.ckpt, None if command.dtype == "stored" else command.dtype, ctx)
     settings = {name: value for name, value in settings.items() if name != "use_mtp"}
     return prompts, stream(model, prompts, [images] * len(prompts), ctx=ctx, **settings)

@@ -119,12 +119,13 @@ def test_without_pictures_the_language_model_goes_on(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_in_bfloat16_and_as_stored(folder, picture, tmp_path, capsys):
-    for dtype in ("bfloat16", "stored"):
+    """On a mesh, of one device here, and without."""
+    for dtype, *mesh in (("bfloat16",), ("stored", "--mesh", "fsdp=1")):
         out = tmp_path / f"{dtype}.png"
-        code, _, err = run(capsys, "draw", folder, "--prompt", "a red circle", out, "--dtype", dtype)
+        code, _, err = run(capsys, "draw", folder, "--prompt", "a red circle", out, "--dtype", dtype, *mesh)
         assert code == 0, err
         assert np.asarray(Image.open(out)).std() > 0
-        arguments = ("--image", picture, "--prompt", "which?", "--max-new-tokens", NEW, "--dtype", dtype)
+        arguments = ("--image", picture, "--prompt", "which?", "--max-new-tokens", NEW, "--dtype", dtype, *mesh)
         code, text, err = run(capsys, "generate", folder, *arguments)
         assert code == 0, err
         assert text
