@@ -19,6 +19,7 @@ def rewards_picture(run: Run, axis: str) -> Figure | None:
         "maj_at_k": ("maj@k", GREEN),
         "pass_at_k": ("pass@k", ORANGE),
         "format": ("format", GREY),
+        "language": ("language", SKY),
     }
     shares: Lines = {"silent": ("groups without signal", PURPLE), "truncated": ("truncated answers", RED)}
     panels = [

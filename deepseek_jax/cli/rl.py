@@ -50,7 +50,7 @@ class Rl:
     source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="CKPT")] = None
     """The checkpoint to begin from, with its tokenizer; the KL is to it."""
     task: Annotated[str, tyro.conf.arg(metavar="NAME[,FIELD=VALUE...]")] = "sort"
-    """Task: tags, sort, reverse, carry, parity or countdown, with settings such as parity,bits=12,long=20."""
+    """Task: tags, sort, reverse, carry, mixed, parity or countdown, with settings such as parity,bits=12,long=20."""
     variant: Annotated[str, tyro.conf.arg(metavar="NAME")] = "r1"
     """Form of the objective: deepseek-math, v3, r1 or v3.2."""
     grpo: Grpo = field(default_factory=lambda: VARIANTS["r1"])

@@ -72,10 +72,13 @@ def _tell(outcome: Outcome, attempts: int) -> None:
     if not rows:
         return
     table = Table("model", title="held-out problems", title_justify="left")
-    for name in ("pass@1", f"pass@{attempts}", f"maj@{attempts}", "form", "tokens an answer"):
+    keys = {"pass@1": "pass_at_1", f"pass@{attempts}": "pass_at_k", f"maj@{attempts}": "maj_at_k", "form": "format"}
+    if "language" in rows[0][1]:
+        keys["language"] = "language"
+    for name in (*keys, "tokens an answer"):
         table.add_column(name, justify="right")
     for name, found in rows:
-        shares = (f"{found[key]:.1%}" for key in ("pass_at_1", "pass_at_k", "maj_at_k", "format"))
+        shares = (f"{found[key]:.1%}" for key in keys.values())
         table.add_row(name, *shares, f"{found['length']:.1f}")
     show(Output(highlight=False), table)
     if (kept := outcome.stages.get("sampled")) is not None:

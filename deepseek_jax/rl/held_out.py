@@ -18,7 +18,8 @@ def measure(model: Transformer, writing: Writing) -> dict[str, Any]:
 
     "pass_at_1": the share of answers that are right; "wrong": 1 less it. "pass_at_k": of problems with a right answer
     among all. "maj_at_k": of problems whose commonest answer is right, the first of equally common ones. "format",
-    "graded": the means of these rewards; "length": tokens an answer; "truncated": the share that met their limit.
+    "graded", and "language" where the task has languages: the means of these rewards; "length": tokens an answer;
+    "truncated": the share that met their limit.
     """
     problems, size = writing.problems, writing.recipe.attempts
     task, texts, lengths, reasons = problems.task, [], [], []
@@ -41,7 +42,7 @@ def measure(model: Transformer, writing: Writing) -> dict[str, Any]:
         "pass_at_k": (right > 0).any(1).mean(),
         "maj_at_k": np.mean(common),
         "format": columns["format"].mean(),
-        "graded": columns["graded"].mean(),
+        **{name: columns[name].mean() for name in ("graded", "language") if name in columns},
         "length": np.mean(lengths[:rows]),
         "truncated": np.mean([reason == "length" for reason in reasons[:rows]]),
     }

@@ -127,7 +127,7 @@ class Improve:
         found = writing.rollout(writer, asked, recipe.group, seed_of(recipe.seed, ROLLOUTS, count))
         problems = [writing.problems.training[number] for number in np.repeat(numbers, recipe.group)]
         columns = scored(writing.problems.task, problems, writing.texts(found), writing.problems.opened)
-        reward_N = total(columns, vars(recipe.rewards))
+        reward_N = total(columns, {name: getattr(recipe.rewards, name) for name in columns})
         better = advantages(reward_N, found.group, grpo.scale, grpo.ddof)
         rows = batch(found, better, grpo, writing.length)
         shaped = {name: a.reshape(len(prompts["problem"]), -1, *a.shape[1:]) for name, a in rows.items()}

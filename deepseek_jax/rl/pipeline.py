@@ -116,12 +116,12 @@ def pipeline(
 
         return work
 
-    def fine_tuned(name: str, chats: str) -> Callable[[], Result | dict]:
+    def fine_tuned(name: str, chats: str, epochs: float) -> Callable[[], Result | dict]:
         def work() -> Result | dict:
             with shown(name) as (view, planned):
                 seen = {"view": view, "planned": planned, "resume": going_on(name)}
                 data = folder / chats / CHATS
-                result = fine_tune(source, tuning, data, folder / name, epochs=stages.epochs, **trained, **seen)
+                result = fine_tune(source, tuning, data, folder / name, epochs=epochs, **trained, **seen)
             return result if result.interrupted is not None else {"steps": result.steps}
 
         return work
@@ -138,10 +138,10 @@ def pipeline(
     work: dict[str, Callable[[], Result | dict]] = {
         "r1-zero": reinforced("r1-zero", source, replace(recipe, form=stages.zero)),
         "cold-start-chats": solutions,
-        "cold-start": fine_tuned("cold-start", "cold-start-chats"),
+        "cold-start": fine_tuned("cold-start", "cold-start-chats", stages.cold_epochs),
         "grpo": reinforced("grpo", folder / "cold-start/checkpoint", recipe),
         "sampled": sampled,
-        "sft": fine_tuned("sft", "sampled"),
+        "sft": fine_tuned("sft", "sampled", stages.sft_epochs),
         "rl": reinforced("rl", folder / "sft/checkpoint", recipe),
     }
     if stages.zero == LEFT_OUT:

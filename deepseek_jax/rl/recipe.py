@@ -21,11 +21,13 @@ class Rewards:
     """Whether the text is one thought and then one answer, in their tags, and nothing else."""
     graded: float = 0.0
     """How much of the answer is right, where a task can say it: for a start without fine-tuning."""
+    language: float = 0.0
+    """Which share of a thought is in the language that is wanted, where a task has languages (R1 2501.12948 §2.3.2)."""
 
     def __post_init__(self):
         check_types(self, ValueError)
-        within(self, 0, LARGEST, "accuracy", "format", "graded")
-        if not (self.accuracy or self.format or self.graded):
+        within(self, 0, LARGEST, "accuracy", "format", "graded", "language")
+        if not (self.accuracy or self.format or self.graded or self.language):
             raise ValueError("all rewards weigh 0, so that nothing could be learned: give one a weight.")
 
 

@@ -24,14 +24,16 @@ from deepseek_jax.text.tokenizer import load_tokenizer
 def chosen(
     task: Exercise, problems: Sequence[Problem], texts: Sequence[str], keep: int, opened: bool = False
 ) -> list[tuple[Problem, str]]:
-    """Of each problem the shortest ``keep`` different texts that are right, which only texts of the right form are, in
-    the problems' order; the earlier of equally long ones.
+    """Of each problem the shortest ``keep`` different texts that are right, which only texts of the right form are, and
+    whose thoughts are in one language, the wanted one, where the task has several (R1 §2.3.3); in the problems' order,
+    the earlier of equally long ones.
 
     Raises ValueError for ``keep`` below 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}.")
-    right = scored(task, problems, texts, opened)["accuracy"] > 0
+    columns = scored(task, problems, texts, opened)
+    right = (columns["accuracy"] > 0) & (columns.get("language", np.ones(len(texts))) == 1)
     found: dict[str, tuple[Problem, list[str]]] = {}
     for problem, text, good in zip(problems, texts, right, strict=True):
         kept = found.setdefault(problem.prompt, (problem, []))[1]

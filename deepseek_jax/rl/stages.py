@@ -20,8 +20,10 @@ class Stages:
     rollouts: int = 200
     """Rejection sampling: rollouts of --prompts x --group answers, of which the right ones are learned from,
     --keep to a problem."""
-    epochs: float = 3.0
-    """Passes over either, in fine-tuning."""
+    cold_epochs: float = 3.0
+    """Passes over the solutions."""
+    sft_epochs: float = 5.0
+    """Passes over the answers that are learned from; the base knows none of it, so they have to be enough."""
     sft_lr: float = 1e-3
     """Learning rate of fine-tuning; it ends at a tenth of it."""
 
@@ -32,6 +34,6 @@ class Stages:
         for name, least in (("cold_start", 2), ("rollouts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("epochs", "sft_lr"):
+        for name in ("cold_epochs", "sft_epochs", "sft_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")

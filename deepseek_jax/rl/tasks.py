@@ -7,6 +7,7 @@ prompt is given, and what the model writes is scored. Loads no JAX. In order of 
 - tags: ``bjqa:`` and the four tags, mostly in a wrong order. Only the form counts.
 - sort, reverse: ``sort 52831=``, answer ``12358``
 - carry: ``12+95=``, thought ``2+5+0=07 1+9+0=10``, answer ``107`` (`data.tasks.Addition`, with its held-out side)
+- mixed: carry whose thoughts mix two languages, digits and the letters a to j: ``2+5+0=07 b+j+a=ba``
 - parity: ``10110=``, thought, in few texts, the parity so far after each bit; in all others nothing
 - countdown: ``3 7 9>30``, thought the steps, answer ``(7*3)+9``, of each number once
 """
@@ -15,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,9 +25,12 @@ from deepseek_jax.rl.rewards import (
     ANSWER,
     TAGS,
     THINK,
+    Language,
     answer_of,
     correct_prefix,
     format_reward,
+    language_consistency,
+    parts,
     same_integer,
     value_of,
 )
@@ -48,7 +53,10 @@ class Problem(Item):
 
 
 class Exercise(Task):
-    """A task of problems. `training_items` and `held_out` have `Problem` in place of `Item`."""
+    """A task of problems. `training_items` and `held_out` have `Problem` in place of `Item`. ``languages``: of its
+    thoughts, the one that is wanted first; () where they have none."""
+
+    languages: ClassVar[tuple[Language, ...]] = ()
 
     @abstractmethod
     def draw(self, rng: Random) -> Problem: ...
@@ -150,6 +158,25 @@ class Carry(Exercise):
 
 
 @dataclass(frozen=True)
+class Mixed(Carry):
+    """`Carry` by texts that mix languages. ``foreign``: steps in a hundred that are written in letters."""
+
+    foreign: int = 50
+    languages: ClassVar[tuple[Language, ...]] = (Language("0123456789"), Language("abcdefghij"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        _percent(self, "foreign")
+
+    def draw(self, rng: Random) -> Problem:
+        problem = super().draw(rng)
+        letters = str.maketrans("0123456789", "abcdefghij")
+        steps = parts(problem.solution)[0].split()
+        said = [step.translate(letters) if below(100, rng) < self.foreign else step for step in steps]
+        return solved(problem.prompt, " ".join(said), problem.gold, problem.asked)
+
+
+@dataclass(frozen=True)
 class Parity(Exercise):
     """Whether ``bits`` bits hold an odd number of ones. ``long``: texts in a hundred that reason; above about 33
     training on the texts alone solves it (2510.11495)."""
@@ -211,7 +238,7 @@ class Countdown(Exercise):
 
 
 EXERCISES: dict[str, type[Exercise]] = {
-    kind.__name__.lower(): kind for kind in (Tags, Sort, Reverse, Carry, Parity, Countdown)
+    kind.__name__.lower(): kind for kind in (Tags, Sort, Reverse, Carry, Mixed, Parity, Countdown)
 }
 
 
@@ -224,13 +251,19 @@ def scored(
     task: Exercise, problems: Sequence[Problem], texts: Sequence[str], opened: bool = False
 ) -> dict[str, np.ndarray]:
     """Each text's rewards, float64 [N] a column: "accuracy", of what stands in its ``<answer>``, "format", and
-    "graded", the accuracy by degrees. ``opened``: as `rewards.parts`."""
+    "graded", the accuracy by degrees; "language", the share of a thought in the language that is wanted, 0 without the
+    form, where the task has languages. ``opened``: as `rewards.parts`."""
     answers = [answer_of(text, opened) for text in texts]
-    return {
+    columns = {
         "accuracy": np.array([task.right(problem, answer) for problem, answer in zip(problems, answers, strict=True)]),
         "format": np.array([format_reward(text, opened) for text in texts]),
         "graded": np.array([task.graded(problem, answer) for problem, answer in zip(problems, answers, strict=True)]),
     }
+    if task.languages:
+        target, *others = task.languages
+        thoughts = [(parts(text, opened) or ("", ""))[0] for text in texts]
+        columns["language"] = np.array([language_consistency(thought, target, tuple(others)) for thought in thoughts])
+    return columns
 
 
 def _percent(task: Exercise, name: str) -> None:

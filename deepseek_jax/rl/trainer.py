@@ -77,6 +77,8 @@ def improve(
     words.check_fits(cfg.vocab_size)
     if not cfg.eos_ids:
         raise ValueError(f"{source} names no token that ends an answer: its config has no eos_token_id.")
+    if recipe.rewards.language and not task.languages:
+        raise ValueError(f"the thoughts of the task {task.name} are in no language: take --rewards.language away.")
     if teacher is not None:
         check_teacher(teacher, source, cfg)
     problems = Problems.of(task, words, recipe.form, recipe.held_out)

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.tasks import Addition
-from deepseek_jax.rl.rewards import format_reward, parts, value_of
-from deepseek_jax.rl.tasks import Carry, Countdown, Parity, Reverse, Sort, Tags, parse_exercise, scored
+from deepseek_jax.rl.recipe import Rewards
+from deepseek_jax.rl.reject import chosen
+from deepseek_jax.rl.rewards import format_reward, parts, total, value_of
+from deepseek_jax.rl.tasks import Carry, Countdown, Mixed, Parity, Reverse, Sort, Tags, parse_exercise, scored
 
-TASKS = (Tags(), Sort(), Reverse(symbols=6), Carry(), Parity(bits=10), Countdown())
+TASKS = (Tags(), Sort(), Reverse(symbols=6), Carry(), Mixed(), Parity(bits=10), Countdown())
 PINNED = [
     "iadf:<think><answer></think></answer>",
     "sort 08270=<think></think><answer>00278</answer>",
     "reverse icafgj=<think></think><answer>jgfaci</answer>",
     "51+91=<think>1+1+0=02 5+9+0=14</think><answer>142</answer>",
+    "51+33=<think>b+d+a=ae f+d+a=ai</think><answer>84</answer>",
     "0111001101=<think></think><answer>0</answer>",
     "2 7 5>33=<think>7*5=35 35-2=33</think><answer>(7*5)-2</answer>",
 ]
@@ -29,7 +32,7 @@ def test_the_formats():
 def test_solutions_are_right_and_what_is_changed_in_them_is_not(task):
     problems = task.held_out(40)
     columns = scored(task, problems, [p.solution for p in problems])
-    assert set(columns) == {"accuracy", "format", "graded"}
+    assert set(columns) == {"accuracy", "format", "graded"} | ({"language"} if isinstance(task, Mixed) else set())
     for problem in problems:
         assert problem.text == problem.prompt + problem.solution
         assert problem.text[slice(*problem.answers[0][:2])] == problem.solution
@@ -111,7 +114,7 @@ def test_tasks_are_spelled_as_others_are():
     assert parse_exercise("parity,bits=12,long=25") == Parity(bits=12, long=25)
     assert parse_exercise(Countdown(numbers=4).spelled) == Countdown(numbers=4)
     for spelled, message in (
-        ("addition", "no task 'addition'; choose one of tags, sort, reverse, carry, parity, countdown"),
+        ("addition", "no task 'addition'; choose one of tags, sort, reverse, carry, mixed, parity, countdown"),
         ("parity,long=101", "at most 100"),
         ("sort,symbols=1", "at least 2"),
         ("countdown,largest=x", "must be an integer"),
@@ -120,3 +123,20 @@ def test_tasks_are_spelled_as_others_are():
             parse_exercise(spelled)
     with pytest.raises(ValueError, match="too rarely solvable"):
         next(Countdown(numbers=2, largest=10**9, target=1).training_items())
+
+
+def test_language_is_a_share_and_a_column_of_its_own():
+    """The share of a thought's steps in digits, 0 without the form; it weighs nothing unless it is asked for."""
+    task = Mixed(digits=2, foreign=50)
+    steps = {p.solution: parts(p.solution)[0].split() for p in task.training_items()}
+    problem = next(p for p in task.training_items() if len({s[0].isdigit() for s in steps[p.solution]}) == 2)
+    whole = replace(task, foreign=0)
+    texts = [problem.solution, problem.solution.replace("</answer>", ""), "<think>b+a=b</think><answer>1</answer>"]
+    assert scored(task, [problem] * 3, texts)["language"].tolist() == [0.5, 0, 0]
+    assert {t for p in whole.held_out(9) for t in scored(whole, [p], [p.solution])["language"]} == {1}
+    assert chosen(task, [problem], [problem.solution], 1) == []
+    digits = whole.held_out(1)[0]
+    assert chosen(whole, [digits], [digits.solution], 1) == [(digits, digits.solution)]
+    columns = scored(task, [problem], [problem.solution])
+    weights = {name: getattr(Rewards(language=2.0), name) for name in columns}
+    assert total(columns, weights).tolist() == [1 + 1 + 2 * 0.5]

@@ -65,5 +65,5 @@ def test_a_pipeline_goes_on_wherever_it_was_ended(base, tmp_path, monkeypatch, c
     # Once more there is nothing left to do, and of other settings it is another pipeline.
     assert main(command) == 0
     assert made == {name: (out / name / "metrics.jsonl").read_bytes() for name in made}
-    assert main([*command, "--stages.epochs", "1"]) == 1
-    assert "begun with stages.epochs = 3.0, not 1.0" in capsys.readouterr().err
+    assert main([*command, "--stages.sft-epochs", "1"]) == 1
+    assert "begun with stages.sft_epochs = 5.0, not 1.0" in capsys.readouterr().err

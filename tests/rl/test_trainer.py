@@ -135,10 +135,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(base, tmp_path,
     assert "no variant 'r2'" in refused(out, "--variant", "r2")
     assert "no task" in refused(out, "--from", str(base), "--task", "chess")
     assert "whole groups of 16" in refused(out, "--from", str(base), "--micro-rows", "24")
+    assert "in no language" in refused(out, "--from", str(base), "--rewards.language", "1")
     assert "exceed the model's max_length" in refused(out, "--from", str(base), "--max-new-tokens", "300")
     assert "leave OUT, --resume and --pipeline out" in refused(out, "--traces", str(tmp_path / "t"))
     assert "needs a folder" in refused("--pipeline", "--from", str(base))
-    assert "belong to --pipeline" in refused(out, "--from", str(base), "--stages.epochs", "2")
+    assert "belong to --pipeline" in refused(out, "--from", str(base), "--stages.sft-epochs", "2")
     led = (out, "--pipeline", "--from", str(base))
     assert "ask in chats, not as 'text'" in refused(*led, "--form", "text")
     assert "put as r1-zero" in refused(*led, "--task", "tags")
@@ -209,6 +210,12 @@ def test_a_student_learns_from_a_teacher(base, learned, tmp_path, capsys):
     kept = [json.loads(line) for line in (tmp_path / "sft-traces/traces.jsonl").read_text().splitlines()]
     assert len(kept) > 20
     assert {chat["messages"][1]["content"] for chat in kept} == {"<think></think><answer></answer>"}
+    # By rewards alone, for comparison: no teacher is needed.
+    alone = ["distill", str(tmp_path / "grpo"), *options.split(), "--how", "grpo", "--steps", "4", "--lr", "2e-3"]
+    assert main(alone) == 0
+    rewarded = records(tmp_path / "grpo", "step")
+    assert "reverse_kl" not in rewarded[0]
+    assert rewarded[-1]["rewards"]["format"] > rewarded[0]["rewards"]["format"]
     own = ["rl", "--traces", str(tmp_path / "own"), "--steps", "2", "--keep", "2", *options.split()]
     assert main([*own, "--from", str(learned / "checkpoint")]) == 0
     assert "problems of tags" in capsys.readouterr().out
