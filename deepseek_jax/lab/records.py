@@ -36,6 +36,11 @@ def _over_layers(name: str) -> Callable[[dict], float]:
     return lambda run: math.inf if run["diverged"] else float(np.mean(run[name]))
 
 
+def _over_steps(run: dict, *names: str) -> float:
+    """The mean over the steps of the sum of some figures; 0 of a run without steps."""
+    return float(np.mean([sum(step[name] for name in names) for step in run["steps"]] or [0.0]))
+
+
 # A run's figures by which rules compare; each falls to infinity's side where a run has diverged.
 MEASURES: dict[str, Callable[[dict], float | list]] = {
     "bits_per_byte": _last_evaluations("bits_per_byte"),
@@ -43,6 +48,13 @@ MEASURES: dict[str, Callable[[dict], float | list]] = {
     "max_violation_batch": _over_layers("max_violation_batch"),
     "dead_experts": lambda run: math.inf if run["diverged"] else float(np.sum(run["dead_experts"])),
     "curve": lambda run: run["curve"] or [(0.0, math.inf)],
+    # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
+    "pass_at_1": lambda run: run["after"]["pass_at_1"],
+    "wrong": lambda run: 1 - run["after"]["pass_at_1"],
+    "pass_at_k": lambda run: run["after"]["pass_at_k"],
+    "maj_at_k": lambda run: run["after"]["maj_at_k"],
+    "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
+    "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
@@ -50,6 +62,12 @@ LABELS = {
     "max_violation_batch": "MaxVio, training batches",
     "dead_experts": "experts never chosen",
     "curve": "training loss, nats",
+    "pass_at_1": "pass@1",
+    "wrong": "wrong answers",
+    "pass_at_k": "pass@k",
+    "maj_at_k": "maj@k",
+    "clipped": "share of tokens clipped",
+    "mismatch": "mismatch, nats a token",
 }
 
 
