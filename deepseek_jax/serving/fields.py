@@ -27,7 +27,6 @@ NEUTRAL: dict[str, tuple] = {
     "presence_penalty": (0,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "suffix": ("",),
     "verbosity": (),
     "web_search_options": (),
     # vLLM's, and those it had
@@ -82,7 +81,7 @@ REQUEST_WIDE = {
 REQUEST_WIDE |= {"stop", "stop_token_ids", "logprobs", "logit_bias"}
 CHAT = REQUEST_WIDE | {"messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"}
 CHAT |= {"chat_template_kwargs", "thinking", "enable_thinking", "reasoning_effort", "routing"}
-COMPLETION = REQUEST_WIDE | {"prompt", "echo", "response_format"}
+COMPLETION = REQUEST_WIDE | {"prompt", "suffix", "echo", "response_format"}
 
 
 def known_fields(body, fields: set[str]) -> dict:

@@ -16,6 +16,7 @@ from deepseek_jax.serving.grammar import Grammars
 from deepseek_jax.serving.parse import Parser, thinking_of
 from deepseek_jax.serving.replies import ChatReply, Reply, TextReply
 from deepseek_jax.serving.schema import ChatRequest, CompletionRequest, Limits, Sampling
+from deepseek_jax.text.fim import fim_prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 
 # What a request may say of its effort, and what formats that have the switch know.
@@ -112,7 +113,7 @@ class Jobs:
     async def completion(self, asked: CompletionRequest) -> Job:
         """Raises `ApiError`."""
         sampling, tokenizer = asked.sampling, self.tokenizer
-        given = [await asyncio.to_thread(tokenizer.encode, p) if isinstance(p, str) else list(p) for p in asked.prompts]
+        given = await asyncio.to_thread(lambda: [self._ids(prompt, asked.suffix) for prompt in asked.prompts])
         grammar = None
         if sampling.schema is not None:
             grammar = await self.grammars.of_schema(sampling.schema, thinking=False)
@@ -130,6 +131,16 @@ class Jobs:
         ]
         texts = ["" if echo is None else echo.text for echo in echoes]
         return Job(requests, answers, TextReply(self.name, sampling.include_usage, wanted, texts))
+
+    def _ids(self, prompt: str | Sequence[int], suffix: str) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not suffix:
+            return self.tokenizer.encode(prompt)
+        try:
+            return fim_prompt(self.tokenizer, prompt, suffix)
+        except ValueError as error:
+            raise bad("suffix", cut(error), "unsupported_parameter") from error
 
     def _stops(self, sampling: Sampling) -> list[int]:
         return [*self.eos_ids, *sampling.stop_token_ids]

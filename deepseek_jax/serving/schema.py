@@ -52,11 +52,12 @@ class ChatRequest:
 @dataclass(frozen=True)
 class CompletionRequest:
     """``prompts``: texts, or lists of token ids. ``echo``: they are repeated before what follows, with their tokens'
-    log-probabilities where those are wanted."""
+    log-probabilities where those are wanted. ``suffix``: what is to stand behind the answer, "" for nothing certain."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     sampling: Sampling
     echo: bool = False
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,12 @@ def completion_request(body, limits: Limits) -> CompletionRequest:
     sampling = _sampling(given, limits, "max_tokens", COMPLETION_TOKENS, logprobs, least=0 if echo else 1)
     if echo and sampling.schema is not None:
         raise bad("echo", "cannot be combined with response_format.")
-    return CompletionRequest(prompts, sampling, echo)
+    suffix = f.text("suffix", given.get("suffix", ""))
+    if suffix and not all(isinstance(prompt, str) for prompt in prompts):
+        raise bad("suffix", "needs a prompt that is text, and not token ids.")
+    if suffix and echo:
+        raise bad("suffix", "cannot be combined with echo: the text between two texts is asked for.")
+    return CompletionRequest(prompts, sampling, echo, suffix)
 
 
 def _sampling(

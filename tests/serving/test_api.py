@@ -8,8 +8,10 @@ import time
 import httpx2
 import openai
 import pytest
+import tokenizers
 from served import CONTEXT, Told, client, serving
 
+from deepseek_jax.data.fim import Fim
 from deepseek_jax.generation.request import Delta
 from deepseek_jax.serving.errors import NotServing
 from deepseek_jax.serving.server import listening
@@ -330,6 +332,26 @@ def test_a_repeated_prompt_has_log_probabilities_as_harnesses_read_them(plain):
         assert none.usage.completion_tokens == 0
         bare = c.completions.create(model="tiny", prompt=texts[0], max_tokens=0, echo=True)
         assert (bare.choices[0].text, bare.choices[0].logprobs) == (texts[0], None)
+
+
+def test_a_suffix_asks_for_what_stands_between(plain):
+    """The prompt is a document that training turned, up to its middle; marks typed in it are text."""
+    engine, text, hole = saying(plain, "mid"), "a = <｜fim▁hole｜>", plain.id_of("<｜fim▁hole｜>")
+    with serving(engine, plain) as url, client(url) as c:
+        found = c.completions.create(model="tiny", prompt=text, suffix="\nb = 2", max_tokens=9)
+        assert found.choices[0].text == "mid"
+        fim = Fim.of(plain, 1.0)
+        before, after = (plain.encode(t, add_bos=False, special_tokens=False) for t in (text, "\nb = 2"))
+        asked = engine.asked[0].prompt
+        assert asked == [plain.bos_id, fim.begin, *before, fim.hole, *after, fim.end]
+        assert asked.count(hole) == 1
+        c.completions.create(model="tiny", prompt=text, suffix="", max_tokens=9)
+        assert engine.asked[1].prompt == plain.encode(text)
+    bare = Tokenizer(tokenizers.Tokenizer.from_str(plain.backend.to_str().replace("fim▁hole", "fim▁none")))
+    with serving(saying(plain, "x"), bare) as url, client(url) as c:
+        with pytest.raises(openai.BadRequestError, match="this tokenizer has not the tokens") as found:
+            c.completions.create(model="tiny", prompt="a", suffix="b")
+        assert found.value.param == "suffix"
 
 
 def test_what_cannot_be_answered_has_its_status_and_is_never_our_failure(plain):
