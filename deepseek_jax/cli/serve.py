@@ -87,11 +87,17 @@ class Serve:
         from jax import process_count
 
         from deepseek_jax.convert.config_file import read_config
+        from deepseek_jax.multimodal.checkpoint import holds_janus, load_pretrained
+        from deepseek_jax.multimodal.checkpoint import read_config as read_janus
+        from deepseek_jax.multimodal.served import Chats, Seen
         from deepseek_jax.serving.worker import Worker
 
         if process_count() > 1 or ctx.mesh is not None:
             raise ValueError("a server runs in one process on one device: it takes no --mesh and no --coordinator.")
-        tokenizer, cfg = open_tokenizer(self.ckpt, needed=None), read_config(self.ckpt)
+        janus = read_janus(self.ckpt) if holds_janus(self.ckpt) else None
+        if janus is not None and self.adapter is not None:
+            raise ValueError(f"--adapter: {self.ckpt} holds a Janus, which has none here. Leave it out.")
+        tokenizer, cfg = open_tokenizer(self.ckpt, needed=None), janus.language if janus else read_config(self.ckpt)
         if tokenizer is None:
             raise ValueError(f"{self.ckpt} has no tokenizer.json, and a server takes and gives text.")
         tokenizer.check_fits(cfg.vocab_size)
@@ -101,16 +107,23 @@ class Serve:
         if self.routing and cfg.moe is None:
             raise ValueError(f"--routing: {cfg.name} has no experts.")
         drafts, name = self.drafts and cfg.mtp_depth > 0, self.name or self.ckpt.resolve().name
-        limits = Limits(cfg.vocab_size, length, {"temperature": 1.0} | settings_of(self.ckpt))
+        limits = Limits(
+            cfg.vocab_size, length, {"temperature": 1.0} | settings_of(self.ckpt), pictures=janus is not None
+        )
         # Configurations and tokenizers do not always name the same ends.
         ends = sorted({*cfg.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])})
-        jobs = Jobs(name, tokenizer, limits, ends, drafts, self.routing)
+        shows = None if janus is None else Chats(tokenizer, janus)
+        jobs = Jobs(name, tokenizer, limits, ends, drafts, self.routing, shows)
 
         def make():
             from deepseek_jax.generation.batcher import Batcher
 
-            model = load_model(self.ckpt, self.dtype, ctx, self.adapter)
             how = {"prefixes": self.prefixes, "routing": self.routing, "ctx": ctx}
+            if janus is None:
+                model = load_model(self.ckpt, self.dtype, ctx, self.adapter)
+            else:
+                whole = load_pretrained(self.ckpt, None if self.dtype == "stored" else self.dtype)
+                model, how["sight"] = whole.language, Seen(whole, ctx)
             return Batcher(model, self.slots, length, drafts, self.queue, **how)
 
         sock = listening(self.host, self.port)

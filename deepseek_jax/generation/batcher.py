@@ -24,9 +24,10 @@ from deepseek_jax.generation.choices import (
     choices_of,
     row_of,
 )
-from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, QueueFull, Request, Stats
+from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, QueueFull, Request, Sight, Stats
 from deepseek_jax.generation.running import CHUNK, prepared
 from deepseek_jax.generation.sampling import unpacked
+from deepseek_jax.generation.sight import Eyes
 from deepseek_jax.generation.slots import News
 from deepseek_jax.model.transformer import Transformer
 
@@ -43,7 +44,7 @@ class Batcher:
     room for drafts in every slot. ``queue``: requests that may wait. ``chunk``: tokens of a prompt that a call feeds.
     ``steps``: decoding steps of a call, after which new requests are looked at; one while prompts are being fed, or a
     grammar binds a choice. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
-    ``routing``: experts are recorded. ``ctx``: of one device.
+    ``routing``: experts are recorded. ``sight``: for prompts with pictures. ``ctx``: of one device.
 
     Everything is compiled here. Raises ValueError for arguments out of range, and for a context with a mesh.
     """
@@ -60,6 +61,7 @@ class Batcher:
         steps: int = STEPS,
         prefixes: bool = True,
         routing: bool = False,
+        sight: Sight | None = None,
         ctx: Context | None = None,
     ):
         ctx = check_model(model, ctx)
@@ -69,10 +71,9 @@ class Batcher:
             check_count(name, value)
         cfg = model.cfg
         check_length(cfg, 1, length - 1)
-        if routing and cfg.moe is None:
-            raise ValueError(f"routing=True, but {cfg.name} has no experts.")
         depth = int(check_drafts(cfg, use_mtp, 1)[0])
-        self.offer = Offer(cfg, slots, length, depth, routing)
+        self.offer = Offer(cfg, slots, length, depth, routing, sight)
+        self._eyes = Eyes(sight, chunk, cfg.dim)
         self.reuses = prefixes and device.truncates(model, length + depth, ctx)
         self._model, self._most, self._chunk, self._steps = prepared(model, ctx), queue, chunk, steps
         self._again = 2 * depth if self.reuses else length  # tokens of what is shared that are fed all the same
@@ -90,7 +91,7 @@ class Batcher:
         """Runs each program once, for nobody: all are compiled then, and no request compiles another."""
         number, none = np.int32(0), Choice(0, 0, Request([0]), [0], [], 0, 0.0)
         self._device = device.admit(self._device, number, row_of(none, self.offer), number)
-        self._prefill(0, 0, scored=False)
+        self._prefill(self._slots[0], scored=False)
         self._device = device.fork(self._device, number, number, np.uint32(0))
         for top in (False, True):
             self._call([], self._every, 1, top)
@@ -186,7 +187,7 @@ class Batcher:
                 self._enter(slot)
             hungry = slot.fed < len(slot.tokens) - 1
             if hungry:
-                self._prefill(slot.number, slot.fed, slot.choice.scored)
+                self._prefill(slot, slot.choice.scored)
                 slot.fed = min(slot.fed + self._chunk, len(slot.tokens) - 1)
             if slot.fed == len(slot.tokens) - 1:
                 self._begin(slot)
@@ -195,8 +196,9 @@ class Batcher:
 
     def _enter(self, slot: Slot) -> None:
         """When its turn to be fed has come, and not before: the prompts before it may have brought what it shares."""
-        prompt, looks = slot.choice.prompt, self.reuses and not slot.choice.scored
-        # What was kept has no log-probabilities, which come of feeding it.
+        prompt, slot.seen = slot.choice.prompt, self._eyes.see(slot.choice)
+        # What was kept has no log-probabilities, which come of feeding it; of pictures ids say nothing.
+        looks = self.reuses and not slot.choice.scored and slot.seen is None
         source = self._source(prompt, first=[slot]) if looks else slot
         kept, row = source.kept(prompt, self._again) if looks else 0, row_of(slot.choice, self.offer)
         if source is not slot:
@@ -210,7 +212,7 @@ class Batcher:
     def _begin(self, slot: Slot) -> None:
         for twin in slot.twins:
             self._fork(slot, twin)
-            twin.tokens, twin.fed = list(slot.tokens), slot.fed
+            twin.tokens, twin.fed, twin.seen = list(slot.tokens), slot.fed, slot.seen
         for started in (slot, *slot.twins):
             started.phase, started.choice.began = Phase.RUNNING, time.monotonic()
         slot.twins = []
@@ -283,8 +285,8 @@ class Batcher:
             self._release(slot)
         return choice.delta(finish, error, said)
 
-    def _prefill(self, slot: int, start: int, scored: bool) -> None:
-        where = (np.int32(slot), np.int32(start), np.bool_(scored))
+    def _prefill(self, slot: Slot, scored: bool) -> None:
+        where = (np.int32(slot.number), np.int32(slot.fed), np.bool_(scored), self._eyes.of_chunk(slot))
         self._device = device.prefill(self._model, self._device, *where, chunk=self._chunk, **self._static)
 
     def _call(self, running: list[Slot], allowed: np.ndarray, steps: int, top: bool) -> News:

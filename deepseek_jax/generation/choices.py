@@ -12,7 +12,7 @@ import numpy as np
 
 from deepseek_jax.generation.arguments import check_count, check_drafts, check_ids, check_stops
 from deepseek_jax.generation.loop import TOP
-from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, Grammar, Request
+from deepseek_jax.generation.request import MAX_TOP_LOGPROBS, Delta, Finish, Grammar, Request, Sight
 from deepseek_jax.generation.sampling import Sampling, make_sampling
 from deepseek_jax.generation.slots import STOPS, Row
 from deepseek_jax.notes import shown
@@ -21,13 +21,18 @@ from deepseek_jax.notes import shown
 @dataclass(frozen=True)
 class Offer:
     """What a batcher has: ``slots``, each with room for ``length`` tokens; ``depth``: MTP modules in use; ``routing``:
-    experts are recorded."""
+    experts are recorded; ``sight``: of a model that is shown pictures."""
 
     cfg: Any  # of the model
     slots: int
     length: int
     depth: int
     routing: bool
+    sight: Sight | None = None
+
+    def __post_init__(self):
+        if self.routing and self.cfg.moe is None:
+            raise ValueError(f"routing=True, but {self.cfg.name} has no experts.")
 
 
 class GrammarFailed(RuntimeError):
@@ -122,7 +127,8 @@ class Phase(Enum):
 @dataclass(eq=False)
 class Slot:
     """``choice``: whose it is. ``tokens``: known ones, of which the first ``fed`` are in the cache, also when it is
-    free. ``twins``: slots that are to go on from this one's prompt. ``used``: when it was last, by a count."""
+    free. ``twins``: slots that are to go on from this one's prompt. ``used``: when it was last, by a count.
+    ``seen``: embeddings of its prompt's pictures, None where it has none."""
 
     number: int
     phase: Phase = Phase.FREE
@@ -131,13 +137,16 @@ class Slot:
     fed: int = 0
     twins: list["Slot"] = field(default_factory=list)
     used: int = 0
+    seen: np.ndarray | None = None
 
     def kept(self, prompt: list[int], again: int) -> int:
         """Tokens of a prompt that are in the cache, less those to be fed ``again``. Its very last is decoding's first.
 
         With MTP modules twice as many as they are: they have seen the end of a text with drafts in the place of tokens,
-        or not at all.
+        or not at all. None where pictures were seen: of those the ids say nothing.
         """
+        if self.seen is not None:
+            return 0
         return max(0, min(shared(self.tokens, prompt), self.fed, len(prompt) - 1) - again)
 
 
@@ -193,8 +202,25 @@ def check_request(request: Request, offer: Offer) -> None:
     check_drafts(cfg, given.use_mtp, 1)
     if given.use_mtp and not offer.depth:
         raise ValueError("use_mtp=True, but this batcher was made without drafts (use_mtp=False).")
+    _check_pictures(prompt, given.pictures, offer.sight)
     if given.routing and not offer.routing:
         raise ValueError("routing=True, but this batcher records no experts (routing=False).")
+
+
+def _check_pictures(prompt: list[int], pictures, sight: Sight | None) -> None:
+    if sight is None:
+        if len(pictures):
+            raise ValueError(f"{len(pictures)} pictures are given, and this model is shown none.")
+        return
+    for picture in pictures:
+        if np.shape(picture) != sight.shape:
+            raise ValueError(f"a picture has shape {np.shape(picture)}; this model's have {sight.shape}.")
+    if (places := prompt.count(sight.image_id)) != sight.tokens * len(pictures):
+        raise ValueError(
+            f"the prompt has {places} tokens of pictures, its {len(pictures)} pictures have {sight.tokens} each."
+        )
+    if prompt[-1] == sight.image_id:
+        raise ValueError("the prompt ends in a picture: end it with words.")
 
 
 def choices_of(number: int, request: Request, cfg, now: float) -> list[Choice]:

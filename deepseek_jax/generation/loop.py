@@ -69,6 +69,7 @@ def prefill(
     state: State,
     start: jax.Array,
     scored: jax.Array | None = None,
+    given: tuple[jax.Array, jax.Array] | None = None,
     *,
     chunk: int,
     depth: int,
@@ -77,7 +78,9 @@ def prefill(
     """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
     ``scored``: a bool, whether the log-probabilities of the prompts' own tokens are wanted: then all have theirs, as
-    generated ones do, but for the first. None: they never are. ``depth``: MTP modules in use, 0 or all.
+    generated ones do, but for the first. None: they never are. ``given``: [B, chunk, D]
+    and bool [B, chunk], embeddings of these tokens, and which take theirs from there. ``depth``: MTP modules in use, 0
+    or all.
     """
     position_BT = jnp.broadcast_to(start + jnp.arange(chunk), (state.known.shape[0], chunk))
     real_BT = position_BT < state.known[:, None] - 1
@@ -85,8 +88,13 @@ def prefill(
     if depth:
         ahead = [_tokens_at(state.tokens, position_BT + d, state.known) for d in range(1, depth + 1)]
         next_tokens = jnp.stack(ahead, axis=-1)
+    tokens_BT, embeddings = _tokens_at(state.tokens, position_BT, state.known, missing=0), None
+    if given is not None:
+        own_BTD = ctx.ops.lookup(model.embed, tokens_BT, model.compute_dtype(ctx))
+        embeddings = jnp.where(given[1][..., None], given[0].astype(own_BTD.dtype), own_BTD)
     out = model(
-        _tokens_at(state.tokens, position_BT, state.known, missing=0),
+        tokens_BT,
+        embeddings=embeddings,
         segments=real_BT.astype(jnp.int32),
         next_tokens=next_tokens,
         cache=state.cache,

@@ -24,6 +24,18 @@ class Grammar(Protocol):
         """These came, in order; the last of them may be a stop id."""
 
 
+class Sight(Protocol):
+    """A model's eyes. ``image_id``: the token that stands, repeated, where a picture does; ``tokens``: how often for
+    each; ``shape``: of a picture."""
+
+    image_id: int
+    tokens: int
+    shape: tuple[int, ...]
+
+    def __call__(self, picture: np.ndarray):
+        """Embeddings [tokens, D], in the places of the tokens' own, of a picture, float32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt and how it is to be continued.
@@ -36,7 +48,8 @@ class Request:
     each; such a choice takes no drafts. ``use_mtp``: the MTP modules draft, where the batcher has them. ``routing``:
     the experts of each token are wanted, where the batcher records them. ``prompt_logprobs``: the prompt's own tokens
     are to come with log-probabilities, too, and with as many alternatives; then ``max_new_tokens`` may be 0, and
-    nothing is taken from kept prefixes.
+    nothing is taken from kept prefixes. ``pictures``: in the order of
+    their places in the prompt, where the batcher has a `Sight`: such a prompt is fed whole, and nothing of it is kept.
     """
 
     prompt: Sequence[int]
@@ -53,6 +66,7 @@ class Request:
     grammar: Callable[[], Grammar] | None = None
     use_mtp: bool = False
     routing: bool = False
+    pictures: Sequence[np.ndarray] = ()
     prompt_logprobs: bool = False
 
 

@@ -114,13 +114,14 @@ def prefill(
     slot: jax.Array,
     start: jax.Array,
     scored: jax.Array,
+    given: tuple[jax.Array, jax.Array] | None = None,
     *,
     chunk: int,
     depth: int,
     ctx: Context,
 ) -> Slots:
     """`loop.prefill` of one slot: no other row is computed."""
-    row = loop.prefill(model, _row(slots, slot).state, start, scored, chunk=chunk, depth=depth, ctx=ctx)
+    row = loop.prefill(model, _row(slots, slot).state, start, scored, given, chunk=chunk, depth=depth, ctx=ctx)
     return replace(slots, state=_put(slots, slot, replace(_row(slots, slot), state=row)).state)
 
 

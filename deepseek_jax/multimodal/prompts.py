@@ -26,7 +26,7 @@ class PromptWriter:
 
     @property
     def pad_id(self) -> int:
-        return self._id(PAD)
+        return self.id_of(PAD)
 
     def about_pictures(self, text: str, count: int, system: str = SYSTEM) -> list[int]:
         """A user's message with ``count`` pictures: in the places of ``<image_placeholder>`` in the text, or before it.
@@ -39,7 +39,7 @@ class PromptWriter:
         elif places != count:
             raise ValueError(f"the prompt has {places} places {PLACEHOLDER} for {count} pictures.")
         first, *others = conversation([(USER, text), (ASSISTANT, "")], system).split(PLACEHOLDER)
-        picture = [self._id(BEGIN), *[self.cfg.image_id] * self.cfg.vision.n_tokens, self._id(END)]
+        picture = [self.id_of(BEGIN), *[self.cfg.image_id] * self.cfg.vision.n_tokens, self.id_of(END)]
         ids = self._encoded(first, first=True)
         for part in others:
             ids += picture + self._encoded(part)
@@ -47,12 +47,13 @@ class PromptWriter:
 
     def to_draw(self, text: str) -> list[int]:
         """A user's message that is to be drawn: the picture's codes follow."""
-        return [*self._encoded(conversation([(USER, text), (ASSISTANT, "")]), first=True), self._id(BEGIN)]
+        return [*self._encoded(conversation([(USER, text), (ASSISTANT, "")]), first=True), self.id_of(BEGIN)]
 
     def _encoded(self, text: str, first: bool = False) -> list[int]:
         return self.tokenizer.encode(text, add_bos=first and self.tokenizer.bos_id is not None)
 
-    def _id(self, token: str) -> int:
+    def id_of(self, token: str) -> int:
+        """Raises ValueError for a token that there is not."""
         found = self.tokenizer.backend.token_to_id(token)
         if found is None:
             raise ValueError(f"the tokenizer has no token {token}, which a Janus's prompts need.")

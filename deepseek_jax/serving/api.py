@@ -157,7 +157,11 @@ class Api:
 
     def _model(self) -> dict:
         about = {"id": self.jobs.name, "object": "model", "created": self._created, "owned_by": "deepseek-jax"}
-        return about | {"max_model_len": self.jobs.limits.context, "routing": self.jobs.routing}
+        return (
+            about
+            | {"max_model_len": self.jobs.limits.context, "routing": self.jobs.routing}
+            | {"pictures": self.jobs.limits.pictures}
+        )
 
     def _known(self, name: str | None) -> None:
         if name not in (None, self.jobs.name):

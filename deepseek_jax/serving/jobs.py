@@ -14,6 +14,7 @@ from deepseek_jax.serving.calls import syntax_of
 from deepseek_jax.serving.errors import ApiError, bad
 from deepseek_jax.serving.grammar import Grammars
 from deepseek_jax.serving.parse import Parser, thinking_of
+from deepseek_jax.serving.pictures import Shows, rendered
 from deepseek_jax.serving.replies import ChatReply, Reply, TextReply
 from deepseek_jax.serving.schema import ChatRequest, CompletionRequest, Limits, Sampling
 from deepseek_jax.text.fim import fim_prompt
@@ -51,7 +52,7 @@ class Job:
 @dataclass
 class Jobs:
     """Makes jobs for one checkpoint. ``eos_ids``: tokens that end its answers. ``drafts``: whether its MTP modules
-    draft. ``routing``: whether the engine records experts."""
+    draft. ``routing``: whether the engine records experts. ``shows``: of a model that is shown pictures."""
 
     name: str
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class Jobs:
     eos_ids: Sequence[int]
     drafts: bool = False
     routing: bool = False
+    shows: Shows | None = None
     grammars: Grammars = field(init=False)
 
     def __post_init__(self):
@@ -69,7 +71,15 @@ class Jobs:
 
     def render(self, asked: ChatRequest) -> tuple[str, list[int]]:
         """A chat's text and ids. Raises `ApiError` for what the checkpoint's format does not have."""
+        return self._rendered(asked)[:2]
+
+    def _rendered(self, asked: ChatRequest) -> tuple[str, list[int], list]:
+        """The same, and pictures."""
         tokenizer, variables = self.tokenizer, dict(asked.variables)
+        if self.shows is not None:
+            for name in [*variables, *(["tools"] if asked.tools else [])]:
+                raise bad(name, f"the chat format of {self.name} has none.", "unsupported_parameter")
+            return rendered(self.shows, asked.messages)
         if not tokenizer.has_template:
             raise bad("messages", f"{self.name} has no chat format; ask /v1/completions to continue a text.")
         for name, what in (("thinking", "thoughts"), ("reasoning_effort", "effort")):
@@ -82,7 +92,7 @@ class Jobs:
             variables["reasoning_effort"] = EFFORTS.get(effort, effort)
         variables |= {"tools": list(asked.tools)} if asked.tools else {}
         try:
-            return tokenizer.render(asked.messages, **variables), tokenizer.chat(asked.messages, **variables)
+            return tokenizer.render(asked.messages, **variables), tokenizer.chat(asked.messages, **variables), []
         except ValueError as error:
             of_effort = str(error).startswith("reasoning_effort ")
             param = "reasoning_effort" if of_effort else "messages"
@@ -92,7 +102,7 @@ class Jobs:
         """Raises `ApiError`."""
         if asked.routing and not self.routing:
             raise bad("routing", "is not recorded here: start the server with --routing.", "unsupported_parameter")
-        text, prompt = await asyncio.to_thread(self.render, asked)
+        text, prompt, pictures = await asyncio.to_thread(self._rendered, asked)
         sampling, thinking = asked.sampling, thinking_of(text)
         grammar, named = None, asked.tool_choice.partition("named:")[2] or None
         if sampling.schema is not None:
@@ -102,7 +112,8 @@ class Jobs:
         vocabulary, syntax = (self._with_calls, self.syntax) if asked.tools else (self._vocabulary, None)
         wanted = sampling.logprobs is not None
         reply = ChatReply(self.name, sampling.include_usage, wanted, named is not None)
-        request = replace(self._request(sampling, prompt, "messages", grammar), routing=asked.routing)
+        request = self._request(sampling, prompt, "messages", grammar)
+        request = replace(request, routing=asked.routing, pictures=pictures)
         known = len(prompt) if asked.routing else None
         answers = [
             Answer(vocabulary, Parser(thinking, syntax, sampling.stop), self._stops(sampling), wanted, known)

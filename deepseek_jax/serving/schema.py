@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from deepseek_jax.generation.request import MAX_TOP_LOGPROBS
 from deepseek_jax.notes import shown
 from deepseek_jax.serving import fields as f
 from deepseek_jax.serving.errors import bad
+from deepseek_jax.serving.pictures import picture_file
 
-MOST_CHOICES, MOST_PROMPTS, MOST_MESSAGES, MOST_TOOLS = 16, 16, 4096, 128
+MOST_CHOICES, MOST_PROMPTS, MOST_MESSAGES, MOST_TOOLS, MOST_PICTURES = 16, 16, 4096, 128, 16
 COMPLETION_TOKENS = 16  # OpenAI's default
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -38,8 +40,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """``variables``: of the chat's format, ``thinking`` among them. ``tool_choice``: "none", "auto", "required", or the
-    name of the tool that is to be called, after "named:". ``routing``: the experts of each token are wanted."""
+    """``messages``: a content is text, or a list of texts and pictures' files. ``variables``: of the chat's format,
+    ``thinking`` among them. ``tool_choice``: "none", "auto", "required", or the name of the tool that is to be called,
+    after "named:". ``routing``: the experts of each token are wanted."""
 
     messages: tuple[dict, ...]
     sampling: Sampling
@@ -63,11 +66,12 @@ class CompletionRequest:
 @dataclass(frozen=True)
 class Limits:
     """What requests are checked against. ``defaults``: of temperature, top_p, top_k and min_p, where the checkpoint's
-    generation_config.json says them."""
+    generation_config.json says them. ``pictures``: the model is shown some."""
 
     vocab_size: int
     context: int
     defaults: Mapping[str, float] = field(default_factory=dict)
+    pictures: bool = False
 
 
 def chat_request(body, limits: Limits) -> ChatRequest:
@@ -77,7 +81,11 @@ def chat_request(body, limits: Limits) -> ChatRequest:
         raise bad("messages", "is missing: a chat needs at least one message.")
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise bad("max_tokens", "is the older name of max_completion_tokens; give one of them.")
-    messages = f.listed("messages", given["messages"], _message, least=1, most=MOST_MESSAGES)
+    message = partial(_message, pictures=limits.pictures)
+    messages = f.listed("messages", given["messages"], message, least=1, most=MOST_MESSAGES)
+    parted = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    if sum(isinstance(part, bytes) for parts in parted for part in parts) > MOST_PICTURES:
+        raise bad("messages", f"hold more than {MOST_PICTURES} pictures.")
     tools = f.listed("tools", given.get("tools", []), _tool, most=MOST_TOOLS)
     choice = _tool_choice(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     wanted = f.boolean("logprobs", given.get("logprobs", False))
@@ -153,12 +161,14 @@ def _sampling(
     )
 
 
-def _message(name: str, value) -> dict:
+def _message(name: str, value, pictures: bool) -> dict:
     message = dict(f.mapping(name, value))
     role = f.text(f"{name}.role", message.get("role"))
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = "\n".join(f.listed(f"{name}.content", content, _part))
+        parts = f.listed(f"{name}.content", content, partial(_part, pictures=pictures and role == "user"))
+        texts = all(isinstance(part, str) for part in parts)
+        message["content"] = "\n".join(parts) if texts else parts
     elif content is not None:
         f.text(f"{name}.content", content)
     elif role != "assistant":
@@ -173,8 +183,11 @@ def _message(name: str, value) -> dict:
     return {key: entry for key, entry in message.items() if entry is not None or key == "content"}
 
 
-def _part(name: str, value) -> str:
+def _part(name: str, value, pictures: bool) -> str | bytes:
+    """A text, or a picture's file."""
     part = f.mapping(name, value)
+    if pictures and part.get("type") == "image_url":
+        return picture_file(f"{name}.image_url", part.get("image_url"))
     if part.get("type") != "text":
         raise bad(f"{name}.type", f"must be text: this model reads nothing else, and no {shown(part.get('type'))}.")
     return f.text(f"{name}.text", part.get("text"))

@@ -89,9 +89,21 @@ class Told:
 
 
 @contextmanager
-def serving(engine, tokenizer, *, name="tiny", eos_ids=(1,), context=CONTEXT, drafts=False, routing=False, **settings):
+def serving(
+    engine,
+    tokenizer,
+    *,
+    name="tiny",
+    eos_ids=(1,),
+    context=CONTEXT,
+    drafts=False,
+    routing=False,
+    shows=None,
+    **settings,
+):
     """The address of a server. Ends when the block does, and waits for it."""
-    jobs = Jobs(name, tokenizer, Limits(VOCAB, context), eos_ids, drafts, routing)
+    limits = Limits(VOCAB, context, pictures=shows is not None)
+    jobs = Jobs(name, tokenizer, limits, eos_ids, drafts, routing, shows)
     sock, stop = listening("127.0.0.1", 0), threading.Event()
     app = Api(engine, jobs, **settings).app()
     thread = threading.Thread(target=lambda: asyncio.run(serve(app, sock, engine, stop.is_set)))
