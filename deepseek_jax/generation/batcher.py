@@ -83,7 +83,7 @@ class Batcher:
         self._slots = [Slot(i) for i in range(slots)]
         self._queue: deque[list[Choice]] = deque()
         self._ids = self._clock = 0
-        self._counts, self._finished = Counter(), Counter()
+        self._counts, self._finished, self._accepted_at = Counter(), Counter(), np.zeros(depth, int)
         self._every = np.full((slots, -(-cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         self._warm()
 
@@ -153,6 +153,7 @@ class Batcher:
             held=sum(slot.fed for slot in taken),
             room=len(self._slots) * self.offer.length,
             finished=dict(self._finished),
+            accepted_at=tuple(self._accepted_at.tolist()),
             **{name: self._counts[name] for name in COUNTS},
         )
 
@@ -258,6 +259,7 @@ class Batcher:
             drafting_steps=(drafted - choice.drafted) // max(self.offer.depth, 1),
         )
         choice.drafted, choice.accepted = drafted, accepted
+        self._accepted_at += np.bincount(news.draft[i, :count], minlength=self.offer.depth + 1)[1:]
         finish, error = None, ""
         if news.done[i]:
             finish = "stop" if tokens[-1] in choice.stops else "length"

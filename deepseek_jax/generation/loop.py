@@ -59,7 +59,8 @@ class State:
 
 # "routing": int32 [B, S, L, K], the experts of every token that was fed, -1 elsewhere. Of every generated token's
 # distribution, "kept_size": int32 [B, S], tokens that the filters leave; "kept_mask": uint32 [B, S, V / 32], which.
-# Besides, for slots, "top_id" and "top_logprob": [B, S, N], the model's likeliest tokens in each one's place.
+# Besides, for slots, "top_id" and "top_logprob": [B, S, N], the model's likeliest tokens in each one's place; "draft":
+# int32 [B, S], of a generated token that was drafted which of its step's drafts it is, from 1, of others 0.
 RECORDS = ("routing", "kept_size", "kept_mask")
 TOP = ("top_id", "top_logprob")
 
@@ -175,6 +176,7 @@ def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> 
     kept_BT &= active_B[:, None]
 
     p_BT = jnp.take_along_axis(p_BTV, new_BT[..., None], axis=-1)[..., 0]
+    draft_BT = jnp.where(ahead_T < accepted_B[:, None], ahead_T + 1, 0)
     known_B = state.known + kept_BT.sum(-1)
     rejected_B = jnp.where(active_B, state.offered - accepted_B, 0)
     state = replace(
@@ -186,8 +188,8 @@ def _step(model, state: State, sampling: Sampling, depth: int, ctx: Context) -> 
         known=known_B,
         done=state.done | (kept_BT & stops_BT).any(-1) | (known_B >= state.limit),
         drafted=state.drafted + jnp.where(active_B, state.offered, 0),
-        accepted=state.accepted + (kept_BT & (ahead_T < accepted_B[:, None])).sum(-1),
-        records=_recorded(state.records, out, position_BT, segment_BT != 0, p_BTV, kept_BT),
+        accepted=state.accepted + (kept_BT & (draft_BT > 0)).sum(-1),
+        records=_recorded(state.records, out, position_BT, segment_BT != 0, p_BTV, draft_BT, kept_BT),
     )
     return _draft(model, state, out.carry, first_B, accepted_B, sampling, depth, ctx) if depth else state
 
@@ -231,7 +233,7 @@ def _biased(logits_BTV, state: State):
     return logits_BTV if state.bias is None else logits_BTV + state.bias[:, None]
 
 
-def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> dict[str, jax.Array]:
+def _recorded(records, out, position_BT, fed_BT, p_BTV=None, draft_BT=None, kept_BT=None) -> dict[str, jax.Array]:
     """The records with those of the tokens fed, and of the tokens kept, which stand one further on. A rejected draft's
     are overwritten when its position is fed again."""
     result = dict(records)
@@ -241,6 +243,7 @@ def _recorded(records, out, position_BT, fed_BT, p_BTV=None, kept_BT=None) -> di
     if p_BTV is None:
         return result
     found = {"kept_size": lambda: (p_BTV > 0).sum(-1, dtype=jnp.int32), "kept_mask": lambda: packed(p_BTV > 0)}
+    found["draft"] = lambda: draft_BT
     for name in found.keys() & records.keys():
         result[name] = _put(records[name], found[name](), position_BT + 1, kept_BT)
     return result | _likeliest(records, out.logits, position_BT, kept_BT)

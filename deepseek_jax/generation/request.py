@@ -116,7 +116,7 @@ class Stats:
     tokens that slots in use hold, and tokens that all slots have room for. Counts of tokens: ``prompt``; ``queried``,
     of prompts looked up among kept prefixes, and ``cached``, found there; ``generated``; ``drafted``, ``accepted``.
     ``drafting_steps``: decoding steps of a choice that verified drafts. ``finished``: choices by their reason,
-    "cancelled" among them.
+    "cancelled" among them. ``accepted_at``: of ``accepted`` the first, second... drafts of their steps.
     """
 
     slots: int
@@ -132,6 +132,7 @@ class Stats:
     accepted: int
     drafting_steps: int
     finished: Mapping[str, int]
+    accepted_at: tuple[int, ...] = ()
 
 
 class QueueFull(RuntimeError):

@@ -53,7 +53,8 @@ class Row:
 class News:
     """What a call to `decode` added: ``count``: int32 [B], tokens of each slot, which are the first of ``tokens``,
     int32 [B, W], with ``logprob`` and ``behaviour``, float32; ``top``: [B, W, ...], where asked for. ``done``: bool
-    [B]. ``drafted``, ``accepted``: int32 [B], of the whole row."""
+    [B]. ``draft``: int32 [B, W], which of its step's drafts each token is, from 1, or 0. ``drafted``, ``accepted``:
+    int32 [B], of the whole row."""
 
     count: jax.Array
     tokens: jax.Array
@@ -61,6 +62,7 @@ class News:
     behaviour: jax.Array
     top: dict[str, jax.Array]
     done: jax.Array
+    draft: jax.Array
     drafted: jax.Array
     accepted: jax.Array
 
@@ -72,6 +74,7 @@ def make_slots(model: Transformer, slots: int, length: int, depth: int, top: int
     records = {
         "top_id": np.zeros((slots, capacity, top), np.int32),
         "top_logprob": np.zeros((slots, capacity, top), np.float32),
+        "draft": np.zeros((slots, capacity), np.int32),
     }
     if routing:
         records["routing"] = empty_record("routing", slots, capacity, cfg)
@@ -177,6 +180,7 @@ def decode(
         behaviour=new(state.behaviour),
         top={name: new(state.records[name]) for name in TOP if top},
         done=state.done,
+        draft=new(state.records["draft"]),
         drafted=state.drafted,
         accepted=state.accepted,
     )

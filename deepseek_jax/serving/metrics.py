@@ -77,6 +77,11 @@ class Metrics:
             family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self._model], getattr(stats, field))
             yield family
+        name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by their place in a step."
+        family = CounterMetricFamily(name, text, labels=["model_name", "position"])
+        for position, accepted in enumerate(stats.accepted_at):
+            family.add_metric([self._model, str(position)], accepted)
+        yield family
 
 
 class Clock:

@@ -133,6 +133,8 @@ def test_a_mixed_workload_gives_generates_texts_and_compiles_nothing(model, prom
     assert stats.prompt == sum(len(request.prompt) for request in requests)
     assert (stats.queried, stats.cached) == (0, 0)
     assert sum(stats.finished.values()) == sum(request.n for request in requests)
+    assert (len(stats.accepted_at), sum(stats.accepted_at)) == (DEPTH, stats.accepted)
+    assert stats.drafting_steps >= stats.accepted_at[0] >= stats.accepted_at[1] > 0
     assert stats.drafting_steps == stats.drafted // DEPTH > stats.accepted // DEPTH > 0
 
 

@@ -76,7 +76,7 @@ class Told:
         return Delta(1, choice, tuple(new), logprobs, top=top, finish=finish, routing=routing, **counts)
 
     def stats(self):
-        return Stats(4, 1, 0, 10, 100, 5, 5, 2, 7, 4, 3, 2, {"stop": 1})
+        return Stats(4, 1, 0, 10, 100, 5, 5, 2, 7, 4, 3, 2, {"stop": 1}, (2, 1))
 
     def stepping(self):
         return self.seconds

@@ -103,6 +103,23 @@ def test_a_stream_is_the_whole_in_pieces(ask, plain):
     assert (whole.usage.prompt_tokens_details.cached_tokens, whole.usage.prompt_cache_miss_tokens) == (2, asked - 2)
 
 
+def test_every_setting_reaches_the_engine(ask, plain):
+    engine = saying(plain, "x")
+    more = {"top_k": 7, "min_p": 0.125, "stop_token_ids": [9]}
+    settings = {"max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.75, "n": 2, "seed": -1, "logprobs": True}
+    ask(engine, **settings, top_logprobs=3, logit_bias={"5": -3}, extra_body=more)
+    (asked,) = engine.asked
+    assert (asked.max_new_tokens, asked.temperature, asked.top_p, asked.n) == (5, 0.5, 0.75, 2)
+    assert (asked.top_k, asked.min_p, asked.seed, asked.top_logprobs) == (7, 0.125, 2**32 - 1, 3)
+    assert (asked.stop_ids, asked.logit_bias, asked.grammar) == ([1, 9], {5: -3.0}, None)
+    # And of those that are not given.
+    engine = saying(plain, "x")
+    ask(engine)
+    (free,) = engine.asked
+    assert (free.temperature, free.top_p, free.top_k, free.min_p, free.n) == (1.0, 1.0, 0, 0.0, 1)
+    assert free.max_new_tokens == 4 * CONTEXT - len(free.prompt)
+
+
 def test_thoughts_have_both_names_and_begin_where_the_prompt_says(ask, thinker):
     on = {"extra_body": {"thinking": {"type": "enabled"}}}
     message = ask(saying(thinker, "so <b></think>Yes."), thinker, **on).choices[0].message
@@ -141,6 +158,15 @@ def test_calls_of_tools_are_parsed_as_they_come(ask, thinker):
     # The limit cuts a call; and where no tools are offered it is text.
     cut = ask(saying(thinker, text[: text.index("12")], eos=False), thinker, **settings).choices[0]
     assert (cut.finish_reason, cut.message.tool_calls[0].function.arguments) == ("length", '{"n": ')
+    streamed = ask(saying(thinker, text[: text.index("12")], eos=False), thinker, stream=True, **settings)
+    assert streamed[-1].choices[0].finish_reason == "length"
+    # Log-probabilities are those of the text beside the calls, and of the thoughts.
+    for stream in (False, True):
+        found = ask(saying(thinker, text), thinker, stream=stream, logprobs=True, **settings)
+        listed = (
+            [c.choices[0].logprobs for c in found if c.choices[0].logprobs] if stream else [found.choices[0].logprobs]
+        )
+        assert bytes(b for part in listed for entry in part.content for b in entry.bytes).decode() == "I count."
     assert "<｜tool▁sep｜>" in ask(saying(thinker, text), thinker).choices[0].message.content
 
 
@@ -200,6 +226,14 @@ def test_an_answer_follows_a_schema_from_where_its_thoughts_end(ask, plain, thin
             assert not engine.asked[0].use_mtp
     assert ask(saying(plain, "{}"), response_format={"type": "json_object"}).choices[0].message.content == "{}"
     assert ask(saying(plain, "free"), response_format={"type": "text"}).choices[0].message.content == "free"
+
+
+def test_a_schema_that_takes_too_long_is_named(ask, plain, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.serving.grammar.SECONDS", 0.0)
+    engine = saying(plain, "{}")
+    with pytest.raises(openai.BadRequestError, match="takes more than 0 seconds to compile"):
+        ask(engine, response_format=formatted(SCHEMA))
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize(
@@ -505,6 +539,8 @@ def test_tokens_and_metrics_are_told(plain):
             'vllm:kv_cache_usage_perc{model_name="tiny"} 0.1',
             'vllm:generation_tokens_total{model_name="tiny"} 7.0',
             'vllm:spec_decode_num_accepted_tokens_total{model_name="tiny"} 3.0',
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="0"} 2.0',
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"} 1.0',
             'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1.0',
             'vllm:time_to_first_token_seconds_count{model_name="tiny"} 1.0',
             'vllm:e2e_request_latency_seconds_count{model_name="tiny"} 1.0',
