@@ -25,8 +25,10 @@ no rule speaks.
     python experiments/janus_shapes/run.py --seeds 1   # a seed of both
     python experiments/janus_shapes/run.py --smoke --out F
 
+    python experiments/janus_shapes/run.py --sheet     # draws pictures.png anew, with the model of checkpoint/
+
 Each run is written to runs/VARIANT-SEED.json; results.json is made of these files. The first run of "two" leaves its
-model in checkpoint/ and pictures that it drew in pictures.png.
+model in checkpoint/ and pictures that it drew in pictures.png: of eight captions at w = 1, 2 and 5, a row each.
 """
 
 import argparse
@@ -61,6 +63,7 @@ from deepseek_jax.version import __version__
 
 HERE = Path(__file__).parent
 SEEDS, VARIANTS = (0, 1, 2), ("two", "one")
+WEIGHTS = (1.0, 2.0, 5.0)  # of guidance
 UNKNOWN = "<unknown>"
 QUESTION = "what is it ?"
 
@@ -277,8 +280,8 @@ def caption_scores(texts: list[str], scenes: list[Scene]) -> dict[str, float]:
     return shares | {"all": float(right.all(1).mean()), "mean": float(right.mean())}
 
 
-def measure(model, variant: str, seed: int, words, budget: Budget) -> tuple[dict, np.ndarray]:
-    """The figures on held-out pictures, and pictures drawn at w = 5."""
+def measure(model, variant: str, seed: int, words, budget: Budget) -> dict:
+    """The figures on held-out pictures."""
     rows = Rows(words, model.cfg)
     scenes, images = drawn_set(budget.held_out, seed=10**6 + seed)
     codes = np.asarray(jax.jit(lambda vq, x: vq.encode(x))(model.vq, images))
@@ -289,20 +292,18 @@ def measure(model, variant: str, seed: int, words, budget: Budget) -> tuple[dict
     decoded = np.concatenate([np.asarray(decode(model.vq, codes[i : i + 1])) for i in range(len(codes))])
     found = {"captions": caption_scores(texts, scenes), "reader_on_decoded": matches(decoded, scenes)}
     prompts = [rows.writer.to_draw(scene.caption) for scene in scenes]
-    kept = None
-    for weight in (1.0, 2.0, 5.0):
+    for weight in WEIGHTS:
         drawn = draw_pictures(model, prompts, rows.writer.pad_id, weight=weight, seed=seed)
         found[f"drawn_w{weight:g}"] = matches(drawn.images / 127.5 - 1, scenes)
-        kept = drawn.images
-    return found, kept
+    return found
 
 
-def run(variant: str, seed: int, vq, words, cfg: JanusConfig, budget: Budget) -> tuple[dict, object, np.ndarray]:
+def run(variant: str, seed: int, vq, words, cfg: JanusConfig, budget: Budget) -> tuple[dict, object]:
     began = time.monotonic()
     model, told = train(variant, seed, vq, words, cfg, budget)
-    found, images = measure(model, variant, seed, words, budget)
+    found = measure(model, variant, seed, words, budget)
     minutes = round((time.monotonic() - began) / 60, 1)
-    return {"variant": variant, "seed": seed, "minutes": minutes, "loss": told, **found, **provenance()}, model, images
+    return {"variant": variant, "seed": seed, "minutes": minutes, "loss": told, **found, **provenance()}, model
 
 
 def verdicts(runs: list[dict]) -> dict:
@@ -334,24 +335,36 @@ def write(path: Path, record: dict) -> None:
     part.replace(path)
 
 
-def keep(model, words, images: np.ndarray) -> None:
-    """The model in bfloat16 with its tokenizer, and 24 of its pictures."""
+def keep(model, words) -> None:
+    """The model in bfloat16 with its tokenizer."""
     with tempfile.TemporaryDirectory() as temporary:
         save_tokenizer(words.backend, Path(temporary), version=__version__)
         shutil.rmtree(HERE / "checkpoint", ignore_errors=True)
         save_pretrained(model, HERE / "checkpoint", dtype=jnp.bfloat16, tokenizer=temporary)
-    write_png(
-        HERE / "pictures.png",
-        images[:24].reshape(3, 8, SIDE, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(3 * SIDE, -1, 3),
-    )
+
+
+def draw_sheet(model, words, path: Path) -> list[str]:
+    """Pictures of eight held-out captions, which it returns, four times as large as drawn, a row a weight."""
+    writer = Rows(words, model.cfg).writer
+    captions = [scene.caption for scene in drawn_set(8, seed=10**6)[0]]
+    prompts = [writer.to_draw(caption) for caption in captions]
+    rows = [draw_pictures(model, prompts, writer.pad_id, weight=weight, seed=0).images for weight in WEIGHTS]
+    grid = np.stack([np.concatenate(list(row), axis=1) for row in rows]).reshape(-1, len(prompts) * SIDE, 3)
+    write_png(path, grid.repeat(4, axis=0).repeat(4, axis=1))
+    return captions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the seeds, so many")
+    parser.add_argument("--sheet", action="store_true", help="only draw pictures.png, with the model that is kept")
     parser.add_argument("--smoke", action="store_true", help="one run of a few steps, to --out")
     parser.add_argument("--out", type=Path, help="with --smoke: the record's file")
     args = parser.parse_args()
+    if args.sheet:
+        model = load_pretrained(HERE / "checkpoint", dtype=jnp.float32)
+        print(*draw_sheet(model, dsj.load_tokenizer(HERE / "checkpoint"), HERE / "pictures.png"), sep="\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         made = tokenizer()
         save_tokenizer(made, Path(folder), version=__version__)
@@ -359,8 +372,8 @@ def main() -> None:
         cfg = config(-(-words.vocab_size // 16) * 16, made.token_to_id(PLACEHOLDER))
         if args.smoke:
             vq = train_vq(init(cfg, jax.random.key(0)), SMOKE)
-            record, _, images = run("one", 0, vq, words, cfg, SMOKE)
-            args.out.write_text(json.dumps(record | {"drawn": list(images.shape)}, indent=1) + "\n")
+            record, _ = run("one", 0, vq, words, cfg, SMOKE)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
             return
         budget, store = Budget(), HERE / "vq"
         if not store.exists():
@@ -373,9 +386,10 @@ def main() -> None:
             for variant in VARIANTS:
                 path = HERE / "runs" / f"{variant}-{seed}.json"
                 if not path.exists():
-                    record, model, images = run(variant, seed, vq, words, cfg, budget)
+                    record, model = run(variant, seed, vq, words, cfg, budget)
                     if (variant, seed) == ("two", 0):
-                        keep(model, words, images)
+                        keep(model, words)
+                        draw_sheet(model, words, HERE / "pictures.png")
                     write(path, record)
     runs = [json.loads(path.read_text()) for path in sorted((HERE / "runs").glob("*.json"))]
     write(HERE / "results.json", verdicts(runs))
