@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.analysis.provenance import committed, provenance
-from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.lab.bases import MICRO
 from deepseek_jax.lab.study import Claim, described, digest
 from deepseek_jax.lab.verdicts import judge
 from deepseek_jax.rl.held_out import measure
@@ -40,18 +41,7 @@ from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
 from deepseek_jax.train.weights import LossWeights
 
 START = "start"
-MODEL = ModelConfig(
-    name="practice",
-    vocab_size=268,
-    dim=128,
-    n_layers=4,
-    n_dense_layers=1,
-    ffn_dim=320,
-    attention=MLA(n_heads=4, q_rank=None, kv_rank=32, nope_dim=16, rope_dim=16, v_dim=32, rope=Rope(10000.0)),
-    moe=MoE(n_experts=16, top_k=4, expert_dim=64, n_shared=1, scale=1.0),
-    max_length=256,
-    init_std=0.02,
-)
+MODEL = replace(MICRO.model, name="practice", vocab_size=268)
 BASE = Tags(documents=4000)
 # Of a step: the last of its rollout's updates, or their mean (`improve.MEANS`).
 KEPT = ("reward", "silent", "length", "entropy", "mismatch", "clipped_low", "clipped_high", "masked", "grad_norm")

@@ -32,40 +32,25 @@ from pathlib import Path
 import deepseek_jax as dsj
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.cli.programs import keep_programs
-from deepseek_jax.configs.schema import MLA, ModelConfig, MoE, Rope
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.data.config import DataConfig
+from deepseek_jax.lab.practice import BASE, MODEL, supervised
 from deepseek_jax.lab.study import described, digest
 from deepseek_jax.rl.held_out import measure
 from deepseek_jax.rl.improve import Writing
 from deepseek_jax.rl.problems import Problems
 from deepseek_jax.rl.recipe import RlRecipe
-from deepseek_jax.rl.tasks import Carry, Exercise, Parity, Sort, Tags
+from deepseek_jax.rl.tasks import Carry, Exercise, Parity, Sort
 from deepseek_jax.rl.traces import write_traces
 from deepseek_jax.rl.trainer import improve
 from deepseek_jax.rl.variants import Grpo
 from deepseek_jax.runs.finetune import fine_tune
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.pretrain import train
-from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
-from deepseek_jax.train.weights import LossWeights
 from deepseek_jax.version import __version__
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-MODEL = ModelConfig(
-    name="ladder",
-    vocab_size=268,
-    dim=128,
-    n_layers=4,
-    n_dense_layers=1,
-    ffn_dim=320,
-    attention=MLA(n_heads=4, q_rank=None, kv_rank=32, nope_dim=16, rope_dim=16, v_dim=32, rope=Rope(10000.0)),
-    moe=MoE(n_experts=16, top_k=4, expert_dim=64, n_shared=1, scale=1.0),
-    max_length=256,
-    init_std=0.02,
-)
-BASE = Tags(documents=4000)
 FORM = Grpo()
 
 
@@ -156,32 +141,6 @@ def rule(name: str) -> str:
     return digest([rungs, described(MODEL), described(FORM), claims, list(SEEDS)])
 
 
-def supervised(steps: int, seed: int, every: int) -> Recipe:
-    """Of the base and of the cold start: 1,024 tokens a step, a constant rate."""
-    return Recipe(
-        model="",
-        tokens=steps * 8 * 128,
-        length=128,
-        batch_rows=8,
-        first_rows=None,
-        ramp_tokens=0,
-        micro_rows=None,
-        init_std=0.02,
-        seed=seed,
-        fim_rate=0.0,
-        sample_masks=True,
-        dtype="float32",
-        rate=LearningRate(1e-3, warmup_steps=20, decay_from=None, drops=()),
-        optimizer=Optimizer(weight_decay=0.0, moments="float32"),
-        weights=LossWeights(mtp=0.0, balance=0.0),
-        mtp_change=None,
-        bias_speed=3e-3,
-        bias_until=None,
-        ema_decay=0.0,
-        evaluate_every=every,
-    )
-
-
 def base(work: Path, seed: int, steps: int) -> Path:
     folder = work / f"base-{seed}"
     if not (folder / "checkpoint").is_dir():
@@ -189,7 +148,7 @@ def base(work: Path, seed: int, steps: int) -> Path:
         if not (work / "tags").is_dir():
             write_traces(BASE, work / "tags")
         text = DataConfig(data=(f"tags={work / 'tags/traces.jsonl'}",), workers=0)
-        train(MODEL, supervised(steps, seed, steps), text, work / "tags/tokenizer", folder)
+        train(MODEL, supervised(steps, seed), text, work / "tags/tokenizer", folder)
     return folder / "checkpoint"
 
 
@@ -200,7 +159,7 @@ def learned(task: Exercise, source: Path, steps: int, work: Path, name: str, see
         write_traces(task, traces)
     shutil.rmtree(folder, ignore_errors=True)
     options = Options(save_every=25, keep_last=steps, keep_best=0)
-    fine_tune(source, supervised(steps, seed, steps), traces / "traces.jsonl", folder, options=options)
+    fine_tune(source, supervised(steps, seed), traces / "traces.jsonl", folder, options=options)
     return folder
 
 
