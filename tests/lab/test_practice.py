@@ -58,15 +58,14 @@ def test_rules_are_of_all_that_decides(root):
 @pytest.mark.slow
 def test_every_study_runs(root, tmp_path, monkeypatch, capsys):
     """All at toy size, from one start, by their command."""
-    asked = {"r1_rft": (), "r1_v32_parts": ("whole",), "r1_variants": ("v3-4",), "r1_distill": ("reverse-kl",)}
+    asked = {"r1_rft": ("online",), "r1_v32_parts": ("whole",), "r1_variants": ("v3-4",), "r1_distill": ("reverse-kl",)}
     assert set(asked) == set(STEMS)
     results = tmp_path / "results"
     for stem, variants in asked.items():
         study = drill(root, stem)
-        chosen = ["--variants", *variants] if variants else []
-        monkeypatch.setattr(sys, "argv", ["run.py", "--smoke", "--work", str(tmp_path), *chosen])
+        monkeypatch.setattr(sys, "argv", ["run.py", "--smoke", "--work", str(tmp_path), "--variants", *variants])
         main(study, str(root / "experiments" / stem / "run.py"), "")
-        made = [json.loads((results / f"{name}-0.json").read_text()) for name in variants or study.variants]
+        made = [json.loads((results / f"{name}-0.json").read_text()) for name in variants]
         for run in made:
             assert run["before"]["pass_at_1"] >= 0.5
             assert 0 <= run["after"]["pass_at_1"] <= run["after"]["pass_at_k"] <= 1
