@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.convert.files import check_free, new_folder
 from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.rl.improve import ROLLOUTS, Writing, seed_of
@@ -14,7 +15,7 @@ from deepseek_jax.rl.problems import Problems
 from deepseek_jax.rl.recipe import RlRecipe
 from deepseek_jax.rl.rewards import THINK
 from deepseek_jax.rl.tasks import Exercise, Problem, scored
-from deepseek_jax.rl.traces import CHATS, record
+from deepseek_jax.rl.traces import CHATS, TOKENIZER, record
 from deepseek_jax.rl.variants import Grpo
 from deepseek_jax.runs.run_folder import write_whole
 from deepseek_jax.text.files import copy_tokenizer
@@ -52,8 +53,7 @@ def reject(
     Raises FileExistsError where something is in the folder, and ValueError where no answer is right; nothing is written
     then.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another destination.")
+    check_free(folder)
     words = load_tokenizer(source)
     problems = Problems.of(task, words, recipe.form, held_out=1)
     how = replace(ctx, dtype=jnp.dtype(recipe.rollout_dtype or recipe.dtype))
@@ -70,10 +70,10 @@ def reject(
             f"{len(kept)} of {len(texts)} answers of {source} are kept, too few to learn from: ask more often "
             "(--steps, --group), or train it further first."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    copy_tokenizer(source, folder / "tokenizer")
     opening = THINK[0] if problems.opened else ""
-    write_whole(folder / CHATS, "".join(record(problem, opening + text) for problem, text in kept))
+    with new_folder(folder) as new:
+        (new / TOKENIZER).mkdir()
+        copy_tokenizer(source, new / TOKENIZER)
+        write_whole(new / CHATS, "".join(record(problem, opening + text) for problem, text in kept))
     solved = {problem.prompt for problem, _ in kept}
     return len({problem.prompt for problem in asked}), len(solved), len(kept)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from deepseek_jax.convert.files import new_folder
 from deepseek_jax.rl.rewards import TAGS
 from deepseek_jax.rl.tasks import Exercise, Problem
 from deepseek_jax.runs.run_folder import write_whole
@@ -20,15 +21,14 @@ CHATS, TOKENIZER = "traces.jsonl", "tokenizer"
 def write_traces(task: Exercise, folder: Path) -> None:
     """Into ``folder``, which must not exist or be empty: ``traces.jsonl``, the task's training texts, ``documents`` of
     them, each a line with "messages" for ``train --sft`` and the whole "text" for ``train --data``; and ``tokenizer``,
-    with a token for every byte and every tag and no others: answers are written a character at a time.
+    with a token for every byte and every tag and no others: answers are written a character at a time. Whole or not at
+    all.
 
     Raises FileExistsError where something is there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another destination.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(byte_tokenizer(), folder / TOKENIZER, version=__version__)
-    write_whole(folder / CHATS, "".join(record(problem, problem.solution) for problem in task.training_items()))
+    with new_folder(folder) as new:
+        save_tokenizer(byte_tokenizer(), new / TOKENIZER, version=__version__)
+        write_whole(new / CHATS, "".join(record(problem, problem.solution) for problem in task.training_items()))
 
 
 def record(problem: Problem, solution: str) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.tasks import Addition
+from deepseek_jax.rl import traces
 from deepseek_jax.rl.recipe import Rewards
 from deepseek_jax.rl.reject import chosen
 from deepseek_jax.rl.rewards import format_reward, parts, total, value_of
@@ -140,3 +141,18 @@ def test_language_is_a_share_and_a_column_of_its_own():
     columns = scored(task, [problem], [problem.solution])
     weights = {name: getattr(Rewards(language=2.0), name) for name in columns}
     assert total(columns, weights).tolist() == [1 + 1 + 2 * 0.5]
+
+
+def test_traces_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(traces, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            traces.write_traces(Sort(documents=4), tmp_path / "sort")
+    assert list(tmp_path.iterdir()) == []
+    traces.write_traces(Sort(documents=4), tmp_path / "sort")
+    assert sorted(path.name for path in (tmp_path / "sort").iterdir()) == ["tokenizer", "traces.jsonl"]
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        traces.write_traces(Sort(documents=4), tmp_path / "sort")
