@@ -42,9 +42,9 @@ class Batcher:
     where a part of its prompt was kept, to rounding, as its prompt was then fed in other pieces. They are those of
     `generate` up to near-ties. ``use_mtp``: the MTP modules draft for the requests that ask for it; a step then has
     room for drafts in every slot. ``queue``: requests that may wait. ``chunk``: tokens of a prompt that a call feeds.
-    ``steps``: decoding steps of a call, after which new requests are looked at; one while prompts are being fed, or a
-    grammar binds a choice. ``prefixes``: kept tokens are shared, where the model's cache can be taken back.
-    ``routing``: experts are recorded. ``sight``: for prompts with pictures. ``ctx``: of one device.
+    ``steps``: decoding steps of a call, after which new requests are looked at; one for a first token, while prompts
+    are fed, or where a grammar binds a choice. ``prefixes``: kept tokens are shared, where the model's cache can be
+    taken back. ``routing``: experts are recorded. ``sight``: for prompts with pictures. ``ctx``: of one device.
 
     Everything is compiled here. Raises ValueError for arguments out of range, and for a context with a mesh.
     """
@@ -223,9 +223,10 @@ class Batcher:
         self._device = device.fork(self._device, *numbers)
 
     def _decode(self) -> list[Delta]:
-        # While prompts wait to be fed, few decode, and a step takes as long as if all did.
-        feeding = any(slot.phase in (Phase.ENTERING, Phase.FEEDING) for slot in self._slots)
-        deltas, allowed, steps = [], self._every, 1 if feeding else self._steps
+        # While prompts wait to be fed, few decode, and a step takes as long as if all did; a first token is waited for.
+        taken = [slot for slot in self._slots if slot.phase != Phase.FREE]
+        hurry = any(slot.phase != Phase.RUNNING or len(slot.tokens) == len(slot.choice.prompt) for slot in taken)
+        deltas, allowed, steps = [], self._every, 1 if hurry else self._steps
         for slot in [slot for slot in self._slots if slot.phase == Phase.RUNNING and slot.choice.bound]:
             allowed, steps = self._every.copy() if allowed is self._every else allowed, 1
             try:

@@ -260,13 +260,18 @@ def test_who_leaves_is_forgotten_at_once(model, prompts, talk):
 def test_a_full_queue_says_so(prompts, talk):
     """As many as there are slots and places to wait."""
     for _ in range(SLOTS + 2):
-        talk.submit(Request(prompts[3], 4))
+        talk.submit(Request(prompts[3], 1))
     with pytest.raises(QueueFull, match=f"{SLOTS + 2} requests are waiting"):
-        talk.submit(Request(prompts[3], 4))
+        talk.submit(Request(prompts[3], 1))
     talk.step()
     assert talk.stats().waiting == 2
-    talk.submit(Request(prompts[3], 4))
+    talk.submit(Request(prompts[3], 1))
     finished(talk)
+
+
+def test_a_first_token_comes_after_a_single_step(prompts, talk):
+    counts = [len(delta.tokens) for delta in one(talk, Request(prompts[0], 12))[1] if delta.tokens]
+    assert counts == [1, 4, 4, 3]
 
 
 class Counting:
