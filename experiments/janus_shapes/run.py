@@ -392,7 +392,9 @@ def main() -> None:
                         draw_sheet(model, words, HERE / "pictures.png")
                     write(path, record)
     runs = [json.loads(path.read_text()) for path in sorted((HERE / "runs").glob("*.json"))]
-    write(HERE / "results.json", verdicts(runs))
+    latest = max(runs, key=lambda run: run["date"])
+    origin = {name: latest[name] for name in ("commit", "date", "machine")}
+    write(HERE / "results.json", origin | verdicts(runs))
     print(json.dumps(verdicts(runs), indent=1))
 
 
