@@ -22,7 +22,8 @@ ROUTED_TOKENS = 24
 
 @dataclass(frozen=True)
 class Demo:
-    """Load the shipped checkpoint, check it against stored reference logits, let it write, show its routing.
+    """Load the shipped checkpoint, check it against stored reference logits, let it write, show its routing; let a
+    small Janus draw and read.
 
     Everything is on disk already; nothing is downloaded.
     """
@@ -84,8 +85,14 @@ class Demo:
             pieces = [piece(text, i) for i in ids]
             routing_picture(pieces, index_LTK, model.cfg.moe.n_experts, self.picture)
             console.print(f"drawn: {self.picture}", soft_wrap=True)
+
+        from deepseek_jax.cli.demo_janus import draw_and_read
+
+        drawn = draw_and_read(shipped_janus())
+        console.print(Rule("5. A picture, drawn and read by a small Janus", align="left"))
+        console.print(f"asked for: {drawn['asked']}\n{drawn['picture']}\nseen in it: {drawn['said']}", markup=False)
         if self.json is not None:
-            write_json(self.json, {"reference": checked, "generation": written, "same": same})
+            write_json(self.json, {"reference": checked, "generation": written, "same": same, "picture": drawn})
         if not checked["ok"] or not same:
             console.print("[red]The demo failed: see above.[/red]")
             return 1
@@ -93,12 +100,19 @@ class Demo:
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the checkpoint that comes with the package: inside a wheel, or beside an editable checkout.
+    """The folder of the checkpoint that comes with the package. Raises FileNotFoundError where it does not."""
+    return _shipped("tiny-v3", "checkpoints/tiny-v3")
 
-    Raises FileNotFoundError when neither is there.
-    """
+
+def shipped_janus() -> Path:
+    """The Janus that draws shapes; as above."""
+    return _shipped("janus-shapes", "experiments/janus_shapes/checkpoint")
+
+
+def _shipped(name: str, checkout: str) -> Path:
+    """Inside a wheel, or beside the package in an editable checkout."""
     package = Path(__file__).resolve().parent.parent
-    places = (package / "shipped" / "tiny-v3", package.parent / "checkpoints" / "tiny-v3")
+    places = (package / "shipped" / name, package.parent / checkout)
     for place in places:
         if (place / "config.json").is_file():
             return place

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import deepseek_jax as dsj
 from deepseek_jax.cli import demo
+from deepseek_jax.cli.demo_janus import in_letters
 from deepseek_jax.cli.main import main
 
 
@@ -35,6 +36,18 @@ def test_the_demo_checks_writes_and_draws(folder, tmp_path, capsys):
     assert record["generation"]["plain"]["tokens"] == record["generation"]["mtp"]["tokens"]
     assert len(record["generation"]["plain"]["tokens"][0]) == 12
     assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = record["picture"]
+    assert [len(line) for line in drawn["picture"].splitlines()] == [32] * 16
+    assert drawn["picture"] in shown
+    assert f"asked for: {drawn['asked']}" in shown
+    assert f"seen in it: {drawn['said']}" in shown
+    assert len(drawn["said"].split()) == 7
+
+
+def test_a_picture_in_letters():
+    image = np.zeros((4, 3, 3))
+    image[:2, 1], image[2:, 0], image[2:, 2], image[3, 1] = (1, -1, -1), (-1, 1, -1), (-1, -1, 1), (0.4, 0.4, -0.4)
+    assert in_letters(image) == "·r·\ng·b"
 
 
 @pytest.mark.parametrize("name", ["logits", "mtp_logits", "expert_index"])
