@@ -71,18 +71,18 @@ class Sweep:
         from rich.table import Table
 
         from deepseek_jax.cli.tables import Output, show
-        from deepseek_jax.lab.records import LABELS, MEASURES
+        from deepseek_jax.lab.records import LABELS, OF_TRAINING
         from deepseek_jax.lab.verdicts import spread
         from deepseek_jax.small_files import read_json
 
         there = {label: [read_json(runs.path(setup, s, corpus)) for s in seeds] for label, setup in points.items()}
         # Of a model without experts there is no balance to show.
         some = [run for found in there.values() for run in found if run["diverged"] is None]
-        measures = [name for name in MEASURES if name == "bits_per_byte" or (name != "curve" and _has_experts(some))]
+        measures = [name for name in OF_TRAINING if name == "bits_per_byte" or (name != "curve" and _has_experts(some))]
         shown, rows = Table("setting", *(LABELS[name] for name in measures), "diverged"), []
         for label, found in there.items():
             kept = [run for run in found if run["diverged"] is None]
-            figures = [spread([MEASURES[name](run) for run in kept]) for name in measures]
+            figures = [spread([OF_TRAINING[name](run) for run in kept]) for name in measures]
             shown.add_row(label, *figures, str(len(found) - len(kept)))
             rows.append(
                 {"setting": label, **dict(zip(measures, figures, strict=True)), "diverged": len(found) - len(kept)}

@@ -42,13 +42,15 @@ def _over_steps(run: dict, *names: str) -> float:
 
 
 # A run's figures by which rules compare; each falls to infinity's side where a run has diverged.
-MEASURES: dict[str, Callable[[dict], float | list]] = {
+OF_TRAINING: dict[str, Callable[[dict], float | list]] = {
     "bits_per_byte": _last_evaluations("bits_per_byte"),
     "max_violation_global": _last_evaluations("max_violation_global"),
     "max_violation_batch": _over_layers("max_violation_batch"),
     "dead_experts": lambda run: math.inf if run["diverged"] else float(np.sum(run["dead_experts"])),
     "curve": lambda run: run["curve"] or [(0.0, math.inf)],
-    # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
+}
+# Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
+OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
     "wrong": lambda run: 1 - run["after"]["pass_at_1"],
     "pass_at_k": lambda run: run["after"]["pass_at_k"],
@@ -56,6 +58,7 @@ MEASURES: dict[str, Callable[[dict], float | list]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
+MEASURES = OF_TRAINING | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
-from deepseek_jax.lab.records import MEASURES, Runs, spec, text
+from deepseek_jax.lab.records import OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import load
 from deepseek_jax.lab.verdicts import judge, ledger, table
@@ -117,7 +117,7 @@ def test_the_paper_may_be_wrong(tmp_path):
 
 def test_a_run_that_diverged_is_the_worst_of_all():
     gone = record("none", 0) | {"diverged": 17, "evaluations": [], "curve": [], "max_violation_batch": None}
-    assert [MEASURES[name](gone) for name in MEASURES if name != "curve"] == [math.inf] * 4
+    assert [OF_TRAINING[name](gone) for name in OF_TRAINING if name != "curve"] == [math.inf] * 4
 
 
 def test_tables_and_ledger_say_what_there_is(whole):

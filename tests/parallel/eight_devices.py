@@ -352,7 +352,8 @@ def text(ctx) -> dict:
     prompts = [row[: 3 + 4 * i].tolist() for i, row in enumerate(np.asarray(random_tokens(CFG, 5, 20)))]
     how = {"temperature": [0, 1, 0, 0.7, 0], "top_k": [0, 0, 0, 20, 0], "stop_ids": (), "use_mtp": True}
     run = stream(place(MODEL, ctx), prompts, 9, **how, seed=3, ctx=ctx, chunk=8, steps=4)
-    programs = run._prefill, run._decode
+    # Of one device they stand in what may keep them on disk (`generation.programs`).
+    programs = [getattr(program, "jitted", program) for program in (run._prefill, run._decode)]
     before = [program._cache_size() for program in programs]
     pieces = [len(new) for new in run]
     tokens, info = run.result()
