@@ -10,7 +10,7 @@ import deepseek_jax as dsj
 from deepseek_jax.configs.checks import ConfigError
 from deepseek_jax.configs.hf import config_from_json
 from deepseek_jax.configs.multimodal import VQ, Vision
-from deepseek_jax.configs.published.janus import janus_from_json, janus_to_json, named
+from deepseek_jax.configs.published.janus import is_janus, janus_from_json, janus_to_json, named
 from deepseek_jax.multimodal.counted import disagreements
 
 RELEASES = ("janus-pro-1b", "janus-pro-7b", "tiny-janus")
@@ -118,3 +118,10 @@ def test_contradictions_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             make()
+
+
+@pytest.mark.parametrize("kind", [None, 3, [], {"a": 1}, ["janus"]])
+def test_a_model_type_of_another_kind_is_no_janus(kind):
+    assert not is_janus({"model_type": kind})
+    with pytest.raises(ConfigError, match="model_type"):
+        janus_from_json({"model_type": kind})

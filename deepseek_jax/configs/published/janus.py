@@ -34,7 +34,8 @@ _LANGUAGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers
 
 def is_janus(data: dict) -> bool:
     """Whether a config.json is a Janus's."""
-    return data.get("model_type") in READERS
+    kind = data.get("model_type")
+    return isinstance(kind, str) and kind in READERS
 
 
 def janus_from_json(data: dict, name: str | None = None) -> JanusConfig:
