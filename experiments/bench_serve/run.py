@@ -9,10 +9,10 @@ behind the server, asked by 16 clients over HTTP. Beside them PyTorch transforme
 on the same random weights of a dense model, as many requests at a time.
 
 All is compiled before; sides take turns, round by round, and medians count. A first token counts when it is handed
-over, by our sides after at most 8 steps, by transformers after one, from the moment when all 16 came. Times vary from
-machine to machine; the ratios are the result.
+over, by slots and transformers after one step, by "static" after at most 8, from the moment when all 16 came. Times
+vary from machine to machine; the ratios are the result.
 
-    python experiments/bench_serve/run.py          # about six minutes on 2 cores; writes results.json beside itself
+    python experiments/bench_serve/run.py          # two to six minutes on 2 cores; writes results.json beside itself
     python experiments/bench_serve/run.py --smoke  # the same code with short texts and one round
 """
 
