@@ -79,9 +79,8 @@ def prefill(
     """Feeds the prompts' tokens start..start + chunk, except a prompt's last one: that is `decode`'s first.
 
     ``scored``: a bool, whether the log-probabilities of the prompts' own tokens are wanted: then all have theirs, as
-    generated ones do, but for the first. None: they never are. ``given``: [B, chunk, D]
-    and bool [B, chunk], embeddings of these tokens, and which take theirs from there. ``depth``: MTP modules in use, 0
-    or all.
+    generated ones do, but for the first. None: they never are. ``given``: [B, chunk, D] and bool [B, chunk], embeddings
+    of these tokens, and which take theirs from there. ``depth``: MTP modules in use, 0 or all.
     """
     position_BT = jnp.broadcast_to(start + jnp.arange(chunk), (state.known.shape[0], chunk))
     real_BT = position_BT < state.known[:, None] - 1

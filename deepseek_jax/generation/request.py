@@ -48,8 +48,8 @@ class Request:
     each; such a choice takes no drafts. ``use_mtp``: the MTP modules draft, where the batcher has them. ``routing``:
     the experts of each token are wanted, where the batcher records them. ``prompt_logprobs``: the prompt's own tokens
     are to come with log-probabilities, too, and with as many alternatives; then ``max_new_tokens`` may be 0, and
-    nothing is taken from kept prefixes. ``pictures``: in the order of
-    their places in the prompt, where the batcher has a `Sight`: such a prompt is fed whole, and nothing of it is kept.
+    nothing is taken from kept prefixes. ``pictures``: in the order of their places in the prompt, where the batcher has
+    a `Sight`: such a prompt is fed whole, and nothing of it is kept.
     """
 
     prompt: Sequence[int]

@@ -157,11 +157,8 @@ class Api:
 
     def _model(self) -> dict:
         about = {"id": self.jobs.name, "object": "model", "created": self._created, "owned_by": "deepseek-jax"}
-        return (
-            about
-            | {"max_model_len": self.jobs.limits.context, "routing": self.jobs.routing}
-            | {"pictures": self.jobs.limits.pictures}
-        )
+        limits = self.jobs.limits
+        return about | {"max_model_len": limits.context, "routing": self.jobs.routing, "pictures": limits.pictures}
 
     def _known(self, name: str | None) -> None:
         if name not in (None, self.jobs.name):
