@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "runs": {"configs", "core", "model", "text", "data", "parallel", "convert", "analysis", "train"},
     "rl": {"configs", "convert", "core", "data", "generation", "model", "parallel", "runs", "text", "train"},
     "serving": {"generation", "text"},
-    "lab": {"analysis", "configs", "convert", "core", "data", "rl", "runs", "text", "train"},
+    "lab": {"analysis", "configs", "convert", "core", "data", "model", "rl", "runs", "text", "train"},
     "aot": {
         "configs",
         "core",

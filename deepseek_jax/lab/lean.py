@@ -17,7 +17,8 @@ from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.core.context import Context
 from deepseek_jax.lab.corpus import Corpus
-from deepseek_jax.lab.records import CODE, spec
+from deepseek_jax.lab.probes import chosen
+from deepseek_jax.lab.records import CODE, DIGITS, spec
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.runs.evaluate import evaluate
 from deepseek_jax.runs.feed import Feed
@@ -42,12 +43,14 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     the steps, on the same held-out tokens: bits per byte, of each layer MaxVio of the whole text's load and its
     divergence between domains, and where there is MTP how its drafts did. Of the last one "by_domain"; "load", int
     [L, E]; "dead_experts" [L], those without a token. "max_violation_batch" [L]: the mean over the batches of
-    `BATCHES`, in which the router bias should still move. "diverged": None, or at which step too many steps in a row
-    had come to nothing; such a run has no figures.
+    `BATCHES`, in which the router bias should still move. "probes": what the setup's probes found. "diverged": None, or
+    at which step too many steps in a row had come to nothing; such a run has no figures.
+
+    Raises ValueError as `probes.chosen`, before it trains.
     """
     began, origin = time.monotonic(), provenance()
     setup = setup.seeded(seed)
-    recipe, cfg, text = setup.recipe, setup.model, corpus.data
+    recipe, cfg, text, probes = setup.recipe, setup.model, corpus.data, chosen(setup)
     ctx = Context(dtype=jnp.dtype(recipe.dtype))
     batches = text.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
     held_out = text.held_out(recipe.length)
@@ -78,6 +81,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
                 evaluations.append({"tokens": tokens} | {name: _rounded(kept[name]) for name in MEASURED})
             tell(number, steps)
     figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
+    figures |= {"probes": {}}
     if diverged is None:
         load_LE = None if last.load_DLE is None else last.load_DLE.sum(0).tolist()
         figures = {
@@ -87,6 +91,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
             "max_violation_batch": _rounded(np.mean(violations, 0).tolist()) if violations else None,
             "load": load_LE,
             "dead_experts": None if load_LE is None else [sum(load == 0 for load in row) for row in load_LE],
+            "probes": _rounded({name: probe(state.model, held_out) for name, probe in probes.items()}),
         }
     size = asdict(counts(cfg))
     return {
@@ -110,9 +115,9 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
 
 
 def _rounded(value):
-    """Floats to five digits after the point, in whatever holds them."""
+    """Floats to `DIGITS` after the point, in whatever holds them."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
-    return round(value, 5) if isinstance(value, float) else value
+    return round(value, DIGITS) if isinstance(value, float) else value

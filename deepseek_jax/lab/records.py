@@ -18,6 +18,7 @@ from deepseek_jax.small_files import read_json
 
 # Raised where the package computes something else than before from the same setup: its runs are then others.
 CODE = 1
+DIGITS = 5  # after the point, of a run's figures
 
 
 def spec(setup: Setup, seed: int) -> str:
@@ -30,6 +31,12 @@ def _last_evaluations(name: str) -> Callable[[dict], float]:
         return math.inf if run["diverged"] else float(np.mean([np.mean(e[name]) for e in run["evaluations"]]))
 
     return measure
+
+
+def _divergence(run: dict) -> float:
+    """NaN where a run diverged, or has no experts or one domain."""
+    found = [e["load_divergence"] for e in run["evaluations"]]
+    return float(np.mean(found)) if found and None not in found else math.nan
 
 
 def _over_layers(name: str) -> Callable[[dict], float]:
@@ -49,6 +56,28 @@ OF_TRAINING: dict[str, Callable[[dict], float | list]] = {
     "dead_experts": lambda run: math.inf if run["diverged"] else float(np.sum(run["dead_experts"])),
     "curve": lambda run: run["curve"] or [(0.0, math.inf)],
 }
+
+
+def _knock_outs(figure: Callable[[dict], float]) -> Callable[[dict], float]:
+    """A figure of the probe; NaN, with which no rule finds anything, of a run that diverged or was made without it."""
+    return lambda run: figure(found) if (found := run.get("probes", {}).get("knock_outs")) else math.nan
+
+
+def _shared_to_routed(found: dict) -> float:
+    layers = zip(found["shared"], found["routed"], strict=True)
+    whole, least = found["whole"], 10**-DIGITS
+    return min((shared - whole) / max(max(routed) - whole, least) for shared, routed in layers)
+
+
+# Of single experts and what they hold: how far the domains' loads lie apart; by the probe `probes.knock_outs` what a
+# layer's shared experts cost in their absence, over the one routed expert that costs most, where that is least; and by
+# what share bits per byte rise.
+OF_EXPERTS: dict[str, Callable[[dict], float]] = {
+    "load_divergence": _divergence,
+    "shared_to_routed": _knock_outs(_shared_to_routed),
+    "replaced": _knock_outs(lambda found: found["replaced"] / found["whole"] - 1),
+    "top_eighth": _knock_outs(lambda found: found["top"]["1/8"] / found["whole"] - 1),
+}
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
@@ -58,13 +87,17 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
     "max_violation_batch": "MaxVio, training batches",
     "dead_experts": "experts never chosen",
+    "load_divergence": "divergence of domains' loads, nats",
     "curve": "training loss, nats",
+    "shared_to_routed": "cost of no shared expert, over a routed one's",
+    "replaced": "rise of bits per byte, shared replaced",
+    "top_eighth": "rise of bits per byte, top eighth masked",
     "pass_at_1": "pass@1",
     "wrong": "wrong answers",
     "pass_at_k": "pass@k",

@@ -63,11 +63,39 @@ class Separation:
     def judge(self, values: Values) -> Verdict:
         low_S, high_S = values[self.low], values[self.high]
         why = f"{self.low} {_range(low_S)}, {self.high} {_range(high_S)}, asked for a factor of {self.factor:g}"
-        # Two that are 0 throughout lie in no order.
-        if min(high_S) >= self.factor * max(low_S) and min(high_S) > max(low_S):
+        # Two that are 0 throughout lie in no order; NaN lies in none with anything.
+        if np.min(high_S) >= self.factor * np.max(low_S) and np.min(high_S) > np.max(low_S):
             return Verdict(REPRODUCED, why)
-        if min(low_S) >= self.factor * max(high_S) and min(low_S) > max(high_S):
+        if np.min(low_S) >= self.factor * np.max(high_S) and np.min(low_S) > np.max(high_S):
             return Verdict(OPPOSITE, why)
+        return Verdict(OPEN, why)
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Every seed of ``variant`` lies above ``over``; opposite: every seed below ``under``.
+
+    Where a seed falls on either side of a bound alike, each way has a chance of 2^-S: 1 in 8 for three seeds, 1 in 32
+    for five.
+    """
+
+    measure: str
+    variant: str
+    over: float
+    under: float
+    pooled: ClassVar[bool] = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return (self.variant,)
+
+    def judge(self, values: Values) -> Verdict:
+        values_S = values[self.variant]
+        why = f"{self.variant} {_range(values_S)}, asked for more than {self.over:g}"
+        if all(value > self.over for value in values_S):
+            return Verdict(REPRODUCED, why)
+        if all(value < self.under for value in values_S):
+            return Verdict(OPPOSITE, f"{why}, below {self.under:g}")
         return Verdict(OPEN, why)
 
 

@@ -24,11 +24,16 @@ SILENT["DataConfig"] = {"workers", "token_folder", "fim_rate", "sample_masks"}
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains, but for its seed. Of ``model.vocab_size`` tokens a tokenizer is trained on ``text``."""
+    """What a run trains, but for its seed. Of ``model.vocab_size`` tokens a tokenizer is trained on ``text``.
+
+    ``probes``: names of `probes.PROBES`, what is measured of the trained model beside its evaluations. A run with a
+    probe is another than the same one without.
+    """
 
     model: ModelConfig
     recipe: Recipe
     text: DataConfig = field(default_factory=DataConfig)
+    probes: tuple[str, ...] = ()
 
     def seeded(self, seed: int) -> "Setup":
         return replace(self, recipe=replace(self.recipe, seed=seed))

@@ -60,7 +60,8 @@ def measures_of(study: Study) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation of values in words."""
+    """Mean and standard deviation of values in words; those of runs that have none are left out."""
+    values = [value for value in values if not np.isnan(value)]
     if not values:
         return ""
     if len(values) == 1:

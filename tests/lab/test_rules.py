@@ -10,6 +10,7 @@ from deepseek_jax.lab.rules import (
     OPPOSITE,
     REPRODUCED,
     UNTESTABLE,
+    Beyond,
     FewerSteps,
     NoWorse,
     Ordering,
@@ -96,6 +97,24 @@ def test_separation_asks_for_its_factor_in_the_worst_seeds():
     assert judged == {0.41: REPRODUCED, 0.39: OPEN, math.inf: REPRODUCED}
     assert rule.judge({"a": np.array([1.0, 2.0]), "b": np.array([0.1, 0.5])}).word == OPPOSITE
     assert rule.judge({"a": np.zeros(2), "b": np.zeros(2)}).word == OPEN
+
+
+def test_what_has_no_figure_lies_in_no_order():
+    some, none = np.array([1.0, 2.0]), np.array([math.nan, 9.0])
+    for low, high in ((some, none), (none, some), (some, none[::-1]), (none[::-1], some)):
+        assert Separation("m", low="a", high="b").judge({"a": low, "b": high}).word == OPEN
+
+
+def test_a_bound_is_passed_by_every_seed_or_by_none():
+    rule = Beyond("m", "a", over=2.0, under=0.5)
+    judged = {value: rule.judge({"a": np.array([value, 3.0])}).word for value in (2.1, 2.0, math.nan)}
+    assert judged == {2.1: REPRODUCED, 2.0: OPEN, math.nan: OPEN}
+    assert [rule.judge({"a": np.array([0.4, b])}).word for b in (0.1, 0.5)] == [OPPOSITE, OPEN]
+    rng, n = np.random.default_rng(0), 4000
+    even = Beyond("m", "a", over=0.0, under=0.0)
+    found = [even.judge({"a": a}).word for a in rng.normal(0, 1, (n, SEEDS))]
+    for word in (REPRODUCED, OPPOSITE):
+        assert found.count(word) / n == pytest.approx(2**-SEEDS, abs=0.012)
 
 
 def test_a_trend_of_nothing_is_rare_and_one_of_all_seeds_is_seen():

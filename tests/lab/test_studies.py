@@ -99,7 +99,7 @@ def test_a_study_that_does_not_fit_is_refused():
 def test_what_is_no_study_says_how_it_is_run():
     with pytest.raises(ValueError, match="is run by itself: python"):
         load(EXPERIMENTS, "v3_mtp_targets")
-    with pytest.raises(ValueError, match=r"there is no experiment 'nothing' .* calibration, v3_balance"):
+    with pytest.raises(ValueError, match=r"there is no experiment 'nothing' .* calibration, v1_moe"):
         load(EXPERIMENTS, "nothing")
     with pytest.raises(ValueError, match="is not a folder"):
         stems(EXPERIMENTS / "nowhere")

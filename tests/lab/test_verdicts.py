@@ -9,10 +9,10 @@ import pytest
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
-from deepseek_jax.lab.records import OF_TRAINING, Runs, spec, text
+from deepseek_jax.lab.records import OF_EXPERTS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import load
-from deepseek_jax.lab.verdicts import judge, ledger, table
+from deepseek_jax.lab.verdicts import judge, ledger, spread, table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDY = load(EXPERIMENTS, "v3_balance")
@@ -120,6 +120,22 @@ def test_a_run_that_diverged_is_the_worst_of_all():
     assert [OF_TRAINING[name](gone) for name in OF_TRAINING if name != "curve"] == [math.inf] * 4
 
 
+def test_figures_of_experts_are_of_the_runs_that_have_them():
+    bits = {"whole": 2.0, "routed": [[2.1, 2.2], [2.0, 2.05]], "shared": [2.8, 2.3], "replaced": 2.6}
+    run = record("none", 0) | {"probes": {"knock_outs": bits | {"top": {"1/8": 2.1, "1/4": 2.5}}}}
+    run["evaluations"] = [{"load_divergence": [0.0, 0.1]}, {"load_divergence": [0.2, 0.5]}]
+    found = {name: measure(run) for name, measure in OF_EXPERTS.items()}
+    # Of the layers' 0.8 / 0.2 and 0.3 / 0.05 the smaller one.
+    wanted = {"load_divergence": 0.2, "shared_to_routed": 4.0, "replaced": 0.3, "top_eighth": 0.05}
+    assert found == pytest.approx(wanted)
+    gone = {"diverged": 17, "evaluations": [], "probes": {}}
+    dense = {"evaluations": [{"load_divergence": None}]}
+    for other in (record("none", 0) | gone, record("none", 0) | dense):
+        assert all(math.isnan(measure(other)) for measure in OF_EXPERTS.values())
+    assert spread([1.0, math.nan]) == "1"
+    assert spread([math.nan]) == ""
+
+
 def test_tables_and_ledger_say_what_there_is(whole):
     rows = table(STUDY, whole.of(STUDY))
     assert rows[0][:3] == ["variant", "runs", "MaxVio, held-out text"]
@@ -172,7 +188,7 @@ def test_the_command_judges_and_draws_what_is_there(whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "STEM is missing; there are calibration, v3_balance"),
+        ([], "STEM is missing; there are calibration, v1_moe"),
         (["v3_balance", "--list"], "--list shows all experiments"),
         (["v3_balance", "--seeds", "7"], "registered with 5 seeds"),
         (["v3_balance", "--variants", "nun"], "no variant 'nun'"),

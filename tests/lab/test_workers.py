@@ -34,7 +34,7 @@ STUDY = """
     TEXT = DataConfig(data=("toy=" + str(Path(__file__).parent / "text"),), held_out_share=0.3)
     STUDY = Study(
         stem="toy", question="?", scales={"cpu": Setup(MODEL, RECIPE, TEXT)}, minutes=1, seeds=(0, 1),
-        variants={"base": {}, "none": {"recipe.bias_speed": 0.0}},
+        variants={"base": {}, "none": {"recipe.bias_speed": 0.0, "probes": ("knock_outs",)}},
         claims=(Claim("C1", "s", "s", "e", Separation("max_violation_global", low="base", high="none")),),
     )
 """
@@ -108,6 +108,10 @@ def test_ctrl_c_keeps_what_had_ended_and_the_command_goes_on(folder):
         assert run["dead_experts"] == [row.count(0) for row in run["load"]]
         assert sum(run["load"][0]) % 2 == 0 < run["held_out_tokens"] < sum(run["load"][0]) / 2
         assert run["asked"]["study"] == "toy"
+        probed = run["asked"]["variant"] == "none"
+        assert set(run["probes"]) == ({"knock_outs"} if probed else set())
+        if probed:
+            assert [len(row) for row in run["probes"]["knock_outs"]["routed"]] == [4]
     assert len({run["corpus"]["hash"] for run in found}) == 1
     assert "C1" in out
 

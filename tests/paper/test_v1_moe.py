@@ -1,6 +1,7 @@
 """DeepSeekMoE's claims that need no training, on the real 16B's numbers and router."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from tiny import random_model, random_tokens, tokens_of
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.core.context import DEFAULT
+from deepseek_jax.lab.study import load
 from deepseek_jax.model.router import Router
 
 CFG = zoo("deepseek-moe-16b")
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 DIM, TOKENS = 32, 64
 
 
@@ -63,3 +66,16 @@ def test_shared_experts_see_every_token():
     out = jax.jit(lambda m, t, r: m(t, routing=r, capture=("ffn",)))(model, tokens, none)
     assert (out.aux.expert_index == -1).all()
     assert (jnp.abs(out.captured["ffn"][cfg.n_dense_layers :]).max(-1) > 0).all()
+
+
+def test_the_studys_variants_cost_the_same_but_for_their_routers():
+    study, without_router = load(EXPERIMENTS, "v1_moe"), {}
+    for name in study.variants:
+        cfg = study.setup(name).model
+        # A row of the router's matrix for each expert; its bias is not counted among the parameters.
+        router = cfg.n_moe_layers * cfg.moe.n_experts * cfg.dim
+        size = counts(cfg)
+        without_router[name] = (size.total - router, size.activated - router)
+    dense = without_router.pop("dense")
+    assert len(set(without_router.values())) == 1
+    assert dense[0] == dense[1] == without_router["16k4"][1]

@@ -1,0 +1,110 @@
+"""What is measured of a trained model at a run's end for those setups alone that ask for it by name.
+
+A probe takes a model and held-out text and returns plain values, which stand in the run's file under its name.
+
+Suffixes: L MoE layers, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.convert.other_config import with_config
+from deepseek_jax.core.params import map_variables
+from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.lab.study import Setup
+from deepseek_jax.model.arguments import check_knock_out
+from deepseek_jax.model.router import KnockOut
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.runs.evaluate import evaluate
+
+# Of held-out text knock-outs see one window in so many: there is one for each expert of each layer.
+EVERY = 8
+# Shares of the routed experts, those of a token's largest scores, that it has to do without.
+TOP = (8, 4)
+
+
+def knock_outs(model: Transformer, held_out: HeldOut) -> dict:
+    """Bits per byte where some experts are missing, on every `EVERY`th window of the text (2401.06066 §4.5, figure 4).
+
+    "whole": with all of them. "routed" [L][E]: without that one expert of that layer; its tokens choose another.
+    "shared" [L]: without the shared experts of that layer. "no_shared": without those of any layer. "replaced": and
+    with one routed expert more for each token, which the paper does. "top" {"1/8", "1/4"}: each token in every layer
+    without so many of the experts, its top-scored ones, choosing among the rest. Without shared experts, their entries
+    are None.
+    """
+    cfg, text = model.cfg, thinned(held_out, EVERY)
+    nobody_LE = np.zeros((cfg.n_moe_layers, cfg.moe.n_experts), bool)
+
+    def bits(model: Transformer, out_LE: np.ndarray = nobody_LE, top: int = 0) -> float:
+        return evaluate(model, text, routing=KnockOut(out_LE, top)).bits_per_byte
+
+    def alone(layer: int, expert: int) -> np.ndarray:
+        out_LE = nobody_LE.copy()
+        out_LE[layer, expert] = True
+        return out_LE
+
+    layers = range(cfg.n_moe_layers)
+    found = {
+        "whole": bits(model),
+        "routed": [[bits(model, alone(layer, expert)) for expert in range(cfg.moe.n_experts)] for layer in layers],
+        "shared": None,
+        "no_shared": None,
+        "replaced": None,
+        "top": {f"1/{part}": bits(model, top=cfg.moe.n_experts // part) for part in TOP},
+    }
+    if not cfg.moe.n_shared:
+        return found
+    bare = without_shared(model, set(layers))
+    found["shared"] = [bits(without_shared(model, {layer})) for layer in layers]
+    found["no_shared"] = bits(bare)
+    found["replaced"] = bits(with_config(bare, replace(cfg, moe=replace(cfg.moe, top_k=cfg.moe.top_k + 1))))
+    return found
+
+
+def without_shared(model: Transformer, layers: set[int]) -> Transformer:
+    """``model`` with the shared experts' outputs 0 in some of its MoE layers, counted from the first of these."""
+    numbers = [stack.numbers for stack in model.cfg.stacks]
+
+    def silence(path, variable):
+        if path[0] != "stacks" or path[-2:] != ("shared", "down"):
+            return variable
+        kept = [model.cfg.moe_layers.index(number) not in layers for number in numbers[path[1]]]
+        value = variable.get_value()
+        return variable.replace(value * np.asarray(kept, value.dtype).reshape(-1, *[1] * (value.ndim - 1)))
+
+    return map_variables(silence, model)
+
+
+def thinned(held_out: HeldOut, every: int) -> HeldOut:
+    """Every so many windows of a text, the first one among them, as a text of one domain whose windows do not follow
+    each other."""
+    windows_WT, segments_WT = held_out.windows_WT[::every], held_out.segments_WT[::every]
+    scored = windows_WT[:, 1:][segments_WT[:, 1:] != 0]
+    stream_n = np.concatenate([windows_WT[0, :1], scored])
+    return HeldOut(stream_n, windows_WT, segments_WT, held_out.bytes_WT1[::every])
+
+
+PROBES: dict[str, Callable[[Transformer, HeldOut], dict]] = {"knock_outs": knock_outs}
+
+
+def chosen(setup: Setup) -> dict[str, Callable[[Transformer, HeldOut], dict]]:
+    """The probes that a setup asks for, by name.
+
+    Raises ValueError for a probe that there is not, or one that the model does not allow.
+    """
+    if unknown := [name for name in setup.probes if name not in PROBES]:
+        raise ValueError(f"there is no probe {unknown[0]!r}; choose one of {', '.join(PROBES)}.")
+    if "knock_outs" in setup.probes:
+        _check_knock_outs(setup.model)
+    return {name: PROBES[name] for name in setup.probes}
+
+
+def _check_knock_outs(cfg: ModelConfig) -> None:
+    """Raises ValueError for a model without experts, or with so few that a token would not find enough of them."""
+    E = 0 if cfg.moe is None else cfg.moe.n_experts
+    check_knock_out(cfg, KnockOut(np.zeros((cfg.n_moe_layers, E), bool), max(1, *(E // part for part in TOP))))
+    if cfg.moe.n_hash:
+        raise ValueError(f"probe knock_outs: {cfg.name} has hash layers, in which a token has no choice of experts.")

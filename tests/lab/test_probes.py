@@ -1,0 +1,112 @@
+"""Probes on a tiny model of random weights, beside models that were changed by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import random_model, tiny_config
+
+from deepseek_jax.core.params import RouterBias, map_variables
+from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.probes import EVERY, chosen, knock_outs, thinned, without_shared
+from deepseek_jax.lab.records import spec
+from deepseek_jax.lab.study import changed
+from deepseek_jax.runs.evaluate import evaluate
+
+CFG = tiny_config(mtp_depth=0, moe=replace(tiny_config().moe, n_groups=1, top_groups=1))
+DEAD = (1, 5)  # a layer's expert that no token chooses
+
+
+def held_out(windows: int) -> HeldOut:
+    rng = np.random.default_rng(0)
+    bytes_V = rng.integers(1, 6, CFG.vocab_size).astype(np.int32)
+    stream_n = rng.integers(0, CFG.vocab_size, 15 * windows + 1).astype(np.int32)
+    return HeldOut.cut(stream_n, bytes_V, length=16)
+
+
+TEXT = held_out(5 * EVERY - 2)
+
+
+def made(cfg=CFG):
+    """Random weights, the same for every ``top_k``, with the dead expert."""
+
+    def starve(path, variable):
+        if not isinstance(variable, RouterBias):
+            return variable
+        value = np.array(variable.get_value())
+        value[DEAD] = -1e9
+        return variable.replace(value)
+
+    return map_variables(starve, random_model(cfg))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return knock_outs(model, TEXT)
+
+
+def silenced(model, layers: list[int]):
+    """The shared experts of MoE layers set to 0 in the array itself, for both are one stack."""
+    model = map_variables(lambda path, variable: variable, model)
+    down = model.stacks[1].ffn.shared.down
+    value = np.array(down.get_value())
+    assert value.shape[0] == 2
+    value[layers] = 0
+    model.stacks[1].ffn.shared.down = down.replace(value)
+    return model
+
+
+def test_every_nth_window_is_a_text_of_its_own(model):
+    some = thinned(TEXT, EVERY)
+    np.testing.assert_array_equal(some.windows_WT, TEXT.windows_WT[[0, 8, 16, 24, 32]])
+    alone = [HeldOut.cut(window_T, np.ones(CFG.vocab_size, np.int32), length=16) for window_T in some.windows_WT]
+    nats = sum(evaluate(model, one).bits_per_byte * one.bytes_WT1.sum() for one in alone)
+    assert evaluate(model, some).bits_per_byte == pytest.approx(nats / some.bytes_WT1.sum(), rel=1e-5)
+
+
+def test_knock_outs_are_those_of_single_experts(model, found):
+    assert found["whole"] == pytest.approx(evaluate(model, thinned(TEXT, EVERY)).bits_per_byte, rel=1e-6)
+    routed_LE = np.array(found["routed"])
+    assert routed_LE.shape == (2, 8)
+    # Without the expert that no token chooses nothing changes, and without any other something does.
+    np.testing.assert_array_equal(np.abs(routed_LE - found["whole"]) < 1e-6, np.arange(16).reshape(2, 8) == 13)
+    assert set(found["top"]) == {"1/8", "1/4"}
+    assert len({found["whole"], *found["top"].values()}) == 3
+
+
+def test_shared_experts_are_knocked_out_by_layer_in_all_and_with_a_routed_one_instead(model, found):
+    text = thinned(TEXT, EVERY)
+    by_hand = [evaluate(silenced(model, layers), text).bits_per_byte for layers in ([0], [1], [0, 1])]
+    assert [*found["shared"], found["no_shared"]] == pytest.approx(by_hand, rel=1e-6)
+    assert len({found["whole"], *by_hand}) == 4
+    more = made(replace(CFG, moe=replace(CFG.moe, top_k=CFG.moe.top_k + 1)))
+    assert found["replaced"] == pytest.approx(evaluate(silenced(more, [0, 1]), text).bits_per_byte, rel=1e-6)
+    assert abs(found["replaced"] - found["no_shared"]) > 1e-3
+    # The model itself is as it was.
+    assert evaluate(without_shared(model, set()), text).bits_per_byte == pytest.approx(found["whole"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probes": ("nun",)}, "there is no probe 'nun'; choose one of knock_outs"),
+        ({"model.n_dense_layers": 4, "model.moe": None}, "has no experts"),
+        ({"model.moe.n_experts": 4}, "leaves a layer 3 of 4 experts, fewer than the top_k=4"),
+        ({"model.moe.n_hash": 1}, "has hash layers"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_before_anything_is_trained(changes, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(changed(MICRO, {"probes": ("knock_outs",)} | changes))
+
+
+def test_a_run_with_a_probe_is_another_run():
+    assert chosen(MICRO) == {}
+    assert list(chosen(changed(MICRO, {"probes": ("knock_outs",)}))) == ["knock_outs"]
+    assert spec(changed(MICRO, {"probes": ("knock_outs",)}), 0) != spec(MICRO, 0)
