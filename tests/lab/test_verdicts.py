@@ -207,7 +207,9 @@ def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys, m
 
 
 def test_the_list_is_the_ledger(capsys, tmp_path):
-    assert main(["experiment", "--list", "--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "none")]) == 0
-    shown = capsys.readouterr().out
-    assert "calibration" in shown
-    assert "mechanism only" in shown.replace("\n", " ")
+    out = tmp_path / "out.json"
+    arguments = ["--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "none"), "--json", str(out)]
+    assert main(["experiment", "--list", *arguments]) == 0
+    assert "calibration" in capsys.readouterr().out
+    verdicts = {(row["experiment"], row["claim"]): row["verdict"] for row in json.loads(out.read_text())["ledger"]}
+    assert verdicts["`v3_balance`", "C7"] == "**mechanism only**: 0 of 25 runs are there"
