@@ -29,7 +29,8 @@ class Experiment:
     seeds: int | None = None
     """Make the runs of so many of its seeds; 0 makes none and judges what is there. By default all."""
     variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Make the runs of these variants; by default all."""
+    """Make the runs of these variants, or of a side of a comparison that is tuned, whose best is known once the runs
+    that tune it are there; by default all."""
     scale: Literal["cpu", "gpu"] = "cpu"
     """The size: minutes on a core, or a larger one for an accelerator, where runs come one after the other. The ledger
     and the figure are of cpu."""
@@ -67,12 +68,15 @@ class Experiment:
     def _make(self, study, runs) -> None:
         from deepseek_jax.cli.running import make
         from deepseek_jax.lab.asked import asked, check_corpus, rule
+        from deepseek_jax.lab.records import Runs
 
-        wanted = asked(study, self.variants, self.seeds, self.scale)
-        if wanted:
+        before = []
+        # Runs that tune a side say which come next.
+        while (wanted := asked(study, self.variants, self.seeds, self.scale, runs.of(study, self.scale))) != before:
             about = rule(study, self.folder, trial=self.runs is not None) | {"scale": self.scale}
             same = partial(check_corpus, study, runs, scale=self.scale)
             make(study.stem, wanted, runs, about, scale=self.scale, processes=self.processes, check=same)
+            before, runs = wanted, Runs(runs.folder)
 
     def _show(self, study, runs) -> None:
         from rich.table import Table

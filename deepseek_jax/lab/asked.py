@@ -1,17 +1,26 @@
 """Which runs a command has to make: those asked for that are not there. Loads no JAX."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deepseek_jax.analysis.provenance import committed
 from deepseek_jax.lab.records import Runs
-from deepseek_jax.lab.study import Setup, Study
+from deepseek_jax.lab.study import TUNING_SEED, Setup, Study
+from deepseek_jax.lab.verdicts import best
 from deepseek_jax.lab.workers import Task
 
 
-def asked(study: Study, variants: Sequence[str], seeds: int | None, scale: str) -> list[tuple[str, int, Setup]]:
+def asked(
+    study: Study,
+    variants: Sequence[str],
+    seeds: int | None,
+    scale: str,
+    found: Mapping[tuple[str, int], dict] | None = None,
+) -> list[tuple[str, int, Setup]]:
     """(variant, seed, setup) of the runs that are asked for, a seed's variants one after another, so that what is there
     early can be compared. ``variants``: none are all. ``seeds``: so many of the study's first; None: all.
+
+    Of sides that are tuned first the runs that tune them; the others once these are among ``found``, what is there.
 
     Raises ValueError for a variant, a scale or a number of seeds that the study has not.
     """
@@ -20,9 +29,13 @@ def asked(study: Study, variants: Sequence[str], seeds: int | None, scale: str) 
             f"{study.stem} was registered with {len(study.seeds)} seeds, and --seeds {seeds} is not within 0 and that: "
             "more seeds are another study, declared before its results."
         )
-    chosen = list(dict.fromkeys(variants)) or list(study.variants)
-    setups = {name: study.setup(name, scale) for name in chosen}
-    return [(name, seed, setups[name]) for seed in study.seeds[:seeds] for name in chosen]
+    if seeds == 0:
+        return []
+    chosen, settled = list(dict.fromkeys(variants)) or list(study.sides), best(study, found or {})
+    tuning = [(name, TUNING_SEED) for side in chosen for name in study.tuned.get(side, ())]
+    names = [settled.get(name, name) for name in chosen if name in settled or name not in study.tuned]
+    wanted = tuning + [(name, seed) for seed in study.seeds[:seeds] for name in names]
+    return [(name, seed, study.setup(name, scale)) for name, seed in wanted]
 
 
 def tasks(wanted: Iterable[tuple[str, int, Setup]], runs: Runs, corpus: str, about: dict, stem: str) -> list[Task]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from deepseek_jax.analysis.provenance import committed, provenance
 from deepseek_jax.configs.schema import ModelConfig
@@ -78,6 +78,7 @@ class Drill:
     seeds: tuple[int, ...] = (0, 1, 2)
     model: ModelConfig = MODEL
     teacher: ModelConfig | None = None
+    tuned: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self):
         for claim in self.claims:
@@ -87,6 +88,10 @@ class Drill:
     @property
     def variants(self) -> tuple[str, ...]:
         return START, *self.ways
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return self.variants
 
     @property
     def rule_hash(self) -> str:

@@ -130,7 +130,7 @@ class Runs:
 
         Raises ValueError where they were made on more than one corpus: such runs must not be compared.
         """
-        wanted = {(v, s): spec(study.setup(v, scale), s) for v in study.variants for s in study.seeds}
+        wanted = {(v, s): spec(study.setup(v, scale), s) for v, s in study.runs}
         found = {key: self._by_spec.get(name, {}) for key, name in wanted.items()}
         corpora = sorted({corpus for runs in found.values() for corpus in runs})
         if len(corpora) > 1:

@@ -17,6 +17,8 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.lab.rules import Rule
 from deepseek_jax.train.recipe import Recipe
 
+# The seed on which what is tuned is chosen; no verdict has runs of it.
+TUNING_SEED = 100
 # Fields without an effect on what a run computes.
 SILENT = {"ModelConfig": {"name"}, "Recipe": {"model", "log_every", "evaluate_every"}}
 SILENT["DataConfig"] = {"workers", "token_folder", "fim_rate", "sample_masks"}
@@ -58,9 +60,12 @@ class Claim:
 @dataclass(frozen=True)
 class Study:
     """``scales``: the base at each scale; "cpu" is the one that the ledger shows. ``variants``: name -> changes of the
-    base, as `changed` takes them. ``minutes``: of one core, that a run takes at scale "cpu", by estimate.
+    base, as `changed` takes them. ``minutes``: of one core, that a run takes at scale "cpu", by estimate. ``tuned``: a
+    side of a comparison -> variants of which claims about it compare one, the best on `TUNING_SEED`, by
+    `verdicts.best`; each side has as many.
 
-    Raises ValueError where claims name variants that are not there, or a change does not fit a base.
+    Raises ValueError where claims name variants that are not there, a change does not fit a base, or one side is tuned
+    with more variants than another.
     """
 
     stem: str
@@ -70,11 +75,20 @@ class Study:
     claims: tuple[Claim, ...]
     minutes: float
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         for claim in self.claims:
-            if unknown := sorted({*claim.rule.variants, *claim.paper} - set(self.variants)):
+            unknown = sorted({*claim.rule.variants} - {*self.sides} | {*claim.paper} - {*self.variants})
+            if unknown:
                 raise ValueError(f"claim {claim.id} of {self.stem} compares {', '.join(unknown)}: no such variant.")
+        if unknown := sorted({v for names in self.tuned.values() for v in names} - set(self.variants)):
+            raise ValueError(f"{self.stem} tunes {', '.join(unknown)}: no such variant.")
+        if len({len(names) for names in self.tuned.values()}) > 1 or (self.tuned and TUNING_SEED in self.seeds):
+            raise ValueError(
+                f"{self.stem} must tune each side with as many variants as the others, on a seed, {TUNING_SEED}, that "
+                "no verdict has."
+            )
         for scale in self.scales:
             self.check_text([self.base(scale), *(self.setup(name, scale) for name in self.variants)])
 
@@ -100,11 +114,25 @@ class Study:
         return changed(base, self.variants[variant])
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """What claims compare: sides that are tuned, in place of their variants, and all other variants."""
+        side_of = {variant: side for side, names in self.tuned.items() for variant in names}
+        return tuple(dict.fromkeys(side_of.get(variant, variant) for variant in self.variants))
+
+    @property
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """(variant, seed) of every run that a verdict or its tuning may rest on."""
+        tuning = tuple((variant, TUNING_SEED) for names in self.tuned.values() for variant in names)
+        return tuning + tuple((variant, seed) for seed in self.seeds for variant in self.variants)
+
+    @property
     def rule_hash(self) -> str:
         """Of all that a verdict follows from beside the runs: rules, seeds, variants, bases; words are not in it."""
         claims = [[c.id, described(c.rule), c.mechanism_only is not None] for c in self.claims]
         bases = {scale: described(setup) for scale, setup in self.scales.items()}
-        return digest([claims, bases, {n: dict(c) for n, c in self.variants.items()}, list(self.seeds)])
+        tuned = [{side: list(names) for side, names in self.tuned.items()}] if self.tuned else []
+        variants = {n: {path: described(value) for path, value in c.items()} for n, c in self.variants.items()}
+        return digest([claims, bases, variants, list(self.seeds), *tuned])
 
 
 def changed(setup: Setup, changes: Mapping[str, Any]) -> Setup:

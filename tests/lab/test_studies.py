@@ -55,6 +55,7 @@ def test_a_variant_of_each_compiles(stem):
 def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(stem):
     study = STUDIES[stem]
     assert study.stem == stem
+    assert len(study.rule_hash) == 12
     assert {claim.rule.measure for claim in study.claims} <= set(MEASURES)
     assert len({claim.id for claim in study.claims}) == len(study.claims)
     tokens = {study.setup(name).recipe.tokens for name in study.variants}

@@ -11,8 +11,8 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
 from deepseek_jax.lab.records import OF_EXPERTS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
-from deepseek_jax.lab.study import load
-from deepseek_jax.lab.verdicts import judge, ledger, spread, table
+from deepseek_jax.lab.study import TUNING_SEED, load
+from deepseek_jax.lab.verdicts import best, judge, ledger, spread, table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDY = load(EXPERIMENTS, "v3_balance")
@@ -158,6 +158,82 @@ def test_the_hash_of_a_rule_is_of_all_that_a_verdict_follows_from():
         replace(STUDY, variants=STUDY.variants | {"more": {"recipe.bias_speed": 0.5}}),
     ]
     assert len({study.rule_hash for study in (STUDY, *others)}) == 6
+
+
+TUNED = load(EXPERIMENTS, "v4_muon")
+# The best of each side, by the bits per byte of the seed that tunes.
+TUNING = {
+    "adamw-2e-3": 1.72,
+    "adamw-4e-3": 1.71,
+    "adamw-8e-3": 1.8,
+    "muon-2e-3": 1.69,
+    "muon-4e-3": 1.7,
+    "muon-8e-3": 1.71,
+}
+
+
+def tuned(variant: str, seed: int) -> dict:
+    """A run's file: at a verdict's seed Muon is better by 0.05 and comes to AdamW's loss in half of the steps."""
+    muon = variant.startswith("muon")
+    bits = TUNING[variant] if seed == TUNING_SEED else 1.7 - 0.05 * muon + 0.001 * seed
+    own = {"spec": spec(TUNED.setup(variant), seed), "curve": [[n, 3 - n * (1 + muon) / 10] for n in range(1, 5)]}
+    return record("none", seed, bits=0) | own | {"evaluations": [{"bits_per_byte": bits}]}
+
+
+def pairs(runs: Runs, *variants: str, seeds: int | None = None) -> list[tuple[str, int]]:
+    return [(v, seed) for v, seed, _ in asked(TUNED, variants, seeds, "cpu", runs.of(TUNED))]
+
+
+def test_sides_are_tuned_on_a_seed_of_its_own_and_the_best_of_each_is_compared(tmp_path):
+    runs = write(tmp_path / "runs", *(tuned(v, s) for v in ("adamw-2e-3", "muon-2e-3") for s in range(5)))
+    assert pairs(runs) == [(v, TUNING_SEED) for v in TUNED.variants]
+    assert pairs(runs, "muon") == [(v, TUNING_SEED) for v in TUNED.variants if v.startswith("muon")]
+    assert pairs(runs, "muon-8e-3", seeds=1) == [("muon-8e-3", 0)]
+    assert pairs(runs, seeds=0) == []
+    # Nothing is judged before both sides are tuned, whatever runs there are.
+    assert [(one.verdict.word, one.there, one.needed) for one in judge(TUNED, runs.of(TUNED))] == [(OPEN, 0, 16)] * 2
+    runs = write(tmp_path / "runs", *(tuned(v, TUNING_SEED) for v in TUNED.variants))
+    assert best(TUNED, runs.of(TUNED)) == {"adamw": "adamw-4e-3", "muon": "muon-2e-3"}
+    assert pairs(runs)[6:] == [(v, s) for s in range(5) for v in ("adamw-4e-3", "muon-2e-3")]
+    assert [(one.verdict.word, one.there) for one in judge(TUNED, runs.of(TUNED))] == [(OPEN, 11)] * 2
+    runs = write(tmp_path / "runs", *(tuned("adamw-4e-3", s) for s in range(5)))
+    steps, bits = judge(TUNED, runs.of(TUNED))
+    assert (steps.verdict.word, bits.verdict.word, bits.there) == (REPRODUCED, REPRODUCED, 16)
+    assert steps.verdict.why.startswith("muon is muon-2e-3; adamw is adamw-4e-3; muon needs 0.50 times the tokens")
+    rows = table(TUNED, runs.of(TUNED))
+    assert rows[0] == ["variant", "runs", "held-out bits per byte", "bits per byte, seed 100"]
+    assert [row[-1] for row in rows[1:4]] == ["1.72", "1.71", "1.8"]
+    assert ledger([TUNED], runs)[0][-1] == "16 of 16 runs, 16 CPU minutes, 2027-01-02 to 2027-01-02"
+
+
+def test_the_command_goes_on_with_what_was_tuned(tmp_path, capsys, monkeypatch):
+    made = []
+
+    def make(title, wanted, runs, about, **more):
+        new = [(v, s) for v, s, setup in wanted if not runs.path(setup, s, "aaaa").exists()]
+        write(runs.folder, *(tuned(v, s) for v, s in new))
+        made.append(len(new))
+        return "aaaa"
+
+    monkeypatch.setattr("deepseek_jax.cli.running.make", make)
+    arguments = ["experiment", "v4_muon", "--folder", str(EXPERIMENTS), "--runs", str(tmp_path / "runs")]
+    assert main(arguments) == 0
+    assert made == [6, 10]
+    assert "muon needs 0.50 times" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert (tmp_path / "runs" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_tuned_is_tuned_alike():
+    with pytest.raises(ValueError, match="must tune each side with as many variants as the others"):
+        replace(TUNED, tuned=TUNED.tuned | {"muon": ("muon-2e-3",)})
+    with pytest.raises(ValueError, match="on a seed, 100, that no verdict has"):
+        replace(TUNED, seeds=(0, TUNING_SEED))
+    with pytest.raises(ValueError, match="tunes nun: no such variant"):
+        replace(TUNED, tuned={"adamw": ("nun",)}, claims=())
+    with pytest.raises(ValueError, match="claim C4 of v4_muon compares muon: no such variant"):
+        replace(TUNED, tuned={"adamw": TUNED.tuned["adamw"]})
+    turned = {side: names[::-1] for side, names in TUNED.tuned.items()}
+    assert replace(TUNED, tuned=turned).rule_hash != TUNED.rule_hash
 
 
 def test_a_rule_that_is_not_committed_is_for_trials_only(tmp_path):
