@@ -24,7 +24,7 @@ REMAT = {
     "offload": ((), ("stream",)),
     "offload_attention": ((), ("stream", "attn")),
 }
-EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel")
+EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel", "hopper")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel")
 CACHES = ("compute", "served")
@@ -35,10 +35,11 @@ class Context:
     """How a model runs. Frozen and hashable, so that it is part of every jit cache key.
 
     ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
-    computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox.
+    computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox, for TPU;
+    "hopper" is JAX's and our Pallas kernels for NVIDIA H100 and H200 (`kernels.hopper`), for 16-bit dtypes.
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
-    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere. Kernels named here run interpreted
-    on the CPU: to check them, slowly.
+    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere. A "kernel" that is
+    named runs interpreted on the CPU: to check it, slowly; "hopper" runs nowhere else.
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
@@ -81,8 +82,8 @@ class Context:
             raise ValueError("Context(mesh=...): this one is of one device; deepseek_jax.Context takes meshes.")
         if self.mesh is not None and self.fp8 is not None:
             raise ValueError("Context(mesh=..., fp8=...): FP8 is emulated on one device; leave out one of the two.")
-        if self.experts == "dense" and self.fp8 is not None:
-            raise ValueError('Context(experts="dense", fp8=...): the oracle is not emulated; choose another form.')
+        if self.fp8 is not None and (why := {"dense": "the oracle", "hopper": "it"}.get(self.experts)):
+            raise ValueError(f'Context(experts="{self.experts}", fp8=...): {why} is not emulated; choose another form.')
         if not self.expert_buffer > 0:
             raise ValueError(f"Context(expert_buffer={self.expert_buffer!r}): must be positive.")
         if self.expert_chunks < 1:

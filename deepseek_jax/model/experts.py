@@ -1,7 +1,7 @@
 """Routed experts: every token through its chosen SwiGLU networks, nothing dropped (DeepSeekMoE 2401.06066).
 
-One function, `routed_experts`, in four forms that agree: a dense oracle that computes every expert for every
-token; and tokens sorted by expert with one of the three grouped matmuls of `kernels.grouped`.
+One function, `routed_experts`, in forms that agree: a dense oracle that computes every expert for every
+token; and tokens sorted by expert with one of the grouped matmuls of `kernels.grouped`.
 
 Suffixes: N tokens, K chosen experts, M = N * K assignments sorted by expert, E experts, D width, F expert
 width.
@@ -153,15 +153,21 @@ def _halves(w: LowRank, dy_MZ=None) -> list[tuple]:
     return [(w.a[:, :, half], w.b[:, half], part) for half, part in enumerate(parts)]
 
 
+def _thin(form: str) -> str:
+    """The form for an adapter's matrices, of which one width is a rank: those of "hopper" are too narrow a block."""
+    return "auto" if form == "hopper" else form
+
+
 def _apply(x_MD, w, sizes, form, fp8):
     """[M, Z]: every row times its expert's weight, an adapter's two thin matrices apart."""
     if fp8 is not None:
         return fp8_matmul(x_MD, w, sizes, form, fp8)
     if not isinstance(w, LowRank):
         return grouped_matmul(x_MD, w, sizes, form)
-    matmul = partial(grouped_matmul, sizes_E=sizes, form=form)
-    low_MZ = jnp.concatenate([matmul(matmul(x_MD, a), b) for a, b, _ in _halves(w)], axis=-1)
-    return matmul(x_MD, w.base) + (w.scale * low_MZ).astype(x_MD.dtype)
+    matmul = partial(grouped_matmul, sizes_E=sizes)
+    thin = partial(matmul, form=_thin(form))
+    low_MZ = jnp.concatenate([thin(thin(x_MD, a), b) for a, b, _ in _halves(w)], axis=-1)
+    return matmul(x_MD, w.base, form=form) + (w.scale * low_MZ).astype(x_MD.dtype)
 
 
 def _apply_transposed(dy_MZ, w, sizes, form, fp8):
@@ -170,9 +176,10 @@ def _apply_transposed(dy_MZ, w, sizes, form, fp8):
         return fp8_transposed(dy_MZ, w, sizes, form, fp8)
     if not isinstance(w, LowRank):
         return grouped_matmul(dy_MZ, w, sizes, form, transpose=True)
-    matmul = partial(grouped_matmul, sizes_E=sizes, form=form, transpose=True)
-    low_MD = sum(matmul(matmul(dy, b), a) for a, b, dy in _halves(w, dy_MZ))
-    return matmul(dy_MZ, w.base) + (w.scale * low_MD).astype(dy_MZ.dtype)
+    matmul = partial(grouped_matmul, sizes_E=sizes, transpose=True)
+    thin = partial(matmul, form=_thin(form))
+    low_MD = sum(thin(thin(dy, b), a) for a, b, dy in _halves(w, dy_MZ))
+    return matmul(dy_MZ, w.base, form=form) + (w.scale * low_MD).astype(dy_MZ.dtype)
 
 
 def _weight_gradient(w, x_MD, dy_MZ, sizes, form, fp8=None):
@@ -181,7 +188,7 @@ def _weight_gradient(w, x_MD, dy_MZ, sizes, form, fp8=None):
     if fp8 is not None:
         return fp8_outer(x_MD, dy_MZ, sizes, form, w.dtype, fp8).reshape(w.shape)
     if isinstance(w, LowRank):
-        matmul, outer = (partial(f, sizes_E=sizes, form=form) for f in (grouped_matmul, grouped_outer))
+        matmul, outer = (partial(f, sizes_E=sizes, form=_thin(form)) for f in (grouped_matmul, grouped_outer))
         parts = _halves(w, w.scale * dy_MZ)
         da = [outer(x_MD, matmul(dy, b, transpose=True)) for _, b, dy in parts]
         db = [outer(matmul(x_MD, a), dy) for a, _, dy in parts]
