@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.configs.checks import check_types
-from deepseek_jax.core.fp8 import Fp8
+from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.core.layout import Layout
 from deepseek_jax.core.ops import ONE_DEVICE, Operations
 from deepseek_jax.notes import shown

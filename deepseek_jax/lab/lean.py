@@ -36,6 +36,11 @@ BY_DOMAIN = ("domains", "domain_agreement", "domain_acceptance")
 WATCHED = ("main", "skipped", "max_violation")
 
 
+def context(setup: Setup) -> Context:
+    """How a setup is trained."""
+    return Context(dtype=jnp.dtype(setup.recipe.dtype), fp8=setup.fp8)
+
+
 def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int], None]) -> dict:
     """Trains a setup and returns what the run's file holds. ``tell``: is given steps taken and steps of the run.
 
@@ -51,7 +56,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     began, origin = time.monotonic(), provenance()
     setup = setup.seeded(seed)
     recipe, cfg, text, probes = setup.recipe, setup.model, corpus.data, chosen(setup)
-    ctx = Context(dtype=jnp.dtype(recipe.dtype))
+    ctx = context(setup)
     batches = text.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
     held_out = text.held_out(recipe.length)
     state, step = begin(fresh(cfg, recipe, ctx), recipe, ctx)
@@ -76,7 +81,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
                 curve.append([tokens, round(float(np.mean(losses)), 5)])
                 losses = []
             if number in at:
-                last = evaluate(state.model, held_out)
+                last = evaluate(state.model, held_out, Context(fp8=setup.fp8))
                 kept = last.record()
                 evaluations.append({"tokens": tokens} | {name: _rounded(kept[name]) for name in MEASURED})
             tell(number, steps)
@@ -111,6 +116,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
         **origin,
         "model": asdict(cfg),
         "recipe": asdict(recipe),
+        "fp8": None if setup.fp8 is None else asdict(setup.fp8),
     }
 
 

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.lab.rules import Rule
@@ -28,13 +29,15 @@ SILENT["DataConfig"] = {"workers", "token_folder", "fim_rate", "sample_masks"}
 class Setup:
     """What a run trains, but for its seed. Of ``model.vocab_size`` tokens a tokenizer is trained on ``text``.
 
-    ``probes``: names of `probes.PROBES`, what is measured of the trained model beside its evaluations. A run with a
-    probe is another than the same one without.
+    ``fp8``: which products are emulated in it, in training and where held-out text is measured. ``probes``: names of
+    `probes.PROBES`, what is measured of the trained model beside its evaluations. A run with a probe is another than
+    the same one without.
     """
 
     model: ModelConfig
     recipe: Recipe
     text: DataConfig = field(default_factory=DataConfig)
+    fp8: Fp8 | None = None
     probes: tuple[str, ...] = ()
 
     def seeded(self, seed: int) -> "Setup":

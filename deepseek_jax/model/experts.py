@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.fp8 import Fp8
+from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer

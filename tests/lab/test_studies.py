@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.core.context import Context
+from deepseek_jax.lab.lean import context
 from deepseek_jax.lab.records import MEASURES
 from deepseek_jax.lab.rules import Ordering
 from deepseek_jax.lab.study import Claim, Setup, Study, changed, described, digest, load, stems
@@ -26,7 +26,7 @@ SETUPS = [(s, scale, v) for s, study in STUDIES.items() for scale in study.scale
 
 def step_of(setup: Setup):
     """A setup's step, and shapes of what it takes."""
-    recipe, ctx = setup.recipe, Context(dtype=jnp.dtype(setup.recipe.dtype))
+    recipe, ctx = setup.recipe, context(setup)
     model = jax.eval_shape(partial(fresh, setup.model, recipe, ctx))
     optimizer, step = prepared(model, recipe, ctx)
     state = jax.eval_shape(partial(start, optimizer=optimizer, average=recipe.ema_decay > 0), model)
