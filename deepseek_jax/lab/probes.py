@@ -8,8 +8,10 @@ Suffixes: L MoE layers, E experts.
 from collections.abc import Callable
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.analysis.streams import stream_gains
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import map_variables
@@ -24,6 +26,8 @@ from deepseek_jax.runs.evaluate import evaluate
 EVERY = 8
 # Shares of the routed experts, those of a token's largest scores, that it has to do without.
 TOP = (8, 4)
+# Of held-out text streams are looked at in so many windows.
+WINDOWS = 8
 
 
 def knock_outs(model: Transformer, held_out: HeldOut) -> dict:
@@ -87,7 +91,13 @@ def thinned(held_out: HeldOut, every: int) -> HeldOut:
     return HeldOut(stream_n, windows_WT, segments_WT, held_out.bytes_WT1[::every])
 
 
-PROBES: dict[str, Callable[[Transformer, HeldOut], dict]] = {"knock_outs": knock_outs}
+def streams(model: Transformer, held_out: HeldOut) -> dict:
+    """The gains of streams that mix, on `WINDOWS` windows: `analysis.streams.Gains`, and the largest of any product."""
+    gains = stream_gains(model, jnp.asarray(held_out.windows_WT[:WINDOWS]))
+    return {"largest": gains.largest} | {name: value_S.tolist() for name, value_S in vars(gains).items()}
+
+
+PROBES: dict[str, Callable[[Transformer, HeldOut], dict]] = {"knock_outs": knock_outs, "streams": streams}
 
 
 def chosen(setup: Setup) -> dict[str, Callable[[Transformer, HeldOut], dict]]:
@@ -99,6 +109,8 @@ def chosen(setup: Setup) -> dict[str, Callable[[Transformer, HeldOut], dict]]:
         raise ValueError(f"there is no probe {unknown[0]!r}; choose one of {', '.join(PROBES)}.")
     if "knock_outs" in setup.probes:
         _check_knock_outs(setup.model)
+    if "streams" in setup.probes and setup.model.residual is None:
+        raise ValueError(f"probe streams: {setup.model.name} has one residual stream, which mixes with no other.")
     return {name: PROBES[name] for name in setup.probes}
 
 

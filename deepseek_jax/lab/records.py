@@ -78,6 +78,16 @@ OF_EXPERTS: dict[str, Callable[[dict], float]] = {
     "replaced": _knock_outs(lambda found: found["replaced"] / found["whole"] - 1),
     "top_eighth": _knock_outs(lambda found: found["top"]["1/8"] / found["whole"] - 1),
 }
+
+
+def _stream_gain(run: dict) -> float:
+    """Of the probe `probes.streams`: how far a product of mixing matrices amplifies at most; one stream never does."""
+    if run["diverged"]:
+        return math.inf
+    return 1.0 if run["model"]["residual"] is None else run["probes"]["streams"]["largest"]
+
+
+OF_STREAMS: dict[str, Callable[[dict], float]] = {"stream_gain": _stream_gain}
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
@@ -87,7 +97,7 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_EXPERTS | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
@@ -98,6 +108,7 @@ LABELS = {
     "shared_to_routed": "cost of no shared expert, over a routed one's",
     "replaced": "rise of bits per byte, shared replaced",
     "top_eighth": "rise of bits per byte, top eighth masked",
+    "stream_gain": "largest gain of mixed streams",
     "pass_at_1": "pass@1",
     "wrong": "wrong answers",
     "pass_at_k": "pass@k",

@@ -182,15 +182,18 @@ def draw(record: dict, path: Path) -> None:
         axis.set_title("C2: the format of gradients", fontsize=10, loc="left")
         axis.legend(fontsize=7)
     axis = axes[4]
-    for at, (promotion, values) in enumerate(record["sums"]["positive"].items()):
-        axis.plot([int(K) for K in values], [100 * v for v in values.values()], f"C{at}.-", label=f"{promotion}, ours")
+    for signs, line in (("positive", ".-"), ("either sign", ".:")):
+        for at, (promotion, values) in enumerate(record["sums"][signs].items()):
+            x, y = [int(K) for K in values], [100 * v for v in values.values()]
+            axis.plot(x, y, f"C{at}{line}", label=f"{promotion}, {signs}")
     axis.plot(4096, 100 * PAPERS_ERROR, "D", color="C3", fillstyle="none", label="never, the paper, on an H800")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("products in a sum (K)")
     axis.set_ylabel("largest error of a sum, %")
     axis.set_title("C3: sums of 14 bits, promoted after so many products", fontsize=10, loc="left")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6, ncols=2)
+    axis.set_ylim(top=60)
     axis, found = axes[5], record["model"]
     axis.barh(range(len(found)), [100 * v["gradient"] for v in found.values()], color="C0")
     axis.set_yticks(range(len(found)), list(found), fontsize=8)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.lab.lean import context
 from deepseek_jax.lab.records import MEASURES
 from deepseek_jax.lab.rules import Ordering
@@ -80,10 +81,18 @@ def test_a_hash_is_of_what_a_run_computes_and_of_nothing_else():
     same = {"model.name": "x", "recipe.log_every": 3, "recipe.evaluate_every": 3, "text.workers": 0}
     assert digest(described(changed(base, same))) == digest(described(base))
     others = [base, base.seeded(1), changed(base, {"recipe.bias_speed": 0.1}), changed(base, {"model.moe.scale": 2.0})]
-    assert len({digest(described(one)) for one in others}) == 4
+    others += [changed(base, {"fp8": Fp8(tile=size)}) for size in (32, 64)]
+    assert len({digest(described(one)) for one in others}) == 6
     # What has its default is left out, so that a new field changes no hash.
     assert "normalize" not in described(base.model.moe)
     assert described(base.model.moe)[""] == "MoE"
+
+
+def test_a_rules_hash_is_of_whole_parts_of_a_setup_as_well():
+    study = STUDIES["v3_fp8"]
+    other = replace(study, variants=study.variants | {"tensor": {"fp8": Fp8(tile=None)}})
+    assert len({study.rule_hash, replace(study).rule_hash, other.rule_hash}) == 2
+    assert [context(study.setup(name)).fp8 for name in ("float32", "tensor")] == [None, Fp8(tile=None, block=None)]
 
 
 def test_a_study_that_does_not_fit_is_refused():
