@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.product import product
+from deepseek_jax.kernels import cudnn
 from deepseek_jax.kernels.attention import LANES, causal_attention
 from deepseek_jax.kernels.platform import on_platform
 from deepseek_jax.model.indexer import Seeking, chosen_keys, only_chosen
@@ -87,34 +88,44 @@ def attend(
 
     ``seeking``, ``index_BSI``: what an indexer asks with, and its keys: a query then sees those that it chooses only.
 
-    ``ctx.attention`` names the form. The kernel takes calls without a cache whose tokens are all of their rows, in
-    order, a multiple of 128; calls with a cache take the XLA form always, the others under "auto". Raises ValueError
-    where "kernel" is named for one of those others.
+    ``ctx.attention`` names the form. Calls with a cache take the XLA form always. The kernel takes calls whose tokens
+    are all of their rows, in order, a multiple of 128; the others take the XLA form under "auto". Raises ValueError
+    where "kernel" is named for one of those others, or "cudnn" for what `kernels.cudnn` does not take. Under "cudnn"
+    calls with segments or positions take the XLA form: JAX's function for it knows none. So do those of an MTP module,
+    whose last tokens are unknown.
     """
-    if ctx.attention != "xla" and tokens.slot is None:
-        if not (refusal := _kernel_refusal(q_BTNK, tokens, ctx, seeking)):
-            segment_BT = None if tokens.uniform else tokens.segment
-            # Where activations are even sent to the host, memory is short.
-            how = {"scale": scale, "fused": not ctx.remat.startswith("offload")}
-            kernel = lambda interpret: partial(ctx.ops.heads, partial(causal_attention, **how, interpret=interpret))  # noqa: E731
-            xla = None
-            if ctx.attention == "auto":
-                xla = lambda q, k, v, _: attend_whole(q, k, v, tokens, scale)  # noqa: E731
-            return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
-        if ctx.attention == "kernel":
-            raise ValueError(f'Context(attention="kernel"): {refusal}; choose "auto" or "xla".')
+    form = "xla" if tokens.slot is not None else ctx.attention
+    if form == "cudnn" and not tokens.uniform and not ctx.ops.splits_rows:
+        form = "xla"
+    refusal = "" if form == "xla" else _refusal(q_BTNK, v_BSGV, tokens, ctx, seeking)
+    if refusal and form != "auto":
+        raise ValueError(f'Context(attention="{form}"): {refusal}; choose "auto" or "xla".')
+    if form == "cudnn":
+        by_cudnn = lambda q, k, v, _: cudnn.causal_attention(q, k, v, scale)  # noqa: E731
+        return ctx.ops.heads(by_cudnn, q_BTNK, k_BSGK, v_BSGV, None)
+    if form != "xla" and not refusal:
+        segment_BT = None if tokens.uniform else tokens.segment
+        # Where activations are even sent to the host, memory is short.
+        how = {"scale": scale, "fused": not ctx.remat.startswith("offload")}
+        kernel = lambda interpret: partial(ctx.ops.heads, partial(causal_attention, **how, interpret=interpret))  # noqa: E731
+        xla = None
+        if form == "auto":
+            xla = lambda q, k, v, _: attend_whole(q, k, v, tokens, scale)  # noqa: E731
+        return on_platform(kernel, xla, ctx.platform)(q_BTNK, k_BSGK, v_BSGV, segment_BT)
     whole = lambda q, k, v, tokens: attend_whole(q[0], k[0], v, tokens, scale, q[1], k[1])  # noqa: E731
     return ctx.ops.attend(whole, (q_BTNK, seeking), (k_BSGK, index_BSI), v_BSGV, tokens)
 
 
-def _kernel_refusal(q_BTNK: jax.Array, tokens: Tokens, ctx: Context, seeking: Seeking | None) -> str:
-    """Why a call without a cache cannot run by the kernel; empty if it can."""
+def _refusal(q_BTNK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, ctx: Context, seeking: Seeking | None) -> str:
+    """Why a call without a cache cannot run by the kernel, or by cuDNN; empty if it can."""
     if seeking is not None:
         return "it lets a query see all earlier tokens, and this model has an indexer that chooses them"
     if ctx.ops.splits_rows:
         return "it takes whole rows, and the mesh splits them over its axis 'context'"
     if not tokens.causal:
         return "it takes tokens in order, and this call gives positions"
+    if ctx.attention == "cudnn":
+        return cudnn.refusal(q_BTNK, v_BSGV)
     if q_BTNK.shape[1] % LANES:
         return f"it takes rows of a multiple of {LANES} tokens, not {q_BTNK.shape[1]}"
     return ""

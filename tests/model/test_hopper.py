@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA Hopper, interpreted on the CPU, equal the plain forms; and programs for a GPU have them."""
+"""The forms for NVIDIA GPUs: interpreted on the CPU, kernels equal the plain forms; programs for CUDA have them."""
 
 import re
 from dataclasses import replace
@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from tiny import tiny_config
+from tiny import tiny_config, tokens_of
 
 import deepseek_jax as dsj
+from deepseek_jax.core.context import Context
 from deepseek_jax.core.fp8 import Fp8
-from deepseek_jax.kernels import hopper
+from deepseek_jax.kernels import cudnn, hopper
 from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
+from deepseek_jax.model.attention import attend
 from deepseek_jax.model.experts import routed_experts
 
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
@@ -133,29 +136,90 @@ def test_experts_and_their_gradients(interpreted):
         assert np.linalg.norm(a - c) < 1.5 * np.linalg.norm(b - c) < 0.02 * np.linalg.norm(c), name
 
 
-def wide_config():
-    """A tiny V3 whose experts are as wide as the kernels' blocks."""
-    cfg = tiny_config(n_layers=2, mtp_depth=0)
-    return replace(cfg, moe=replace(cfg.moe, expert_dim=64))
+@pytest.fixture
+def with_cudnn(on_hopper, monkeypatch):
+    """Such a machine with a cuDNN, whose version JAX asks for as it traces."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
-def test_training_program_for_a_gpu_has_no_dense_expansion(on_hopper):
-    cfg = wide_config()
+def gradient_for_a_gpu(cfg, ctx, batch) -> str:
+    """The program of a training gradient, lowered for CUDA from shapes alone."""
     model = jax.eval_shape(partial(dsj.init, cfg, dtype=jnp.bfloat16), jax.random.key(0))
     params, rest = dsj.partition(model)
-    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
-    ctx = dsj.Context(experts="hopper", dtype=jnp.dtype(jnp.bfloat16))
 
-    def step(params, rest, tokens):
-        return jax.grad(lambda p: dsj.loss(dsj.combine(p, rest), {"tokens": tokens}, ctx=ctx)[0])(params)
+    def gradient(params, rest, batch):
+        return jax.grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, ctx=ctx)[0])(params)
 
-    text = jax.export.export(jax.jit(step), platforms=["cuda"])(params, rest, tokens).mlir_module()
+    return jax.jit(gradient).trace(params, rest, batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# One block of queries, and no width of the model: a shape that has it twice is one of scores or of a mask.
+LENGTH = 56
+
+
+def test_training_program_for_a_gpu_has_no_dense_expansion_and_no_scores(with_cudnn):
+    # Experts as wide as the kernels' blocks.
+    cfg = tiny_config(n_layers=2, mtp_depth=0)
+    cfg = replace(cfg, moe=replace(cfg.moe, expert_dim=64))
+    ctx = dsj.Context(experts="hopper", attention="cudnn", dtype=jnp.dtype(jnp.bfloat16))
+    batch = {"tokens": jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)}
+    text = gradient_for_a_gpu(cfg, ctx, batch)
     # Two products forward and four backward, and no other with the matrices of all 8 experts.
     assert text.count("custom_call @mosaic_gpu_v2") == 6
     assert "chlo.ragged_dot" not in text
     operands = re.findall(r"dot_general .*: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)", text)
     assert len(operands) > 20
     assert not [pair for pair in operands if any(shape.startswith("8x64x") for shape in pair)]
+    # The attention of a dense layer and of a layer of experts.
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == 2
+    assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 2
+    assert not re.findall(rf"tensor<(?:\d+x)*{LENGTH}x{LENGTH}x", text)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_what_cudnn_is_asked_for_is_our_attention(heads, with_cudnn, monkeypatch):
+    """Scale, layout, causality and the zeros behind narrow values, with JAX's plain form in cuDNN's place."""
+    asked = jax.nn.dot_product_attention
+
+    def plain(*arrays, implementation, **how):
+        assert implementation == "cudnn"
+        return asked(*arrays, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    monkeypatch.setattr(cudnn, "DTYPES", (jnp.float32,))
+    (N, G), K, V, B = heads, 24, 16, 2
+    shapes = (B, LENGTH, N, K), (B, LENGTH, G, K), (B, LENGTH, G, V), (B, LENGTH, N, V)
+    *qkv, cotangent = arrays(*shapes, dtype=jnp.float32)
+    tokens = replace(tokens_of(jnp.ones((B, LENGTH))), causal=True, uniform=True)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(form, *qkv):
+        o, back = jax.vjp(lambda *a: attend(*a, tokens, 0.3, Context(attention=form)), *qkv)
+        return o, *back(cotangent)
+
+    for a, b in zip(run("cudnn", *qkv), run("xla", *qkv), strict=True):
+        assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b)
+
+
+def test_what_cudnn_refuses(with_cudnn, monkeypatch):
+    tokens = replace(tokens_of(jnp.ones((1, 64))), causal=True, uniform=True)
+    ctx = Context(attention="cudnn")
+    call = partial(attend, tokens=tokens, scale=0.3, ctx=ctx)
+    q, k, v, wide = arrays((1, 64, 2, 24), (1, 64, 2, 24), (1, 64, 2, 16), (1, 64, 2, 264))
+    with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32; choose"):
+        call(*(a.astype(jnp.float32) for a in (q, k, v)))
+    with pytest.raises(ValueError, match="keys of a multiple of 8 numbers up to 256, not 264; choose"):
+        call(wide, wide, v)
+    with pytest.raises(ValueError, match="values no wider than keys, not 264 beside 24; choose"):
+        call(q, k, wide)
+    packed = jax.jit(partial(call, tokens=replace(tokens, uniform=False))).lower(q, k, v).as_text()
+    assert "cudnn" not in packed
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r'attention="cudnn"\): it is for NVIDIA GPUs of compute capability 9 or 10 or 12'
+    ):
+        call(q, k, v)
 
 
 def test_what_the_kernels_refuse(on_hopper, monkeypatch):
