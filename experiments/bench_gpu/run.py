@@ -6,12 +6,14 @@ values stay; a token has one shared expert and 8 routed ones, of 64 in 8 groups 
 same weights, from one checkpoint, and the same tokens: forward, backward, clipping and AdamW, with parameters,
 gradients and moments in bfloat16. The first loss of each is recorded: that they agree shows that they compute the same.
 
-Each choice of rows, recomputation and expert implementation is a process of its own, so that an exhausted memory ends
+Each choice of rows, recomputation, experts and attention is a process of its own, so that an exhausted memory ends
 that choice alone, and each side is taken at its best. PyTorch: SDPA attention, fused AdamW, `grouped_mm` and `eager`
-experts, with and without gradient checkpointing. This package: `train_step` with and without remat; at its best choice
-also with float32 master weights, as recipes train. Means over steps that follow each other, after three to warm up.
+experts, with and without gradient checkpointing. This package: `train_step` with and without remat, in the forms that
+"auto" takes on any GPU and in those for Hopper, together and one by one (these have not run on a card yet); at its best
+choice also with float32 master weights, as recipes train. Means over steps that follow each other, after three to warm
+up.
 
-    python experiments/bench_gpu/run.py            # about an hour; writes results.json beside itself
+    python experiments/bench_gpu/run.py            # some two hours; writes results.json beside itself
     python experiments/bench_gpu/run.py --smoke    # the same code at toy size, on whatever device there is; a minute
 
 Needs the extra ``deepseek-jax[verify]``; PyTorch's side needs a PyTorch with CUDA. Without a GPU it says so and ends.
@@ -58,11 +60,18 @@ SMOKE = replace(
 )
 SMOKE_LENGTH, SMOKE_ROWS, SMOKE_STEPS = 64, (2,), 2
 RATE, CLIP, DECAY = 1e-5, 1.0, 0.1
-# side -> the choices that are tried: recomputation, and the experts' implementation.
+# side -> the choices that are tried: recomputation, and the implementations of experts and of attention.
 CHOICES = {
-    "jax": [("none", "auto"), ("sublayers", "auto"), ("full", "auto")],
-    "torch": [("none", "grouped_mm"), ("full", "grouped_mm"), ("none", "eager"), ("full", "eager")],
+    "jax": [
+        *((remat, "auto", "auto") for remat in ("none", "sublayers", "full")),
+        *((remat, "hopper", "cudnn") for remat in ("none", "sublayers", "full")),
+        ("sublayers", "hopper", "auto"),
+        ("sublayers", "auto", "cudnn"),
+    ],
+    "torch": [(remat, experts, "sdpa") for experts in ("grouped_mm", "eager") for remat in ("none", "full")],
 }
+# Those that other GPUs do not have.
+FOR_HOPPER = {"hopper", "cudnn"}
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -82,10 +91,13 @@ def make(folder: str, smoke: bool) -> dict:
     model = dsj.init(SMOKE if smoke else CFG, jax.random.key(0), dtype=jnp.bfloat16)
     dsj.save_pretrained(model, folder)
     device = jax.devices()[0]
-    return {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
+    capability = getattr(device, "compute_capability", None)
+    return {"device": device.device_kind, "capability": capability, "jax": jax.__version__}
 
 
-def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts: str, storage: str) -> dict:
+def run_jax(
+    folder: str, rows: int, length: int, steps: int, remat: str, experts: str, attention: str, storage: str
+) -> dict:
     from functools import partial
 
     import jax
@@ -102,7 +114,7 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
 
     model = dsj.load_pretrained(folder, dtype=storage)
     optimizer = optim.make(Optimizer(weight_decay=DECAY, moments=storage), partition(model)[0])
-    ctx = dsj.Context(dtype=jnp.bfloat16, remat=remat, experts=experts)
+    ctx = dsj.Context(dtype=jnp.bfloat16, remat=remat, experts=experts, attention=attention)
     objective = NextToken(LossWeights(mtp=0.0, balance=0.0), model.cfg.mtp_depth)
     step = partial(train_step, optimizer=optimizer, objective=objective, ctx=ctx, clip=CLIP)
     state = start(model, optimizer)
@@ -124,13 +136,15 @@ def run_jax(folder: str, rows: int, length: int, steps: int, remat: str, experts
     return {"seconds": seconds / steps, "first_loss": first, "peak_bytes": memory.get("peak_bytes_in_use")}
 
 
-def run_torch(folder: str, rows: int, length: int, steps: int, remat: str, experts: str, storage: str) -> dict:
+def run_torch(
+    folder: str, rows: int, length: int, steps: int, remat: str, experts: str, attention: str, storage: str
+) -> dict:
     import torch
     from transformers import DeepseekV3ForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, storage), attn_implementation="sdpa")
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, storage), attn_implementation=attention)
     model = model.to(device).train()
     model.set_experts_implementation(experts)
     if remat == "full":
@@ -197,13 +211,15 @@ def measure(side: str, folder: str, size: tuple, storage: str, choices, flops: i
     """Every choice, with more rows until the memory is exhausted."""
     length, rows_tried, steps = size
     records = []
-    for remat, experts in choices:
+    for remat, experts, attention in choices:
         for rows in rows_tried:
-            found = call(side, folder, rows, length, steps, remat, experts, storage)
-            record = {"side": side, "rows": rows, "remat": remat, "experts": experts, "storage": storage}
+            found = call(side, folder, rows, length, steps, remat, experts, attention, storage)
+            record = {"side": side, "rows": rows, "remat": remat, "experts": experts, "attention": attention}
+            record["storage"] = storage
+            what = f"{side:6}{rows:3} rows, remat {remat}, experts {experts}, attention {attention}, {storage}"
             if found is None:
                 records.append(record | {"out_of_memory": True})
-                print(f"{side:6}{rows:3} rows, remat {remat}, {experts}: out of memory", flush=True)
+                print(f"{what}: out of memory", flush=True)
                 break
             rate = rows * length / found["seconds"]
             record |= {
@@ -216,7 +232,6 @@ def measure(side: str, folder: str, size: tuple, storage: str, choices, flops: i
             records.append(record)
             mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.1%}"
             memory = "" if record["peak_gigabytes"] is None else f", {record['peak_gigabytes']:.1f} GB"
-            what = f"{side:6}{rows:3} rows, remat {remat}, {experts}, {storage}"
             print(f"{what}: {rate:,.0f} tokens a second{mfu}{memory}, first loss {record['first_loss']}", flush=True)
     return records
 
@@ -242,7 +257,7 @@ def main() -> None:
 
     cfg, size = (SMOKE, (SMOKE_LENGTH, SMOKE_ROWS, SMOKE_STEPS)) if given.smoke else (CFG, (LENGTH, ROWS, STEPS))
     figures, flops = counts(cfg, size[0]), training_flops(cfg, size[0], mtp=False)
-    choices = {side: found[:1] for side, found in CHOICES.items()} if given.smoke else CHOICES
+    choices = {side: found[:1] if given.smoke else found for side, found in CHOICES.items()}
     sides = ["jax", "torch"]
     if not given.smoke and not call("probe", "torch")["gpu"]:
         print("PyTorch sees no GPU: its side is left out. Install a PyTorch with CUDA to compare.")
@@ -250,6 +265,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "checkpoint")
         machine = call("make", folder, given.smoke)
+        if not given.smoke and not str(machine["capability"]).startswith("9."):
+            choices["jax"] = [choice for choice in choices["jax"] if not FOR_HOPPER & set(choice)]
+            print(f"the forms for Hopper are left out: this is of compute capability {machine['capability']}")
         known = peak_of(machine["device"])
         peak = None if known is None else known.flops
         print(f"{machine['device']}: {figures.total:,} parameters, {figures.activated:,} activated", flush=True)
@@ -259,7 +277,7 @@ def main() -> None:
         fastest = best(records["jax"])
         masters = []
         if fastest is not None:
-            choice = [(fastest["remat"], fastest["experts"])]
+            choice = [(fastest["remat"], fastest["experts"], fastest["attention"])]
             masters = measure("jax", folder, (size[0], (fastest["rows"],), size[2]), "float32", choice, flops, peak)
     winners = {side: best(found) for side, found in records.items()}
     ratio = None
