@@ -13,7 +13,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -326,10 +326,23 @@ def studies() -> str:
     """The ledger of the workbench: a row a claim, its verdict computed from the committed runs."""
     from deepseek_jax.lab.records import Runs
     from deepseek_jax.lab.study import load, stems
-    from deepseek_jax.lab.verdicts import ledger as verdicts
 
-    lines = verdicts([load(HERE, stem) for stem in stems(HERE)], Runs(HERE / "runs"))
-    return rows("| stem | claim | what it says, with its source | verdict | rests on |", lines)
+    made = Runs(HERE / "runs")
+    return verdicts((study, made.of(study)) for study in (load(HERE, stem) for stem in stems(HERE)))
+
+
+def drills() -> str:
+    """The same of the studies of reinforcement learning."""
+    from deepseek_jax.lab.practice import load, runs
+
+    found = [(drill, path.parent) for path in sorted(HERE.glob("*/run.py")) if (drill := load(path))]
+    return verdicts((drill, runs(drill, folder / "results")) for drill, folder in found)
+
+
+def verdicts(studies: Iterable) -> str:
+    from deepseek_jax.lab.verdicts import ledger
+
+    return rows("| stem | claim | what it says, with its source | verdict | rests on |", ledger(studies))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -342,6 +355,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shipped-line": shipped_line,
     "shipped-table": shipped_table,
     "studies": studies,
+    "drills": drills,
     "ledger": ledger,
 }
 

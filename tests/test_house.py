@@ -13,6 +13,7 @@ import pytest
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import COMMANDS
+from deepseek_jax.lab import practice
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.study import load, stems
 
@@ -29,8 +30,10 @@ TEXTS = sorted(
 )
 NOTES = {path.stem for path in (ROOT / "paper_notes").glob("*.md")} - {"README"}
 PAPER_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "paper").glob("test_*.py")}
-EXPERIMENTS = {path.parent.name for path in (ROOT / "experiments").glob("*/run.py")}
 STUDIES = {stem: load(ROOT / "experiments", stem) for stem in stems(ROOT / "experiments")}
+RUNS = sorted((ROOT / "experiments").glob("*/run.py"))
+EXPERIMENTS = {path.parent.name for path in RUNS}
+DRILLS = {path.parent: drill for path in RUNS if (drill := practice.load(path))}
 FEW = 4  # files of a folder that need no README
 MEASUREMENTS = ("bench_", "compile_")
 SUFFIXES = (".py", ".md", ".toml", ".json", ".cff", ".png", ".safetensors", ".npz", ".log")
@@ -169,7 +172,7 @@ def test_the_checks_see_what_they_have_to():
 def test_every_claim_of_a_study_stands_in_its_note_and_every_claim_there_has_a_test_or_an_experiment():
     """A note's front matter says where each of its claims is checked."""
     wrong = []
-    for stem, study in STUDIES.items():
+    for stem, study in [*STUDIES.items(), *((drill.stem, drill) for drill in DRILLS.values())]:
         text = (ROOT / "paper_notes" / f"{stem}.md").read_text(encoding="utf-8")
         head = re.search(r"^claims: (.*)$", text, flags=re.MULTILINE)[1]
         where = {found[2]: found[1].split() for found in re.finditer(r"([C\d ]+) \(([^)]+)\)", head)}
@@ -203,13 +206,35 @@ def test_a_rule_is_older_than_its_results():
             wrong.append(f"{path.name}: it is not the run of {by['variant']}, seed {run['seed']}")
         elif not by["rule_commit"] or run["commit"].endswith("+changes"):
             wrong.append(f"{path.name}: made with a rule or code that was not committed")
-        elif git("cat-file", "-e", by["rule_commit"]).returncode == 0:
-            file = f"{by['rule_commit']}:experiments/{by['study']}/run.py"
-            if (
-                git("cat-file", "-e", file).returncode
-                or git("merge-base", "--is-ancestor", by["rule_commit"], "HEAD").returncode
-            ):
-                wrong.append(f"{path.name}: {by['rule_commit']} is no commit of the rule before this one")
+        elif not older(by["rule_commit"], by["study"]):
+            wrong.append(f"{path.name}: {by['rule_commit']} is no commit of the rule before this one")
+    assert wrong == []
+
+
+def older(commit: str, stem: str) -> bool:
+    """Whether a commit is a part of the history and has a study's file, where the history is at hand."""
+    if git("cat-file", "-e", commit).returncode:
+        return True
+    return not (
+        git("cat-file", "-e", f"{commit}:experiments/{stem}/run.py").returncode
+        or git("merge-base", "--is-ancestor", commit, "HEAD").returncode
+    )
+
+
+def test_a_rule_of_reinforcement_learning_is_older_than_its_results():
+    """As above, of the studies whose runs lie beside them."""
+    wrong = []
+    for folder, drill in DRILLS.items():
+        for path in sorted((folder / "results").glob("*.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if run["rule"] != drill.rule_hash:
+                wrong.append(f"{path}: the rules of {drill.stem} are not those that it was made under")
+            elif path.name != f"{run['variant']}-{run['seed']}.json" or run["variant"] not in drill.variants:
+                wrong.append(f"{path}: it is not the run of {run['variant']}, seed {run['seed']}")
+            elif not run["rule_commit"] or run["commit"].endswith("+changes"):
+                wrong.append(f"{path}: made with a rule or code that was not committed")
+            elif not older(run["rule_commit"], drill.stem):
+                wrong.append(f"{path}: {run['rule_commit']} is no commit of the rule before this one")
     assert wrong == []
 
 

@@ -108,7 +108,7 @@ class Experiment:
         from deepseek_jax.lab.verdicts import ledger
 
         columns = ("experiment", "claim", "what it says", "verdict", "rests on")
-        rows, shown = ledger(studies, runs), Table(*columns)
+        rows, shown = ledger((study, runs.of(study)) for study in studies), Table(*columns)
         for row in rows:
             shown.add_row(*(cell.replace("`", "").replace("**", "") for cell in row))
         show(Output(highlight=False), shown)

@@ -53,10 +53,10 @@ def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judge
         axis.set_title("\n".join(f"{one.claim.id}: {one.verdict.word}" for one in here), fontsize=9, loc="left")
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=OURS, marker="o", label="ours, a dot a seed"),
-        Line2D([], [], color=PAPERS, marker="D", fillstyle="none", linestyle="", label="the paper, at its own size"),
-    ]
+    handles = [Line2D([], [], color=OURS, marker="o", label="ours, a dot a seed")]
+    if any(one.claim.paper for one in judged):
+        told = {"marker": "D", "fillstyle": "none", "linestyle": "", "label": "the paper, at its own size"}
+        handles.append(Line2D([], [], color=PAPERS, **told))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"{study.stem}: {study.question}", fontsize=10, wrap=True)
     part = path.with_name(f".{path.name}.part")

@@ -1,11 +1,13 @@
 """Studies of reinforcement learning: ways to go on from one start, compared by the workbench's rules.
 
-``experiments/STEM/run.py`` holds one as ``DRILL`` and hands it to `main`. Each seed has a base of its own, trained on
-tags in any order, and one cold start on the task's solutions, which ends at the first checkpoint whose held-out pass@1
-reaches `Drill.begin`. That is the variant "start"; all others begin from it. A run is a file, VARIANT-SEED.json.
+``experiments/STEM/run.py`` holds one as ``DRILL`` and hands it to `main`, which also draws its figure. Each seed has a
+base of its own, trained on tags in any order, and one cold start on the task's solutions, which ends at the first
+checkpoint whose held-out pass@1 reaches `Drill.begin`. That is the variant "start"; all others begin from it. A run is
+a file, VARIANT-SEED.json.
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -21,6 +23,7 @@ from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.core.context import DEFAULT
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.figure import draw
 from deepseek_jax.lab.study import Claim, described, digest
 from deepseek_jax.lab.verdicts import judge
 from deepseek_jax.rl.held_out import measure
@@ -64,11 +67,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Drill:
-    """``variants``: the ways that are compared, "start" aside. ``begin``: pass@1 at which the cold start ends, of at
+    """``ways``: those that are compared, "start" aside. ``begin``: pass@1 at which the cold start ends, of at
     most ``cold_steps``. ``teacher``: a model that first learns the task by GRPO, from a start of its own. The other
     fields are those of `lab.study.Study`."""
 
     stem: str
+    question: str
     task: Exercise
     recipe: RlRecipe
     ways: Mapping[str, Way]
@@ -227,10 +231,24 @@ def _plain(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def told(drill: Drill, results: Path) -> list[str]:
-    """A line a variant with its ends, and a line a claim with its verdict, of the runs of this rule that are there."""
-    runs = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json")))
-    found = {(run["variant"], run["seed"]): run for run in runs if run["rule"] == drill.rule_hash}
+def runs(drill: Drill, results: Path) -> dict[tuple[str, int], dict]:
+    """(variant, seed) -> run, of those in a folder that were made under this rule."""
+    made = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json")))
+    return {(run["variant"], run["seed"]): run for run in made if run["rule"] == drill.rule_hash}
+
+
+def load(path: Path) -> Drill | None:
+    """The drill of a run.py; None where it is something else."""
+    if not any(line.startswith("DRILL =") for line in path.read_text(encoding="utf-8").splitlines()):
+        return None
+    spec = importlib.util.spec_from_file_location(f"drill_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.DRILL
+
+
+def told(drill: Drill, found: Mapping[tuple[str, int], dict]) -> list[str]:
+    """A line a variant with its ends, and a line a claim with its verdict. ``found``: as `runs` gives it."""
     lines = []
     for name in drill.variants:
         ends = [found[name, seed]["after"] for seed in drill.seeds if (name, seed) in found]
@@ -268,4 +286,7 @@ def main(drill: Drill, file: str, words: str) -> None:
                 record = {"rule": drill.rule_hash, "rule_commit": commit, **found}
                 write_whole(path, json.dumps(record, indent=1) + "\n")
                 print(f"{path.name}: {found['cpu_minutes']:.1f} CPU minutes", flush=True)
-        print("\n".join(told(drill, results)))
+        found = runs(drill, results)
+        print("\n".join(told(drill, found)))
+        if not asked.smoke:
+            print(draw(drill, found, judge(drill, found), results.parent / "figure.png"))

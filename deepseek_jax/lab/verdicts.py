@@ -1,11 +1,11 @@
 """What the runs that are there say of each claim, and the rows of the ledger. Loads no JAX."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_jax.lab.records import LABELS, MEASURES, Runs
+from deepseek_jax.lab.records import LABELS, MEASURES
 from deepseek_jax.lab.rules import MECHANISM, OPEN, Verdict
 from deepseek_jax.lab.study import TUNING_SEED, Claim, Study
 
@@ -89,11 +89,10 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.4g} (SD {np.std(values, ddof=1):.2g})"
 
 
-def ledger(studies: list[Study], runs: Runs) -> list[list[str]]:
-    """A row a claim: stem, claim, what it says and where, verdict, what that rests on."""
+def ledger(studies: Iterable[tuple[Study, Found]]) -> list[list[str]]:
+    """A row a claim: stem, claim, what it says and where, verdict, what that rests on. Beside each study its runs."""
     rows = []
-    for study in studies:
-        found = runs.of(study)
+    for study, found in studies:
         for judged in judge(study, found):
             claim = judged.claim
             rows.append(
@@ -111,7 +110,7 @@ def ledger(studies: list[Study], runs: Runs) -> list[list[str]]:
 def _origin(runs: Sequence[dict]) -> str:
     if not runs:
         return ""
-    minutes = sum(run["cpu_seconds"] for run in runs) / 60
+    minutes = sum(run["cpu_minutes"] if "cpu_minutes" in run else run["cpu_seconds"] / 60 for run in runs)
     return f", {minutes:.0f} CPU minutes, {min(run['date'] for run in runs)} to {max(run['date'] for run in runs)}"
 
 

@@ -11,7 +11,7 @@ own, from which it goes on by
     python experiments/r1_distill/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_distill/run.py --smoke    # the same code at toy size, in a folder that goes
 
-A run takes up to 8 minutes of one core, a seed's teacher included. `results` holds a file a run.
+A run takes up to 8 minutes of one core, a seed's teacher included. `results` holds a file a run, figure.png draws them.
 """
 
 from dataclasses import replace
@@ -25,6 +25,7 @@ from deepseek_jax.rl.tasks import Sort
 
 DRILL = Drill(
     stem="r1_distill",
+    question="does a student learn more from a teacher than from rewards?",
     task=Sort(symbols=5, documents=4000),
     recipe=RlRecipe(steps=100, prompts=8, group=16, max_new_tokens=12, lr=1e-4, evaluate_every=20),
     ways={"grpo": Way(), "reverse-kl": Way(taught=True), "sft": Way(rounds=1, taught=True)},

@@ -10,7 +10,7 @@ cold start that is stopped early. All ways have 19,200 answers to 1,200 problems
     python experiments/r1_rft/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_rft/run.py --smoke    # the same code at toy size, in a folder that goes
 
-A run takes up to 8 minutes of one core. `results` holds a file a run.
+A run takes up to 8 minutes of one core. `results` holds a file a run, figure.png draws them.
 """
 
 from deepseek_jax.cli.programs import keep_programs
@@ -23,6 +23,7 @@ from deepseek_jax.rl.variants import Grpo
 
 DRILL = Drill(
     stem="r1_rft",
+    question="what do right answers alone teach, and what do wrong ones add?",
     task=Sort(symbols=5, documents=4000),
     recipe=RlRecipe(steps=150, prompts=8, group=16, max_new_tokens=12, lr=1e-4, evaluate_every=30),
     ways={"offline": Way(rounds=1), "online": Way(rounds=10), "grpo": Way(Grpo())},

@@ -7,7 +7,7 @@ Each variant is V3.2's form with one part taken away, or put as it was before.
     python experiments/r1_v32_parts/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_v32_parts/run.py --smoke    # the same code at toy size, in a folder that goes
 
-A run takes up to 8 minutes of one core. `results` holds a file a run.
+A run takes up to 8 minutes of one core. `results` holds a file a run, figure.png draws them.
 """
 
 from dataclasses import replace
@@ -29,6 +29,7 @@ WITHOUT = {
 }
 DRILL = Drill(
     stem="r1_v32_parts",
+    question="what does each part of V3.2's form do when rollouts are old?",
     task=Sort(symbols=5, documents=4000),
     recipe=RlRecipe(
         steps=100,

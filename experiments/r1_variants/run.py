@@ -7,7 +7,7 @@ update a rollout, where every ratio is 1, and with four, where ratios, clips and
     python experiments/r1_variants/run.py            # the runs that are missing, one after another, then the verdicts
     python experiments/r1_variants/run.py --smoke    # the same code at toy size, in a folder that goes
 
-A run takes up to 8 minutes of one core. `results` holds a file a run.
+A run takes up to 8 minutes of one core. `results` holds a file a run, figure.png draws them.
 """
 
 from deepseek_jax.cli.programs import keep_programs
@@ -21,6 +21,7 @@ from deepseek_jax.rl.variants import MATH, V3, V32
 FORMS = {"math": MATH, "v3": V3, "v3.2": V32}
 DRILL = Drill(
     stem="r1_variants",
+    question="do GRPO's published forms differ on one task?",
     task=Sort(symbols=5, documents=4000),
     recipe=RlRecipe(steps=100, prompts=8, group=16, max_new_tokens=12, lr=1e-4, evaluate_every=20),
     ways={f"{name}-{inner}": Way(form, {"inner": inner}) for inner in (1, 4) for name, form in FORMS.items()},

@@ -1,21 +1,17 @@
 """Studies of reinforcement learning: what their rules say of runs, and the same code at toy size."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 
-from deepseek_jax.lab.practice import main, told
+from deepseek_jax.lab.practice import load, main, runs, told
 
 STEMS = ("r1_distill", "r1_rft", "r1_v32_parts", "r1_variants")
 
 
 def drill(root, stem):
-    spec = importlib.util.spec_from_file_location(stem, root / "experiments" / stem / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.DRILL
+    return load(root / "experiments" / stem / "run.py")
 
 
 def test_verdicts_follow_from_the_runs_of_one_rule(root, tmp_path):
@@ -33,12 +29,12 @@ def test_verdicts_follow_from_the_runs_of_one_rule(root, tmp_path):
     for name in study.variants:
         for seed in study.seeds:
             write(name, seed, study.rule_hash)
-    words = [line.split(": ")[2] for line in told(study, tmp_path)[len(study.variants) :]]
+    words = [line.split(": ")[2] for line in told(study, runs(study, tmp_path))[len(study.variants) :]]
     assert words == ["reproduced"] * 4
     for seed in study.seeds:
         write("online", seed, study.rule_hash, by=-0.3)
     write("grpo", 0, "another")
-    said = told(study, tmp_path)
+    said = told(study, runs(study, tmp_path))
     assert [line.split(": ")[2] for line in said[len(study.variants) :]] == ["open"] * 4
     assert "11 of 12 runs are there" in said[-1]
 

@@ -140,7 +140,7 @@ def test_tables_and_ledger_say_what_there_is(whole):
     rows = table(STUDY, whole.of(STUDY))
     assert rows[0][:3] == ["variant", "runs", "MaxVio, held-out text"]
     assert rows[1][:3] == ["none", "5", "2.55 (SD 0.04)"]
-    lines = ledger([STUDY], whole)
+    lines = ledger([(STUDY, whole.of(STUDY))])
     assert [line[1] for line in lines] == ["C3", "C4", "C5", "C6", "C7"]
     assert lines[0][-1] == "10 of 10 runs, 10 CPU minutes, 2027-01-02 to 2027-01-02"
 
