@@ -17,6 +17,7 @@ from deepseek_jax.serving.parse import Parser, thinking_of
 from deepseek_jax.serving.pictures import Shows, rendered
 from deepseek_jax.serving.replies import ChatReply, Reply, TextReply
 from deepseek_jax.serving.schema import ChatRequest, CompletionRequest, Limits, Sampling
+from deepseek_jax.text.chat import EffortError
 from deepseek_jax.text.fim import fim_prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -93,10 +94,10 @@ class Jobs:
         variables |= {"tools": list(asked.tools)} if asked.tools else {}
         try:
             return tokenizer.render(asked.messages, **variables), tokenizer.chat(asked.messages, **variables), []
+        except EffortError as error:
+            raise bad("reasoning_effort", cut(error).removeprefix("reasoning_effort ")) from error
         except ValueError as error:
-            of_effort = str(error).startswith("reasoning_effort ")
-            param = "reasoning_effort" if of_effort else "messages"
-            raise bad(param, cut(error).removeprefix("reasoning_effort ")) from error
+            raise bad("messages", cut(error)) from error
 
     async def chat(self, asked: ChatRequest) -> Job:
         """Raises `ApiError`."""

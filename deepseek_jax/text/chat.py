@@ -25,6 +25,10 @@ class TokenizerError(ValueError):
     """A checkpoint's tokenizer files are missing or do not make a tokenizer, or its template fails."""
 
 
+class EffortError(TokenizerError):
+    """A chat asks for an effort (``reasoning_effort``) that its format does not know."""
+
+
 class ChatTemplate:
     """A checkpoint's templates, compiled; ``variables`` (bos_token, eos_token, ...) are there in every rendering.
 

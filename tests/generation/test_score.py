@@ -1,11 +1,15 @@
 """Scores are the full forward pass's log-probabilities, in one window or several."""
 
+import json
+
 import numpy as np
 import pytest
 from generation.rigged import config, full_forward
 from tiny import random_model, random_tokens
 
+from deepseek_jax.convert.load import load_pretrained
 from deepseek_jax.generation.score import score
+from deepseek_jax.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,16 @@ def test_a_long_text_is_scored_in_overlapping_windows(model):
 def test_bad_arguments_are_one_clear_error(model, ids, changes, message):
     with pytest.raises(ValueError, match=message):
         score(model, ids, **changes)
+
+
+def test_the_shipped_model_picks_as_many_lines_as_the_readme_says(root):
+    """As lm-evaluation-harness asks: no BOS, and the white space at a context's end belongs to what goes on."""
+    folder = root / "checkpoints" / "tiny-v3"
+    model, words, right = load_pretrained(folder, dtype="float32"), load_tokenizer(folder), 0
+    lines = (root / "experiments" / "lm_eval" / "python_lines.jsonl").read_text(encoding="utf-8").splitlines()
+    for item in map(json.loads, lines):
+        begun = len(words.encode(item["code"].rstrip())) - 1
+        sums = [sum(score(model, words.encode(item["code"] + line)[1:])[begun - 1 :]) for line in item["lines"]]
+        right += int(np.argmax(sums)) == item["right"]
+    assert words.add_bos
+    assert f"the right one of four lines {right} times of {len(lines)}" in (root / "README.md").read_text("utf-8")

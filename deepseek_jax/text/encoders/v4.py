@@ -8,7 +8,7 @@ effort says what the next higher one said before. The cases that the first comes
 from collections.abc import Mapping, Sequence
 
 from deepseek_jax.notes import shown
-from deepseek_jax.text.chat import TokenizerError
+from deepseek_jax.text.chat import EffortError, TokenizerError
 from deepseek_jax.text.encoders.dsml import (
     ASKING,
     ASSISTANT,
@@ -110,7 +110,7 @@ def encode_official(
 def _written(messages, add_generation_prompt, tools, thinking, drop_thinking, efforts, effort) -> str:
     if effort is not None and (not isinstance(effort, str) or effort not in efforts):
         known = f"{', '.join(list(efforts)[:-1])} or {list(efforts)[-1]}"
-        raise TokenizerError(f"reasoning_effort must be {known} for this release, not {shown(effort)}.")
+        raise EffortError(f"reasoning_effort must be {known} for this release, not {shown(effort)}.")
     messages = _merged(with_tools(messages, tools))
     drop = drop_thinking and not any(message.get("tools") for message in messages)
     if thinking and drop:
