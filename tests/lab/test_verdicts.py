@@ -203,7 +203,7 @@ def test_sides_are_tuned_on_a_seed_of_its_own_and_the_best_of_each_is_compared(t
     rows = table(TUNED, runs.of(TUNED))
     assert rows[0] == ["variant", "runs", "held-out bits per byte", "bits per byte, seed 100"]
     assert [row[-1] for row in rows[1:4]] == ["1.72", "1.71", "1.8"]
-    assert ledger([TUNED], runs)[0][-1] == "16 of 16 runs, 16 CPU minutes, 2027-01-02 to 2027-01-02"
+    assert ledger([(TUNED, runs.of(TUNED))])[0][-1] == "16 of 16 runs, 16 CPU minutes, 2027-01-02 to 2027-01-02"
 
 
 def test_the_command_goes_on_with_what_was_tuned(tmp_path, capsys, monkeypatch):
