@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from deepseek_jax.lab.study import Setup
+from deepseek_jax.runs.run_folder import unfinished
 from deepseek_jax.runs.signals import undoing
 
 ONE_THREAD = {
@@ -83,6 +84,9 @@ def carry_out_all(
         for process, _, _ in running.values():
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
+        for process, task, _ in running.values():
+            process.join()
+            unfinished(task.path).unlink(missing_ok=True)
 
     with undoing(stop):
         while waiting or running:

@@ -155,9 +155,14 @@ def check_same(path: Path, begun: Mapping, now: Mapping) -> None:
         )
 
 
+def unfinished(path: Path) -> Path:
+    """Where `write_whole` has a file until it is whole; a process killed meanwhile leaves it there."""
+    return path.with_name(f".{path.name}.part")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = unfinished(path)
     try:
         with part.open("w", encoding="utf-8") as file:
             file.write(text)

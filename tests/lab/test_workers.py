@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.lab.workers import Task, View, carry_out_all
+from deepseek_jax.runs.run_folder import unfinished
+
 ROOT = Path(__file__).parents[2]
 STUDY = """
     from pathlib import Path
@@ -74,11 +77,15 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "runs").iterdir()) if (folder / "runs").exists() else []
 
 
+def ended(folder: Path) -> list[str]:
+    return [name for name in files(folder) if name.endswith(".json")]
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_had_ended_and_the_command_goes_on(folder):
     process = begin(folder, 60, "--processes", "1")
     deadline = time.monotonic() + 240
-    while not files(folder) and process.poll() is None and time.monotonic() < deadline:
+    while not ended(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -96,7 +103,7 @@ def test_ctrl_c_keeps_what_had_ended_and_the_command_goes_on(folder):
     process = begin(folder, 60)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    runs = [name for name in files(folder) if name.endswith(".json")]
+    runs = ended(folder)
     assert len(runs) == 4
     assert {name: (folder / "runs" / name).stat().st_mtime_ns for name in kept} == stamps
     found = [json.loads((folder / "runs" / name).read_text()) for name in runs]
@@ -114,6 +121,26 @@ def test_ctrl_c_keeps_what_had_ended_and_the_command_goes_on(folder):
             assert [len(row) for row in run["probes"]["knock_outs"]["routed"]] == [4]
     assert len({run["corpus"]["hash"] for run in found}) == 1
     assert "C1" in out
+
+
+def sleep_in_writing(task, home, core, pinned, cache, told):
+    """A child that is killed while its file is not whole."""
+    unfinished(task.path).write_text("half of")
+    told.send((1, 2))
+    time.sleep(600)
+
+
+def test_a_run_killed_in_writing_leaves_nothing(tmp_path, monkeypatch):
+    class Interrupt(View):
+        def step(self, task, number, steps):
+            assert unfinished(task.path).exists()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepseek_jax.lab.workers._work", sleep_in_writing)
+    tasks = [Task(None, seed, tmp_path / f"{seed}.json", "x") for seed in (0, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        carry_out_all(tasks, tmp_path, processes=1, pinned=False, view=Interrupt())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
