@@ -1,5 +1,7 @@
 """V3's FP8 (§3.3) measured on single arrays and products: scales beside outliers, formats, and narrow sums."""
 
+import importlib.util
+import json
 from functools import partial
 
 import jax
@@ -57,3 +59,27 @@ def test_promotion_brings_back_what_sums_of_14_bits_lose(promotion, low, high):
     )
     exact = x.astype(np.float64) @ w.astype(np.float64)
     assert low < np.abs(found / exact - 1).max() < high
+
+
+def test_the_committed_error_study_is_what_the_code_measures(root):
+    """A part of each of its tables, made anew."""
+    folder = root / "experiments" / "v3_fp8"
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    spec = importlib.util.spec_from_file_location("v3_fp8_errors", folder / "errors.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    anew = {
+        "channels": study.channels(factors=(10_000,)),
+        "tokens": study.tokens(factors=(10_000,)),
+        "formats": study.formats(spreads=(4,)),
+        "sums": study.sums(widths=(4096,), promotions=(None, 128)),
+    }
+
+    def compare(found, committed):
+        if isinstance(found, dict):
+            for name, part in found.items():
+                compare(part, committed[name])
+        else:
+            assert found == pytest.approx(committed, rel=1e-3)
+
+    compare(anew, {name: record[name] for name in anew})
