@@ -10,21 +10,18 @@ from contextlib import closing
 from dataclasses import asdict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.core.context import Context
 from deepseek_jax.lab.corpus import Corpus
-from deepseek_jax.lab.probes import chosen
+from deepseek_jax.lab.probes import Text, chosen
 from deepseek_jax.lab.records import CODE, DIGITS, spec
+from deepseek_jax.lab.stages import stepping
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.runs.evaluate import evaluate
-from deepseek_jax.runs.feed import Feed
 from deepseek_jax.runs.guards import Skips
-from deepseek_jax.train.begin import begin, fresh
-from deepseek_jax.train.objective import Knobs
 from deepseek_jax.train.schedule import count_steps
 
 POINTS = 20
@@ -36,11 +33,6 @@ BY_DOMAIN = ("domains", "domain_agreement", "domain_acceptance")
 WATCHED = ("main", "skipped", "max_violation")
 
 
-def context(setup: Setup) -> Context:
-    """How a setup is trained."""
-    return Context(dtype=jnp.dtype(setup.recipe.dtype), fp8=setup.fp8)
-
-
 def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int], None]) -> dict:
     """Trains a setup and returns what the run's file holds. ``tell``: is given steps taken and steps of the run.
 
@@ -49,26 +41,23 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     divergence between domains, and where there is MTP how its drafts did. Of the last one "by_domain"; "load", int
     [L, E]; "dead_experts" [L], those without a token. "max_violation_batch" [L]: the mean over the batches of
     `BATCHES`, in which the router bias should still move. "probes": what the setup's probes found. "diverged": None, or
-    at which step too many steps in a row had come to nothing; such a run has no figures.
+    at which step too many steps in a row had come to nothing; such a run has no figures. "first": the spec of what
+    trained the model before; tokens, steps and curve are those of its last stage.
 
     Raises ValueError as `probes.chosen`, before it trains.
     """
     began, origin = time.monotonic(), provenance()
     setup = setup.seeded(seed)
-    recipe, cfg, text, probes = setup.recipe, setup.model, corpus.data, chosen(setup)
-    ctx = context(setup)
-    batches = text.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.seed)
-    held_out = text.held_out(recipe.length)
-    state, step = begin(fresh(cfg, recipe, ctx), recipe, ctx)
+    recipe, cfg, probes = setup.recipe, setup.model, chosen(setup)
+    held_out = corpus.data.held_out(recipe.length)
     steps = count_steps(recipe)
     at = {round(share * steps) for share in EVALUATED}
     points = {round(steps * n / POINTS) for n in range(1, POINTS + 1)}
     watched = range(round(BATCHES[0] * steps), round(BATCHES[1] * steps))
     skips, diverged, tokens = Skips(recipe.max_skipped), None, 0
     losses, curve, violations, evaluations, last = [], [], [], [], None
-    with closing(batches), Feed(batches, recipe, 0, 0) as feed:
-        for number, fed in enumerate(feed, 1):
-            state, metrics = step(state, fed.batch, Knobs.of(fed.setting))
+    with closing(stepping(setup, corpus, lambda: tell(0, steps))) as stepped:
+        for number, (fed, state, metrics) in enumerate(stepped, 1):
             tokens += fed.setting.rows * recipe.length
             seen = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
             if skips.see(bool(seen["skipped"])):
@@ -88,6 +77,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
     figures |= {"probes": {}}
     if diverged is None:
+        text = Text(held_out, corpus.words)
         load_LE = None if last.load_DLE is None else last.load_DLE.sum(0).tolist()
         figures = {
             "curve": curve,
@@ -96,7 +86,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
             "max_violation_batch": _rounded(np.mean(violations, 0).tolist()) if violations else None,
             "load": load_LE,
             "dead_experts": None if load_LE is None else [sum(load == 0 for load in row) for row in load_LE],
-            "probes": _rounded({name: probe(state.model, held_out) for name, probe in probes.items()}),
+            "probes": _rounded({name: probe(state.model, text) for name, probe in probes.items()}),
         }
     size = asdict(counts(cfg))
     return {
@@ -117,6 +107,8 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
         "model": asdict(cfg),
         "recipe": asdict(recipe),
         "fp8": None if setup.fp8 is None else asdict(setup.fp8),
+        "first": None if setup.first is None else spec(setup.first, seed),
+        "trained": list(setup.trained),
     }
 
 

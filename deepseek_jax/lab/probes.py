@@ -1,12 +1,12 @@
 """What is measured of a trained model at a run's end for those setups alone that ask for it by name.
 
-A probe takes a model and held-out text and returns plain values, which stand in the run's file under its name.
+A probe takes a model and a `Text` and returns plain values, which stand in the run's file under its name.
 
 Suffixes: L MoE layers, E experts.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.runs.evaluate import evaluate
+from deepseek_jax.text.tokenizer import Tokenizer
 
 # Of held-out text knock-outs see one window in so many: there is one for each expert of each layer.
 EVERY = 8
@@ -28,6 +29,17 @@ EVERY = 8
 TOP = (8, 4)
 # Of held-out text streams are looked at in so many windows.
 WINDOWS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What probes read: held-out text, and its tokenizer."""
+
+    held_out: HeldOut
+    words: Tokenizer
+
+
+Probe = Callable[[Transformer, Text], dict]
 
 
 def knock_outs(model: Transformer, held_out: HeldOut) -> dict:
@@ -97,10 +109,13 @@ def streams(model: Transformer, held_out: HeldOut) -> dict:
     return {"largest": gains.largest} | {name: value_S.tolist() for name, value_S in vars(gains).items()}
 
 
-PROBES: dict[str, Callable[[Transformer, HeldOut], dict]] = {"knock_outs": knock_outs, "streams": streams}
+PROBES: dict[str, Probe] = {
+    "knock_outs": lambda model, text: knock_outs(model, text.held_out),
+    "streams": lambda model, text: streams(model, text.held_out),
+}
 
 
-def chosen(setup: Setup) -> dict[str, Callable[[Transformer, HeldOut], dict]]:
+def chosen(setup: Setup) -> dict[str, Probe]:
     """The probes that a setup asks for, by name.
 
     Raises ValueError for a probe that there is not, or one that the model does not allow.

@@ -32,6 +32,12 @@ class Setup:
     ``fp8``: which products are emulated in it, in training and where held-out text is measured. ``probes``: names of
     `probes.PROBES`, what is measured of the trained model beside its evaluations. A run with a probe is another than
     the same one without.
+
+    ``first``: what trains the model before; this setup goes on with its weights, under a config and an optimizer of its
+    own, on the same text. None: the model is a fresh one. ``trained``: which of its parameters, as
+    `train.patterns.select` takes them; none are all.
+
+    Raises ValueError for a ``first`` that reads other tokens.
     """
 
     model: ModelConfig
@@ -39,9 +45,23 @@ class Setup:
     text: DataConfig = field(default_factory=DataConfig)
     fp8: Fp8 | None = None
     probes: tuple[str, ...] = ()
+    first: "Setup | None" = None
+    trained: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.first is not None and self.first._read() != self._read():
+            raise ValueError(
+                "a setup goes on with what its first one trained: text, vocabulary, fill in the middle and sample "
+                "masks must be the same."
+            )
+
+    def _read(self) -> tuple:
+        """What decides which tokens are read."""
+        return self.text, self.model.vocab_size, self.recipe.fim_rate, self.recipe.sample_masks
 
     def seeded(self, seed: int) -> "Setup":
-        return replace(self, recipe=replace(self.recipe, seed=seed))
+        first = None if self.first is None else self.first.seeded(seed)
+        return replace(self, recipe=replace(self.recipe, seed=seed), first=first)
 
 
 @dataclass(frozen=True)

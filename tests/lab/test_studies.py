@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.configs.fp8 import Fp8
-from deepseek_jax.lab.lean import context
 from deepseek_jax.lab.records import MEASURES
 from deepseek_jax.lab.rules import Ordering
+from deepseek_jax.lab.stages import context, parameters
 from deepseek_jax.lab.study import Claim, Setup, Study, changed, described, digest, load, stems
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.prepare import check_fit
@@ -29,8 +29,10 @@ def step_of(setup: Setup):
     """A setup's step, and shapes of what it takes."""
     recipe, ctx = setup.recipe, context(setup)
     model = jax.eval_shape(partial(fresh, setup.model, recipe, ctx))
-    optimizer, step = prepared(model, recipe, ctx)
-    state = jax.eval_shape(partial(start, optimizer=optimizer, average=recipe.ema_decay > 0), model)
+    trained = parameters(setup, model)
+    optimizer, step = prepared(model, recipe, ctx, trained)
+    begin = partial(start, optimizer=optimizer, average=recipe.ema_decay > 0, trained=trained)
+    state = jax.eval_shape(begin, model)
     shape = (recipe.micro_batches, recipe.pass_rows, recipe.length)
     return step, (state, {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}, Knobs.of(setting(recipe, 0, 0)))
 
