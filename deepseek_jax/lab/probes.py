@@ -8,6 +8,7 @@ Suffixes: L MoE layers, E experts.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.runs.evaluate import evaluate
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -29,6 +30,8 @@ EVERY = 8
 TOP = (8, 4)
 # Of held-out text streams are looked at in so many windows.
 WINDOWS = 8
+# Keys that a query sees where an indexer chooses.
+KEYS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +112,40 @@ def streams(model: Transformer, held_out: HeldOut) -> dict:
     return {"largest": gains.largest} | {name: value_S.tolist() for name, value_S in vars(gains).items()}
 
 
+def indexers(model: Transformer, held_out: HeldOut) -> dict:
+    """What the indexers of V3.2 have learnt, on every `EVERY`th window, beside indexers of freshly drawn weights.
+
+    "divergence", "drawn_divergence" [L]: from the attention of all keys (2512.02556 §2.1.1, nats a token). "bits": bits
+    per byte where a query sees all keys; "sparse", "drawn": where it sees the `KEYS` that the model's indexers, or
+    drawn ones, choose.
+    """
+    text, attention = thinned(held_out, EVERY), model.cfg.attention
+    windows, segments = jnp.asarray(text.windows_WT[:WINDOWS]), jnp.asarray(text.segments_WT[:WINDOWS])
+
+    def among(model: Transformer, keys: int) -> Transformer:
+        indexer = replace(attention.indexer, index_top_k=keys)
+        return with_config(model, replace(model.cfg, attention=replace(attention, indexer=indexer)))
+
+    def divergence_L(model: Transformer) -> list[float]:
+        seen = among(model, windows.shape[1])(windows, segments=segments, logits="none", capture=("index_kl",))
+        real_BT = segments != 0
+        return (jnp.where(real_BT, seen.captured["index_kl"], 0).sum((1, 2)) / real_BT.sum()).tolist()
+
+    fresh = init(model.cfg, jax.random.key(0))
+    drawn = map_variables(lambda path, own, other: other if "indexer" in path else own, model, fresh)
+    return {
+        "divergence": divergence_L(model),
+        "drawn_divergence": divergence_L(drawn),
+        "bits": evaluate(among(model, windows.shape[1]), text).bits_per_byte,
+        "sparse": evaluate(among(model, KEYS), text).bits_per_byte,
+        "drawn": evaluate(among(drawn, KEYS), text).bits_per_byte,
+    }
+
+
 PROBES: dict[str, Probe] = {
     "knock_outs": lambda model, text: knock_outs(model, text.held_out),
     "streams": lambda model, text: streams(model, text.held_out),
+    "indexers": lambda model, text: indexers(model, text.held_out),
 }
 
 
@@ -126,6 +160,8 @@ def chosen(setup: Setup) -> dict[str, Probe]:
         _check_knock_outs(setup.model)
     if "streams" in setup.probes and setup.model.residual is None:
         raise ValueError(f"probe streams: {setup.model.name} has one residual stream, which mixes with no other.")
+    if "indexers" in setup.probes and getattr(setup.model.attention, "indexer", None) is None:
+        raise ValueError(f"probe indexers: {setup.model.name} has none.")
     return {name: PROBES[name] for name in setup.probes}
 
 

@@ -88,6 +88,21 @@ def _stream_gain(run: dict) -> float:
 
 
 OF_STREAMS: dict[str, Callable[[dict], float]] = {"stream_gain": _stream_gain}
+
+
+def _indexers(figure: Callable[[dict], float]) -> Callable[[dict], float]:
+    """A figure of the probe; NaN of a run that diverged."""
+    return lambda run: figure(found) if (found := run["probes"].get("indexers")) else math.nan
+
+
+# Of the probe `probes.indexers`: how many times further drawn indexers are from attention, in the layer where that is
+# least; and by what share bits per byte are higher where drawn ones choose the keys.
+OF_INDEXERS: dict[str, Callable[[dict], float]] = {
+    "divergence_ratio": _indexers(
+        lambda found: min(a / b for a, b in zip(found["drawn_divergence"], found["divergence"], strict=True))
+    ),
+    "drawn_cost": _indexers(lambda found: found["drawn"] / found["sparse"] - 1),
+}
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
@@ -97,7 +112,7 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
@@ -109,6 +124,8 @@ LABELS = {
     "replaced": "rise of bits per byte, shared replaced",
     "top_eighth": "rise of bits per byte, top eighth masked",
     "stream_gain": "largest gain of mixed streams",
+    "divergence_ratio": "drawn indexers' divergence, over trained ones'",
+    "drawn_cost": "rise of bits per byte, keys chosen at random",
     "pass_at_1": "pass@1",
     "wrong": "wrong answers",
     "pass_at_k": "pass@k",

@@ -2,17 +2,25 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import random_model, tiny_config
 
+from deepseek_jax.configs.schema import Indexer
+from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.lab import probes
 from deepseek_jax.lab.bases import MICRO
-from deepseek_jax.lab.probes import EVERY, chosen, knock_outs, thinned, without_shared
+from deepseek_jax.lab.probes import EVERY, WINDOWS, chosen, indexers, knock_outs, thinned, without_shared
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.study import changed
+from deepseek_jax.model.transformer import init
 from deepseek_jax.runs.evaluate import evaluate
+from deepseek_jax.train.loss import loss
+from deepseek_jax.train.weights import LossWeights
 
 CFG = tiny_config(mtp_depth=0, moe=replace(tiny_config().moe, n_groups=1, top_groups=1))
 DEAD = (1, 5)  # a layer's expert that no token chooses
@@ -110,3 +118,36 @@ def test_a_run_with_a_probe_is_another_run():
     assert chosen(MICRO) == {}
     assert list(chosen(changed(MICRO, {"probes": ("knock_outs",)}))) == ["knock_outs"]
     assert spec(changed(MICRO, {"probes": ("knock_outs",)}), 0) != spec(MICRO, 0)
+
+
+INDEXED = tiny_config(
+    mtp_depth=0,
+    attention=replace(tiny_config().attention, indexer=Indexer(index_heads=4, index_dim=16, index_top_k=4)),
+    model_type="deepseek_v32",
+)
+
+
+def test_indexers_are_measured_beside_drawn_ones(monkeypatch):
+    monkeypatch.setattr(probes, "KEYS", 4)
+    model = init(INDEXED, jax.random.key(0))
+
+    def other(path, variable):
+        return variable.replace(-variable.get_value()) if path[-2:] == ("indexer", "weight") else variable
+
+    found, changed_found = indexers(model, TEXT), indexers(map_variables(other, model), TEXT)
+    # Its own indexers are those that are drawn; what is changed of them changes nothing else.
+    assert found["divergence"] == found["drawn_divergence"] == changed_found["drawn_divergence"]
+    assert found["sparse"] == found["drawn"] != found["bits"] == changed_found["bits"]
+    assert len(found["divergence"]) == INDEXED.n_layers
+    assert found["bits"] == pytest.approx(evaluate(model, thinned(TEXT, EVERY)).bits_per_byte, rel=0.1)
+    windows = jnp.asarray(TEXT.windows_WT[::EVERY][:WINDOWS])
+    whole = replace(INDEXED, attention=replace(INDEXED.attention, indexer=Indexer(4, 16, windows.shape[1])))
+    out = loss(with_config(model, whole), {"tokens": windows}, LossWeights(index=1.0))[1]
+    assert sum(found["divergence"]) == pytest.approx(float(out.losses["index"]), rel=1e-4)
+    assert np.abs(np.divide(changed_found["divergence"], found["divergence"]) - 1).min() > 0.01
+
+
+@pytest.mark.parametrize(("probe", "message"), [("streams", "one residual stream"), ("indexers", "micro has none")])
+def test_probes_of_parts_that_a_model_has_not_are_refused(probe, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(changed(MICRO, {"probes": (probe,)}))

@@ -1,5 +1,7 @@
 """Hyper-connections: mHC's against transformers' modules, and in a V3; the baseline without the constraint."""
 
+import importlib.util
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -290,3 +292,16 @@ def test_a_config_says_one_thing_and_llamas_files_carry_no_streams():
         replace(MHC, n_streams=0)
     with pytest.raises(ConfigError, match=r"cannot carry this model, which is not saved: residual is HyperConn"):
         config_to_json(replace(zoo("tiny-llm"), residual=MHC))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["HC", "mHC"])
+def test_the_committed_gains_are_what_the_code_measures(kind, root):
+    """The smallest depth, one seed."""
+    folder = root / "experiments" / "v4_hyper_connections"
+    committed = json.loads((folder / "results.json").read_text(encoding="utf-8"))["gains"][kind]["0.3"]["8"]
+    spec = importlib.util.spec_from_file_location("hyper_connections_amax", folder / "amax.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    found = study.measured(kind, depth=8, scale=0.3, seed=0)
+    assert found == pytest.approx({name: values[0] for name, values in committed.items()}, rel=1e-3)
