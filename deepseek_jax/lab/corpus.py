@@ -9,7 +9,7 @@ from pathlib import Path
 from deepseek_jax.data.pipeline import Data, load_data
 from deepseek_jax.lab.study import Setup, described, digest
 from deepseek_jax.runs.prepare import tokenizer_folder
-from deepseek_jax.text.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.text.tokenizer import load_tokenizer
 
 # A tokenizer's largest length is a note in its files; setups that differ in it alone share theirs.
 LENGTH = 4096
@@ -22,7 +22,6 @@ class Corpus:
 
     data: Data
     hash: str
-    words: Tokenizer
     folder: Path
 
     def record(self) -> dict:
@@ -44,10 +43,9 @@ def corpus(setup: Setup, home: Path, report: Callable[[str], None] = lambda line
         report(f"training a tokenizer of {setup.model.vocab_size} tokens")
     tokenizer_folder(folder / "tokenizer", setup.model.vocab_size, text, LENGTH)
     text = replace(text, fim_rate=recipe.fim_rate, sample_masks=recipe.sample_masks)
-    words = load_tokenizer(folder / "tokenizer")
-    data = load_data(text, words, folder / "tokens", report)
+    data = load_data(text, load_tokenizer(folder / "tokenizer"), folder / "tokens", report)
     tokens = digest([[label, file.identity] for label, file in zip(data.labels, data.files, strict=True)])
-    return Corpus(data, tokens, words, folder)
+    return Corpus(data, tokens, folder)
 
 
 def default_home() -> Path:

@@ -77,7 +77,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
     figures |= {"probes": {}}
     if diverged is None:
-        text = Text(held_out, corpus.words)
+        text = Text(held_out, corpus.data.held_out)
         load_LE = None if last.load_DLE is None else last.load_DLE.sum(0).tolist()
         figures = {
             "curve": curve,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.analysis.streams import stream_gains
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import ModelConfig, Yarn
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.data.held_out import HeldOut
@@ -22,7 +22,6 @@ from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.runs.evaluate import evaluate
-from deepseek_jax.text.tokenizer import Tokenizer
 
 # Of held-out text knock-outs see one window in so many: there is one for each expert of each layer.
 EVERY = 8
@@ -32,14 +31,16 @@ TOP = (8, 4)
 WINDOWS = 8
 # Keys that a query sees where an indexer chooses.
 KEYS = 32
+# Windows in which text is measured at several lengths: as long as rows at first, and four times as long.
+LENGTHS = (256, 1024)
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What probes read: held-out text, and its tokenizer."""
+    """What probes read: the held-out text in windows of the recipe's length, ``held_out``, or of any (``of``)."""
 
     held_out: HeldOut
-    words: Tokenizer
+    of: Callable[[int], HeldOut]
 
 
 Probe = Callable[[Transformer, Text], dict]
@@ -142,10 +143,27 @@ def indexers(model: Transformer, held_out: HeldOut) -> dict:
     }
 
 
+def lengths(model: Transformer, of: Callable[[int], HeldOut]) -> dict:
+    """Bits per byte in windows of each of `LENGTHS`, of every `EVERY`th window: "as it is"; and, of a model whose RoPE
+    nothing extends, "yarn": with YaRN from the first of them to the last and no training."""
+    first, last = LENGTHS[0], LENGTHS[-1]
+
+    def bits(model: Transformer) -> dict[str, float]:
+        return {str(length): evaluate(model, thinned(of(length), EVERY)).bits_per_byte for length in LENGTHS}
+
+    attention = model.cfg.attention
+    found = {"as it is": bits(model)}
+    if attention.rope.yarn is None and attention.rope.llama3 is None:
+        rope = replace(attention.rope, yarn=Yarn(factor=last / first, original_length=first))
+        found["yarn"] = bits(with_config(model, replace(model.cfg, attention=replace(attention, rope=rope))))
+    return found
+
+
 PROBES: dict[str, Probe] = {
     "knock_outs": lambda model, text: knock_outs(model, text.held_out),
     "streams": lambda model, text: streams(model, text.held_out),
     "indexers": lambda model, text: indexers(model, text.held_out),
+    "lengths": lambda model, text: lengths(model, text.of),
 }
 
 
@@ -162,6 +180,8 @@ def chosen(setup: Setup) -> dict[str, Probe]:
         raise ValueError(f"probe streams: {setup.model.name} has one residual stream, which mixes with no other.")
     if "indexers" in setup.probes and getattr(setup.model.attention, "indexer", None) is None:
         raise ValueError(f"probe indexers: {setup.model.name} has none.")
+    if "lengths" in setup.probes and setup.model.max_length < LENGTHS[-1]:
+        raise ValueError(f"probe lengths: {setup.model.name} has a max_length of less than {LENGTHS[-1]}.")
     return {name: PROBES[name] for name in setup.probes}
 
 

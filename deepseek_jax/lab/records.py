@@ -103,6 +103,24 @@ OF_INDEXERS: dict[str, Callable[[dict], float]] = {
     ),
     "drawn_cost": _indexers(lambda found: found["drawn"] / found["sparse"] - 1),
 }
+
+
+def _lengths(figure: Callable[[dict], float]) -> Callable[[dict], float]:
+    """A figure of the probe `probes.lengths`; infinity of a run that diverged."""
+    return lambda run: figure(found) if (found := run["probes"].get("lengths")) else math.inf
+
+
+def _untrained_yarn(found: dict) -> float:
+    return found["as it is"]["1024"] / found["yarn"]["1024"] if "yarn" in found else math.nan
+
+
+# Bits per byte in short and in long windows; and how many times as high as with YaRN, untrained, those in long ones
+# are, NaN where RoPE is extended already.
+OF_LENGTHS: dict[str, Callable[[dict], float]] = {
+    "bits_short": _lengths(lambda found: found["as it is"]["256"]),
+    "bits_long": _lengths(lambda found: found["as it is"]["1024"]),
+    "untrained_yarn": _lengths(_untrained_yarn),
+}
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
@@ -112,7 +130,7 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_LENGTHS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
@@ -126,6 +144,9 @@ LABELS = {
     "stream_gain": "largest gain of mixed streams",
     "divergence_ratio": "drawn indexers' divergence, over trained ones'",
     "drawn_cost": "rise of bits per byte, keys chosen at random",
+    "bits_short": "bits per byte in windows of 256",
+    "bits_long": "bits per byte in windows of 1024",
+    "untrained_yarn": "long bits per byte, over those with YaRN",
     "pass_at_1": "pass@1",
     "wrong": "wrong answers",
     "pass_at_k": "pass@k",

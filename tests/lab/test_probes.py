@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import random_model, tiny_config
 
-from deepseek_jax.configs.schema import Indexer
+from deepseek_jax.configs.schema import Indexer, Rope, Yarn
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.lab import probes
 from deepseek_jax.lab.bases import MICRO
-from deepseek_jax.lab.probes import EVERY, WINDOWS, chosen, indexers, knock_outs, thinned, without_shared
+from deepseek_jax.lab.probes import EVERY, WINDOWS, chosen, indexers, knock_outs, lengths, thinned, without_shared
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.study import changed
 from deepseek_jax.model.transformer import init
@@ -26,11 +26,11 @@ CFG = tiny_config(mtp_depth=0, moe=replace(tiny_config().moe, n_groups=1, top_gr
 DEAD = (1, 5)  # a layer's expert that no token chooses
 
 
-def held_out(windows: int) -> HeldOut:
+def held_out(windows: int, length: int = 16) -> HeldOut:
     rng = np.random.default_rng(0)
     bytes_V = rng.integers(1, 6, CFG.vocab_size).astype(np.int32)
-    stream_n = rng.integers(0, CFG.vocab_size, 15 * windows + 1).astype(np.int32)
-    return HeldOut.cut(stream_n, bytes_V, length=16)
+    stream_n = rng.integers(0, CFG.vocab_size, (length - 1) * windows + 1).astype(np.int32)
+    return HeldOut.cut(stream_n, bytes_V, length=length)
 
 
 TEXT = held_out(5 * EVERY - 2)
@@ -147,7 +147,23 @@ def test_indexers_are_measured_beside_drawn_ones(monkeypatch):
     assert np.abs(np.divide(changed_found["divergence"], found["divergence"]) - 1).min() > 0.01
 
 
-@pytest.mark.parametrize(("probe", "message"), [("streams", "one residual stream"), ("indexers", "micro has none")])
+def test_text_is_measured_at_several_lengths_as_it_is_and_with_yarn(monkeypatch):
+    monkeypatch.setattr(probes, "LENGTHS", (8, 16))
+    cut = {length: held_out(2 * EVERY, length) for length in (8, 16)}
+    cfg = replace(CFG, attention=replace(CFG.attention, rope=Rope(100.0)))
+    yarn = replace(cfg, attention=replace(cfg.attention, rope=Rope(100.0, Yarn(factor=2.0, original_length=8))))
+    model = random_model(cfg)
+    found, extended = lengths(model, cut.get), lengths(with_config(model, yarn), cut.get)
+    for length in (8, 16):
+        assert found["as it is"][str(length)] == evaluate(model, thinned(cut[length], EVERY)).bits_per_byte
+    assert extended == {"as it is": found["yarn"]}
+    assert found["yarn"]["16"] != found["as it is"]["16"]
+
+
+REFUSED = [("streams", "one residual stream"), ("indexers", "micro has none"), ("lengths", "max_length of less than")]
+
+
+@pytest.mark.parametrize(("probe", "message"), REFUSED)
 def test_probes_of_parts_that_a_model_has_not_are_refused(probe, message):
     with pytest.raises(ValueError, match=message):
         chosen(changed(MICRO, {"probes": (probe,)}))
