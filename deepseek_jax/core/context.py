@@ -26,7 +26,7 @@ REMAT = {
 }
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel", "hopper")
 MLA_FORMS = ("auto", "expanded", "absorbed")
-ATTENTION = ("auto", "xla", "kernel", "cudnn")
+ATTENTION = ("auto", "xla", "kernel", "hopper")
 CACHES = ("compute", "served")
 
 
@@ -38,9 +38,10 @@ class Context:
     computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox, for TPU;
     "hopper" is JAX's and our Pallas kernels for NVIDIA H100 and H200 (`kernels.hopper`), for 16-bit dtypes.
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
-    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "cudnn" is NVIDIA's in 16-bit
-    dtypes, for rows without segments (the others: XLA's). A "kernel" that is named runs interpreted on the CPU: to
-    check it, slowly; "hopper" and "cudnn" run on their GPUs alone.
+    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "hopper" is cuDNN for
+    rows without segments and, for a step of one token over a cache of MLA on one device, a Pallas kernel of ours
+    (`kernels.hopper_decode`), both in 16-bit dtypes; for other calls XLA's. A "kernel" that is named runs interpreted
+    on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.

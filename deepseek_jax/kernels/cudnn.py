@@ -1,4 +1,4 @@
-"""Causal attention by cuDNN's kernels on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
+"""Causal attention by cuDNN's kernels on NVIDIA Hopper, through `jax.nn.dot_product_attention`.
 
 A block of queries meets the keys of its own and earlier blocks only, with a running softmax in float32, so that neither
 scores nor a mask are in memory. `model.attention.attend` decides where it applies. Lowered in the tests, with JAX's own
@@ -10,10 +10,10 @@ Suffixes: B batch, T tokens, N query heads, G key heads, K key dim, V value dim.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.platform import require_nvidia
+from deepseek_jax.kernels.platform import require_hopper
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-# JAX's limits of cuDNN from Hopper on: of a key's numbers, and what divides them.
+# JAX's limits of cuDNN on Hopper: of a key's numbers, and what divides them.
 MOST_KEY_DIM, MULTIPLE = 256, 8
 
 
@@ -22,10 +22,10 @@ def causal_attention(q_BTNK, k_BTGK, v_BTGV, scale: float) -> jax.Array:
 
     JAX's function takes values as wide as keys: narrower ones get zeros behind them, whose products are left out of the
     result (at V3's 192 and 128 a fifth more multiplications). What the backward pass needs of the forward one has no
-    name in JAX, so that `Context.remat` keeps nothing of it. Raises ValueError where the devices are not NVIDIA
-    GPUs from Hopper on.
+    name in JAX, so that `Context.remat` keeps nothing of it. Raises ValueError where the devices are not Hopper
+    GPUs.
     """
-    require_nvidia('Context(attention="cudnn")', 9, 10, 12)
+    require_hopper('Context(attention="hopper")')
     K, V = k_BTGK.shape[-1], v_BTGV.shape[-1]
     v_BTGK = jnp.pad(v_BTGV, ((0, 0), (0, 0), (0, 0), (0, K - V)))
     attend = jax.nn.dot_product_attention

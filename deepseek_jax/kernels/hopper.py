@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.platform import require_nvidia
+from deepseek_jax.kernels.platform import require_hopper
 
 # Every width is cut into blocks of so many numbers or twice as many. 64 of 16 bits are a row of 128 bytes, as wide as
 # the pattern in which shared memory holds the operands.
@@ -142,7 +142,7 @@ def _block(width: int) -> int:
 def _check(dtype, *widths: int) -> None:
     """Raises ValueError for a machine without these processors, for another dtype than bfloat16 and float16 (float32
     would be rounded to 10 bits), and for widths that are no multiples of `WIDTH`."""
-    require_nvidia('Context(experts="hopper")', 9)
+    require_hopper('Context(experts="hopper")')
     if dtype not in DTYPES:
         raise ValueError(
             f'Context(experts="hopper"): it multiplies bfloat16 or float16, not {dtype}; give '

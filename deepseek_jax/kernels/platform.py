@@ -20,16 +20,14 @@ def on_platform(kernel, xla=None, platform: str | None = None):
     return lambda *args: jax.lax.platform_dependent(*args, tpu=kernel(False), default=xla)
 
 
-def require_nvidia(what: str, *capabilities: int) -> None:
-    """Raises ValueError where this machine's devices are not NVIDIA GPUs of one of these compute capabilities (9: H100
-    and H200)."""
+def require_hopper(what: str) -> None:
+    """Raises ValueError where this machine's devices are not NVIDIA GPUs of compute capability 9 (H100, H200)."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or capability.split(".")[0] not in map(str, capabilities):
-        wanted = " or ".join(map(str, capabilities))
+    if device.platform != "gpu" or not capability.startswith("9."):
         found = f"compute capability {capability}" if capability else f"the platform {device.platform!r}"
         raise ValueError(
-            f"{what}: it is for NVIDIA GPUs of compute capability {wanted}, and the devices here are of {found}; "
+            f"{what}: it is for NVIDIA GPUs of compute capability 9 (Hopper), and the devices here are of {found}; "
             'choose "auto".'
         )
 

@@ -181,7 +181,7 @@ def check_windows(cfg: ModelConfig, positions, segments, cache, ctx: Context) ->
             f"positions are given, but {cfg.name} compresses runs of tokens: they are counted from the start of each "
             "segment; leave positions out."
         )
-    if ctx.attention in ("kernel", "cudnn") and cache is None:
+    if ctx.attention in ("kernel", "hopper") and cache is None:
         raise ValueError(
             f'Context(attention="{ctx.attention}"): no kernel is built for the compressed attention of {cfg.name}; '
             'choose "auto" or "xla".'

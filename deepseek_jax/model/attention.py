@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.product import product
-from deepseek_jax.kernels import cudnn
+from deepseek_jax.kernels import cudnn, hopper_decode
 from deepseek_jax.kernels.attention import LANES, causal_attention
 from deepseek_jax.kernels.platform import on_platform
 from deepseek_jax.model.indexer import Seeking, chosen_keys, only_chosen
@@ -90,17 +90,17 @@ def attend(
 
     ``ctx.attention`` names the form. Calls with a cache take the XLA form always. The kernel takes calls whose tokens
     are all of their rows, in order, a multiple of 128; the others take the XLA form under "auto". Raises ValueError
-    where "kernel" is named for one of those others, or "cudnn" for what `kernels.cudnn` does not take. Under "cudnn"
-    calls with segments or positions take the XLA form: JAX's function for it knows none. So do those of an MTP module,
-    whose last tokens are unknown.
+    where "kernel" is named for one of those others, or "hopper" for what `kernels.cudnn` does not take. Under "hopper"
+    calls with segments or positions take the XLA form: JAX's function for cuDNN knows none. So do those of an MTP
+    module, whose last tokens are unknown.
     """
     form = "xla" if tokens.slot is not None else ctx.attention
-    if form == "cudnn" and not tokens.uniform and not ctx.ops.splits_rows:
+    if form == "hopper" and not tokens.uniform and not ctx.ops.splits_rows:
         form = "xla"
     refusal = "" if form == "xla" else _refusal(q_BTNK, v_BSGV, tokens, ctx, seeking)
     if refusal and form != "auto":
         raise ValueError(f'Context(attention="{form}"): {refusal}; choose "auto" or "xla".')
-    if form == "cudnn":
+    if form == "hopper":
         by_cudnn = lambda q, k, v, _: cudnn.causal_attention(q, k, v, scale)  # noqa: E731
         return ctx.ops.heads(by_cudnn, q_BTNK, k_BSGK, v_BSGV, None)
     if form != "xla" and not refusal:
@@ -116,6 +116,14 @@ def attend(
     return ctx.ops.attend(whole, (q_BTNK, seeking), (k_BSGK, index_BSI), v_BSGV, tokens)
 
 
+def attend_cache(k_LBSK, layer, q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float, *_) -> jax.Array:
+    """`attend` by the kernel of `kernels.hopper_decode`: one query a row, over the whole cache's ``layer``, of which
+    k_BSGK is a part and v_BSGV the first numbers."""
+    visible_BS = tokens.visible(0, 1, k_BSGK.shape[1])[:, 0]
+    o_BNV = hopper_decode.absorbed_attention(q_BTNK[:, 0], k_LBSK, layer, visible_BS, scale, v_BSGV.shape[-1])
+    return o_BNV[:, None]
+
+
 def _refusal(q_BTNK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, ctx: Context, seeking: Seeking | None) -> str:
     """Why a call without a cache cannot run by the kernel, or by cuDNN; empty if it can."""
     if seeking is not None:
@@ -124,7 +132,7 @@ def _refusal(q_BTNK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, ctx: Context,
         return "it takes whole rows, and the mesh splits them over its axis 'context'"
     if not tokens.causal:
         return "it takes tokens in order, and this call gives positions"
-    if ctx.attention == "cudnn":
+    if ctx.attention == "hopper":
         return cudnn.refusal(q_BTNK, v_BSGV)
     if q_BTNK.shape[1] % LANES:
         return f"it takes rows of a multiple of {LANES} tokens, not {q_BTNK.shape[1]}"

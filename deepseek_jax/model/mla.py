@@ -21,10 +21,11 @@ from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
+from deepseek_jax.core.ops import ONE_DEVICE
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import softmax_scale
 from deepseek_jax.core.served import Form, Served, empty, kept, put, taken
-from deepseek_jax.model.attention import attend
+from deepseek_jax.model.attention import attend, attend_cache
 from deepseek_jax.model.indexer import Indexer, divergence
 from deepseek_jax.model.tokens import Tokens
 
@@ -96,6 +97,8 @@ class MLA(nnx.Module):
                 seeking = seeking.turned()
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], keys[0].shape[1], ctx) else self._expanded
+        if form == self._absorbed and self._decodes_by_kernel(x_BTD.shape[1], held, ctx):
+            form = partial(form, attends=partial(attend_cache, held[0], i))
         form = partial(form, reports=seeking is not None and "index_kl" in report)
         o_BTNV, kl_BT = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
         return linear("BTNV,NVD->BTD", o_BTNV, self.o, ctx), held, {} if kl_BT is None else {"index_kl": kl_BT}
@@ -139,7 +142,18 @@ class MLA(nnx.Module):
         kl_BT = divergence(q, k, tokens, scale, seeking, index_BSI) if reports else None
         return attend(q, k, v_BSNV, tokens, scale, ctx, seeking, index_BSI), kl_BT
 
-    def _absorbed(self, q_BTNH, q_BTNR, seeking, latent_BSX, index_BSI, tokens: Tokens, ctx: Context, reports: bool):
+    def _absorbed(
+        self,
+        q_BTNH,
+        q_BTNR,
+        seeking,
+        latent_BSX,
+        index_BSI,
+        tokens: Tokens,
+        ctx: Context,
+        reports: bool,
+        attends=attend,
+    ):
         cfg = self.cfg
         parts = ctx.ops.apart(self.kv_b)
         if parts:
@@ -151,7 +165,7 @@ class MLA(nnx.Module):
         q = jnp.concatenate([q_BTNC, q_BTNR], axis=-1)
         key, value = latent_BSX[:, :, None], latent_BSX[:, :, None, : cfg.kv_rank]
         scale = softmax_scale(cfg.nope_dim + cfg.rope_dim, cfg.rope)
-        o_BTNC = attend(q, key, value, tokens, scale, ctx, seeking, index_BSI)
+        o_BTNC = attends(q, key, value, tokens, scale, ctx, seeking, index_BSI)
         kl_BT = divergence(q, key, tokens, scale, seeking, index_BSI) if reports else None
         if parts:
             width = cfg.nope_dim + cfg.v_dim
@@ -162,6 +176,11 @@ class MLA(nnx.Module):
         """``kv_b`` in both forms, its maps in ``dtype``."""
         w_k_CNH, w_v_CNV = jnp.split(ctx.ops.weight(self.kv_b, dtype), [self.cfg.nope_dim], axis=-1)
         return Absorbed(self.kv_b, w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2))
+
+    def _decodes_by_kernel(self, T: int, held, ctx: Context) -> bool:
+        """Whether a call is one that `hopper_decode` is for: its other conditions it raises errors for."""
+        plain = held is not None and not isinstance(held[0], Served) and self.indexer is None
+        return ctx.attention == "hopper" and plain and T == 1 and ctx.ops is ONE_DEVICE
 
     def _absorbs(self, T: int, S: int, ctx: Context) -> bool:
         """The form with fewer multiplications, unless ``ctx.mla`` names one."""

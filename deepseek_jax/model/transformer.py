@@ -19,6 +19,7 @@ from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import HashTable, drawn, drawn_table, map_variables, matrix_of, param, parameter_dtype
+from deepseek_jax.kernels.hopper_decode import KEYS
 from deepseek_jax.model.arguments import (
     check_cache,
     check_cache_size,
@@ -72,10 +73,13 @@ class Transformer(nnx.Module):
         return tuple((Stack(layer, range(i, i + 1)),) for i, layer in enumerate(self.cfg.layers))
 
     def init_cache(self, batch: int, length: int, rewind: int = 0, ctx: Context | None = None) -> Cache:
-        """An empty cache for ``length`` tokens a row, in the compute dtype or as ``ctx.cache`` says; ``rewind``:
-        `Cache.rewind`. What is in a cache stays in its form, whatever the context of a later call."""
+        """An empty cache for ``length`` tokens a row (rounded up to blocks, where ``ctx.attention`` names a kernel that
+        reads such), in the compute dtype or as ``ctx.cache`` says; ``rewind``: `Cache.rewind`. What is in a cache stays
+        in its form, whatever the context of a later call."""
         check_cache_size(batch, length, rewind)
         ctx, dtype = ctx or DEFAULT, self.compute_dtype(ctx)
+        if ctx.attention == "hopper":
+            length += -length % KEYS
         make = partial(make_cache, batch=batch, length=length, rewind=rewind, ctx=ctx)
         # Modules see tokens again while they draft.
         again = rewind + self.cfg.mtp_depth if rewind else 0

@@ -64,14 +64,12 @@ RATE, CLIP, DECAY = 1e-5, 1.0, 0.1
 CHOICES = {
     "jax": [
         *((remat, "auto", "auto") for remat in ("none", "sublayers", "full")),
-        *((remat, "hopper", "cudnn") for remat in ("none", "sublayers", "full")),
+        *((remat, "hopper", "hopper") for remat in ("none", "sublayers", "full")),
         ("sublayers", "hopper", "auto"),
-        ("sublayers", "auto", "cudnn"),
+        ("sublayers", "auto", "hopper"),
     ],
     "torch": [(remat, experts, "sdpa") for experts in ("grouped_mm", "eager") for remat in ("none", "full")],
 }
-# Those that other GPUs do not have.
-FOR_HOPPER = {"hopper", "cudnn"}
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -266,7 +264,7 @@ def main() -> None:
         folder = str(Path(temporary) / "checkpoint")
         machine = call("make", folder, given.smoke)
         if not given.smoke and not str(machine["capability"]).startswith("9."):
-            choices["jax"] = [choice for choice in choices["jax"] if not FOR_HOPPER & set(choice)]
+            choices["jax"] = [choice for choice in choices["jax"] if "hopper" not in choice]
             print(f"the forms for Hopper are left out: this is of compute capability {machine['capability']}")
         known = peak_of(machine["device"])
         peak = None if known is None else known.flops

@@ -13,15 +13,16 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from tiny import tiny_config, tokens_of
+from tiny import random_model, random_tokens, tiny_config, tokens_of
 
 import deepseek_jax as dsj
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.fp8 import Fp8
-from deepseek_jax.kernels import cudnn, hopper
+from deepseek_jax.kernels import cudnn, hopper, hopper_decode
 from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
 from deepseek_jax.model.attention import attend
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.transformer import abstract
 
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
 E, D, Z = 7, 64, 128
@@ -56,6 +57,9 @@ def interpreted(on_hopper, monkeypatch):
     monkeypatch.setattr(hopper, "PROCESSORS", 1)
     if jax.__version_info__ < (0, 11):
         monkeypatch.setattr(plgpu, "wgmma", partial(multiplied, plgpu.wgmma))
+    # It has no products that add to registers either.
+    added = lambda o, p, v: o + p.astype(jnp.float32) @ v[...].astype(jnp.float32)  # noqa: E731
+    monkeypatch.setattr(hopper_decode, "_sum", added)
     return force_gpu_interpret_mode
 
 
@@ -145,7 +149,7 @@ def with_cudnn(on_hopper, monkeypatch):
 
 def gradient_for_a_gpu(cfg, ctx, batch) -> str:
     """The program of a training gradient, lowered for CUDA from shapes alone."""
-    model = jax.eval_shape(partial(dsj.init, cfg, dtype=jnp.bfloat16), jax.random.key(0))
+    model = abstract(cfg, jnp.bfloat16)
     params, rest = dsj.partition(model)
 
     def gradient(params, rest, batch):
@@ -162,7 +166,7 @@ def test_training_program_for_a_gpu_has_no_dense_expansion_and_no_scores(with_cu
     # Experts as wide as the kernels' blocks.
     cfg = tiny_config(n_layers=2, mtp_depth=0)
     cfg = replace(cfg, moe=replace(cfg.moe, expert_dim=64))
-    ctx = dsj.Context(experts="hopper", attention="cudnn", dtype=jnp.dtype(jnp.bfloat16))
+    ctx = dsj.Context(experts="hopper", attention="hopper", dtype=jnp.dtype(jnp.bfloat16))
     batch = {"tokens": jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)}
     text = gradient_for_a_gpu(cfg, ctx, batch)
     # Two products forward and four backward, and no other with the matrices of all 8 experts.
@@ -198,13 +202,13 @@ def test_what_cudnn_is_asked_for_is_our_attention(heads, with_cudnn, monkeypatch
         o, back = jax.vjp(lambda *a: attend(*a, tokens, 0.3, Context(attention=form)), *qkv)
         return o, *back(cotangent)
 
-    for a, b in zip(run("cudnn", *qkv), run("xla", *qkv), strict=True):
+    for a, b in zip(run("hopper", *qkv), run("xla", *qkv), strict=True):
         assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b)
 
 
 def test_what_cudnn_refuses(with_cudnn, monkeypatch):
     tokens = replace(tokens_of(jnp.ones((1, 64))), causal=True, uniform=True)
-    ctx = Context(attention="cudnn")
+    ctx = Context(attention="hopper")
     call = partial(attend, tokens=tokens, scale=0.3, ctx=ctx)
     q, k, v, wide = arrays((1, 64, 2, 24), (1, 64, 2, 24), (1, 64, 2, 16), (1, 64, 2, 264))
     with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32; choose"):
@@ -216,9 +220,7 @@ def test_what_cudnn_refuses(with_cudnn, monkeypatch):
     packed = jax.jit(partial(call, tokens=replace(tokens, uniform=False))).lower(q, k, v).as_text()
     assert "cudnn" not in packed
     monkeypatch.undo()
-    with pytest.raises(
-        ValueError, match=r'attention="cudnn"\): it is for NVIDIA GPUs of compute capability 9 or 10 or 12'
-    ):
+    with pytest.raises(ValueError, match=r'attention="hopper"\): it is for NVIDIA GPUs of compute capability 9'):
         call(q, k, v)
 
 
@@ -237,3 +239,100 @@ def test_what_the_kernels_refuse(on_hopper, monkeypatch):
         grouped_matmul(x, w, sizes, "hopper")
     with pytest.raises(ValueError, match=r'experts="hopper", fp8=.* is not emulated'):
         dsj.Context(experts="hopper", fp8=Fp8())
+
+
+def plain_attention(q_BNK, k_BSK, visible_BS, scale, value_dim):
+    s_BNS = jnp.einsum("BNK,BSK->BNS", q_BNK, k_BSK, preferred_element_type=jnp.float32) * scale
+    top = jnp.where(visible_BS[:, None], s_BNS, -1e30).max(-1, keepdims=True)
+    p_BNS = jnp.where(visible_BS[:, None], jnp.exp(s_BNS - top), 0)
+    v_BSV = k_BSK[..., :value_dim]
+    o_BNV = jnp.einsum("BNS,BSV->BNV", p_BNS.astype(v_BSV.dtype), v_BSV, preferred_element_type=jnp.float32)
+    return o_BNV / jnp.maximum(p_BNS.sum(-1, keepdims=True), 1e-30)
+
+
+# V3's sizes, both parts of the values, two parts of a row's keys: a length within a block and with holes, one that ends
+# a block, and no key.
+def test_a_step_of_decoding_over_the_cache(interpreted, monkeypatch):
+    B, N, S, K, V, layer = 3, 5, 256, 576, 512, 1
+    monkeypatch.setattr(hopper_decode, "PROCESSORS", 12)
+    q, k = arrays((B, N, K), (2, B, S, K))
+    visible = np.arange(S) < np.asarray([130, 64, 0])[:, None]
+    visible[0, 60:100] = False
+    visible = jnp.asarray(visible)
+    # What stands behind the last visible block is never read.
+    k = k.at[1, 1, 64:].set(jnp.nan).at[0].set(jnp.nan)
+    with interpreted():
+        ours = hopper_decode.absorbed_attention(q, k, layer, visible, 0.1, V)
+    assert ours.dtype == jnp.bfloat16
+    assert (np.asarray(ours[2]) == 0).all()
+    seen = jnp.where(visible[..., None], k[layer], 0)
+    theirs = plain_attention(q, seen, visible, 0.1, V).astype(jnp.bfloat16)
+    reference = plain_attention(q.astype(jnp.float32), seen.astype(jnp.float32), visible, 0.1, V)
+    for b in range(2):
+        a, other, c = exact(ours[b], theirs[b], reference[b])
+        assert np.linalg.norm(a - c) <= 1.5 * np.linalg.norm(other - c) <= 0.01 * np.linalg.norm(c), b
+
+
+# Heads, latents and slots: V3's, and those of V2-Lite, whose heads are a quarter of a tile.
+@pytest.mark.parametrize("heads", [128, 16])
+def test_published_sizes_lower_for_a_gpu(heads, on_hopper):
+    shapes = ((8, heads, 576), (3, 8, 4096, 576))
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    visible, layer = jax.ShapeDtypeStruct((8, 4096), bool), jax.ShapeDtypeStruct((), jnp.int32)
+    run = jax.jit(lambda q, k, layer, visible: hopper_decode.absorbed_attention(q, k, layer, visible, 0.1, 512))
+    text = run.trace(q, k, layer, visible).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+
+
+def latent_config():
+    """A tiny V3 whose latents are whole tiles."""
+    cfg = tiny_config(n_layers=2, mtp_depth=0)
+    return replace(cfg, attention=replace(cfg.attention, kv_rank=64, rope_dim=64))
+
+
+def step_of(model, tokens, ctx):
+    """The last token's logits, after a prompt of the others without the kernel."""
+    cache = model.init_cache(*tokens.shape, ctx=ctx)
+    *prompt, last = jnp.split(tokens, [tokens.shape[1] - 1], axis=1)
+    cache = model(prompt[0], cache=cache, ctx=replace(ctx, attention="xla")).cache
+    return model(last, cache=cache, ctx=ctx).logits
+
+
+def test_a_step_of_a_model_reads_the_cache_by_the_kernel(on_hopper):
+    cfg = latent_config()
+    ctx = dsj.Context(attention="hopper", mla="absorbed", dtype=jnp.dtype(jnp.bfloat16))
+    model = abstract(cfg, jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 100), jnp.int32)
+    run = jax.jit(partial(step_of, ctx=ctx))
+    text = run.trace(model, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    # A dense layer and one of experts.
+    assert text.count("custom_call @mosaic_gpu_v2") == 2
+    # No scores of one query over the slots, 100 rounded up.
+    assert "tensor<2x1x4x1x128xf32>" not in text
+
+
+@pytest.mark.slow
+def test_a_step_of_a_model_is_the_plain_one(interpreted):
+    model, tokens = random_model(latent_config(), dtype=jnp.bfloat16), random_tokens(latent_config(), 2, 100)
+    ctx = dsj.Context(attention="hopper", mla="absorbed", dtype=jnp.dtype(jnp.bfloat16))
+    with interpreted():
+        ours = step_of(model, tokens, ctx)
+    theirs = step_of(model, tokens, replace(ctx, attention="xla"))
+    reference = step_of(model, tokens, replace(ctx, attention="xla", dtype=jnp.dtype(jnp.float32)))
+    a, b, c = exact(ours, theirs, reference)
+    assert np.linalg.norm(a - c) < 1.5 * np.linalg.norm(b - c) < 0.05 * np.linalg.norm(c)
+
+
+def test_what_a_step_of_decoding_refuses(on_hopper):
+    q, k = arrays((1, 4, 128), (1, 1, 64, 128))
+    run = partial(hopper_decode.absorbed_attention, layer=0, scale=0.1)
+    see = lambda size: jnp.ones((1, size), bool)  # noqa: E731
+    with pytest.raises(ValueError, match="not float32 and bfloat16; give"):
+        run(q.astype(jnp.float32), k, visible_BS=see(64), value_dim=64)
+    with pytest.raises(ValueError, match="not 128 and 40; choose"):
+        run(q, k, visible_BS=see(64), value_dim=40)
+    with pytest.raises(ValueError, match="this cache has 60 a row; make it with"):
+        run(q, k[:, :, :60], visible_BS=see(60), value_dim=64)
+    ctx = dsj.Context(attention="hopper")
+    cache = jax.eval_shape(lambda: abstract(tiny_config(), jnp.bfloat16).init_cache(1, 65, ctx=ctx))
+    assert cache.capacity == 128

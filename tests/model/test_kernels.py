@@ -131,7 +131,7 @@ def test_kernel_refuses_what_it_cannot_do():
         attend(q, k, v, tokens_of(segment, causal=False), 0.3, ctx)
     with pytest.raises(ValueError, match="a multiple of 128 tokens, not 250"):
         attend(*(a[:, :250] for a in (q, k, v)), tokens_of(segment[:, :250]), 0.3, ctx)
-    with pytest.raises(ValueError, match="choose one of auto, xla, kernel, cudnn"):
+    with pytest.raises(ValueError, match="choose one of auto, xla, kernel, hopper"):
         Context(attention="flash")
 
 
