@@ -3,7 +3,7 @@
 DeepSeek-V3.2 (2512.02556) section 2.1.1; the claims with the paper's numbers stand in
 paper_notes/v32_sparse_attention.md.
 
-    deepseek-jax experiment v32_sparse_attention     # 15 runs; 4 minutes of one core each, and 8 more for each seed
+    deepseek-jax experiment v32_sparse_attention     # 15 runs; 5 minutes of one core each, and 5 more for each seed
 
 In the paper's three stages: a model is trained with attention to all keys, 400 steps; then its indexers alone, by their
 divergence from attention, 60 steps at the paper's rate; then everything, with the 32 keys of 512 that the indexers
@@ -55,7 +55,7 @@ STUDY = Study(
     question="does an indexer learn which keys are looked at, and what does it cost to look at these alone?",
     scales={"cpu": BASE},
     variants={"sparse": {}, "dense": {"model": INDEXED}, "unwarmed": {"first": BEGUN}},
-    minutes=4,
+    minutes=5,
     claims=(
         Claim(
             "C4",
