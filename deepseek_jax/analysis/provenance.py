@@ -36,10 +36,14 @@ def provenance() -> dict:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that ``folder`` is a checkout of, "+changes" behind it where tracked files differ; None for none."""
+    """The commit that ``folder`` is a checkout of, "+changes" behind it where tracked files differ; None for none.
+
+    Pictures may differ: commands redraw those of experiments, and nothing is computed from them.
+    """
     try:
         head = _git(folder, "rev-parse", "--short", "HEAD")
-        return head + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)*.png")
+        return head + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         # No git, or no checkout: an installed package.
         return None
