@@ -106,7 +106,10 @@ def describe(wanted: Topology) -> list:
 
     # Cores, not chips, are what accelerator types count.
     cores = wanted.n_chips * wanted.chip.cores
+    # libtpu ends the process for a flag that it does not know, which those of jaxlib's compiler for CPUs may be.
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu_")]
     os.environ.update(
+        XLA_FLAGS=" ".join(flags),
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=f"{wanted.chip.accelerator}-{cores}",
         TPU_WORKER_HOSTNAMES="localhost",
