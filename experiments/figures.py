@@ -333,9 +333,10 @@ def studies() -> str:
 
 def drills() -> str:
     """The same of the studies of reinforcement learning."""
-    from deepseek_jax.lab.practice import load, runs
+    from deepseek_jax.lab.practice import runs
+    from deepseek_jax.lab.study import defined
 
-    found = [(drill, path.parent) for path in sorted(HERE.glob("*/run.py")) if (drill := load(path))]
+    found = [(drill, path.parent) for path in sorted(HERE.glob("*/run.py")) if (drill := defined(path, "DRILL"))]
     return verdicts((drill, runs(drill, folder / "results")) for drill, folder in found)
 
 

@@ -13,9 +13,8 @@ import pytest
 
 import deepseek_jax as dsj
 from deepseek_jax.cli.main import COMMANDS
-from deepseek_jax.lab import practice
 from deepseek_jax.lab.records import spec
-from deepseek_jax.lab.study import load, stems
+from deepseek_jax.lab.study import defined, load, stems
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted(path for folder in ("deepseek_jax", "tests", "experiments") for path in (ROOT / folder).rglob("*.py"))
@@ -33,7 +32,7 @@ PAPER_TESTS = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "pa
 STUDIES = {stem: load(ROOT / "experiments", stem) for stem in stems(ROOT / "experiments")}
 RUNS = sorted((ROOT / "experiments").glob("*/run.py"))
 EXPERIMENTS = {path.parent.name for path in RUNS}
-DRILLS = {path.parent: drill for path in RUNS if (drill := practice.load(path))}
+DRILLS = {path.parent: drill for path in RUNS if (drill := defined(path, "DRILL"))}
 FEW = 4  # files of a folder that need no README
 MEASUREMENTS = ("bench_", "compile_")
 SUFFIXES = (".py", ".md", ".toml", ".json", ".cff", ".png", ".safetensors", ".npz", ".log")

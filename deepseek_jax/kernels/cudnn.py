@@ -10,9 +10,9 @@ Suffixes: B batch, T tokens, N query heads, G key heads, K key dim, V value dim.
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels.hopper import DTYPES
 from deepseek_jax.kernels.platform import require_hopper
 
-DTYPES = (jnp.bfloat16, jnp.float16)
 # JAX's limits of cuDNN on Hopper: of a key's numbers, and what divides them.
 MOST_KEY_DIM, MULTIPLE = 256, 8
 

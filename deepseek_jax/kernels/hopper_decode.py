@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.hopper import DTYPES, PROCESSORS
+from deepseek_jax.kernels.hopper import DTYPES, PROCESSORS, WIDTH
 from deepseek_jax.kernels.platform import require_hopper
 
 WHAT = 'Context(attention="hopper")'
@@ -25,8 +25,6 @@ HEADS, KEYS = 64, 64
 VALUES = 256
 # With two blocks of keys on their way and the queries, what shared memory holds.
 MOST_KEY_DIM = 576
-# Key and value dims are multiples of it (`hopper.WIDTH`).
-WIDTH = 64
 UNSEEN = -1e30
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from deepseek_jax.lab.records import LABELS, MEASURES
 from deepseek_jax.lab.study import Study
 from deepseek_jax.lab.verdicts import Judged, measures_of
+from deepseek_jax.runs.run_folder import unfinished
 from deepseek_jax.version import __version__
 
 OURS, PAPERS = "C0", "C3"
@@ -59,7 +60,7 @@ def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judge
         handles.append(Line2D([], [], color=PAPERS, **told))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"{study.stem}: {study.question}", fontsize=10, wrap=True)
-    part = path.with_name(f".{path.name}.part")
+    part = unfinished(path)
     try:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": f"deepseek_jax {__version__}"})
         part.replace(path)

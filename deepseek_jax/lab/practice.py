@@ -7,7 +7,6 @@ a file, VARIANT-SEED.json.
 """
 
 import argparse
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -235,16 +234,6 @@ def runs(drill: Drill, results: Path) -> dict[tuple[str, int], dict]:
     """(variant, seed) -> run, of those in a folder that were made under this rule."""
     made = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json")))
     return {(run["variant"], run["seed"]): run for run in made if run["rule"] == drill.rule_hash}
-
-
-def load(path: Path) -> Drill | None:
-    """The drill of a run.py; None where it is something else."""
-    if not any(line.startswith("DRILL =") for line in path.read_text(encoding="utf-8").splitlines()):
-        return None
-    spec = importlib.util.spec_from_file_location(f"drill_{path.parent.name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.DRILL
 
 
 def told(drill: Drill, found: Mapping[tuple[str, int], dict]) -> list[str]:

@@ -58,9 +58,10 @@ OF_TRAINING: dict[str, Callable[[dict], float | list]] = {
 }
 
 
-def _knock_outs(figure: Callable[[dict], float]) -> Callable[[dict], float]:
-    """A figure of the probe; NaN, with which no rule finds anything, of a run that diverged or was made without it."""
-    return lambda run: figure(found) if (found := run.get("probes", {}).get("knock_outs")) else math.nan
+def _probed(name: str, figure: Callable[[dict], float], diverged: float = math.nan) -> Callable[[dict], float]:
+    """A figure of a probe; of a run that diverged, or was made without it, ``diverged``: NaN, with which no rule finds
+    anything, or the worst."""
+    return lambda run: figure(found) if (found := run.get("probes", {}).get(name)) else diverged
 
 
 def _shared_to_routed(found: dict) -> float:
@@ -74,9 +75,9 @@ def _shared_to_routed(found: dict) -> float:
 # what share bits per byte rise.
 OF_EXPERTS: dict[str, Callable[[dict], float]] = {
     "load_divergence": _divergence,
-    "shared_to_routed": _knock_outs(_shared_to_routed),
-    "replaced": _knock_outs(lambda found: found["replaced"] / found["whole"] - 1),
-    "top_eighth": _knock_outs(lambda found: found["top"]["1/8"] / found["whole"] - 1),
+    "shared_to_routed": _probed("knock_outs", _shared_to_routed),
+    "replaced": _probed("knock_outs", lambda found: found["replaced"] / found["whole"] - 1),
+    "top_eighth": _probed("knock_outs", lambda found: found["top"]["1/8"] / found["whole"] - 1),
 }
 
 
@@ -90,36 +91,27 @@ def _stream_gain(run: dict) -> float:
 OF_STREAMS: dict[str, Callable[[dict], float]] = {"stream_gain": _stream_gain}
 
 
-def _indexers(figure: Callable[[dict], float]) -> Callable[[dict], float]:
-    """A figure of the probe; NaN of a run that diverged."""
-    return lambda run: figure(found) if (found := run["probes"].get("indexers")) else math.nan
-
-
 # Of the probe `probes.indexers`: how many times further drawn indexers are from attention, in the layer where that is
 # least; and by what share bits per byte are higher where drawn ones choose the keys.
 OF_INDEXERS: dict[str, Callable[[dict], float]] = {
-    "divergence_ratio": _indexers(
-        lambda found: min(a / b for a, b in zip(found["drawn_divergence"], found["divergence"], strict=True))
+    "divergence_ratio": _probed(
+        "indexers",
+        lambda found: min(a / b for a, b in zip(found["drawn_divergence"], found["divergence"], strict=True)),
     ),
-    "drawn_cost": _indexers(lambda found: found["drawn"] / found["sparse"] - 1),
+    "drawn_cost": _probed("indexers", lambda found: found["drawn"] / found["sparse"] - 1),
 }
-
-
-def _lengths(figure: Callable[[dict], float]) -> Callable[[dict], float]:
-    """A figure of the probe `probes.lengths`; infinity of a run that diverged."""
-    return lambda run: figure(found) if (found := run["probes"].get("lengths")) else math.inf
 
 
 def _untrained_yarn(found: dict) -> float:
     return found["as it is"]["1024"] / found["yarn"]["1024"] if "yarn" in found else math.nan
 
 
-# Bits per byte in short and in long windows; and how many times as high as with YaRN, untrained, those in long ones
-# are, NaN where RoPE is extended already.
+# Of the probe `probes.lengths`: bits per byte in short and in long windows; and how many times as high as with YaRN,
+# untrained, those in long ones are, NaN where RoPE is extended already.
 OF_LENGTHS: dict[str, Callable[[dict], float]] = {
-    "bits_short": _lengths(lambda found: found["as it is"]["256"]),
-    "bits_long": _lengths(lambda found: found["as it is"]["1024"]),
-    "untrained_yarn": _lengths(_untrained_yarn),
+    "bits_short": _probed("lengths", lambda found: found["as it is"]["256"], math.inf),
+    "bits_long": _probed("lengths", lambda found: found["as it is"]["1024"], math.inf),
+    "untrained_yarn": _probed("lengths", _untrained_yarn, math.inf),
 }
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {

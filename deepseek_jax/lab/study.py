@@ -208,12 +208,19 @@ def load(folder: Path, stem: str) -> Study:
     known = ", ".join(stems(folder)) or "none"
     if not path.is_file():
         raise ValueError(f"there is no experiment {stem!r} in {folder}; those of the workbench are: {known}.")
-    if not _is_study(path):
+    if (study := defined(path, "STUDY")) is None:
         raise ValueError(f"{path} defines no STUDY and is run by itself: python {path}. The workbench has: {known}.")
-    spec = importlib.util.spec_from_file_location(f"study_{stem}", path)
+    return study
+
+
+def defined(path: Path, name: str) -> Any:
+    """What a run.py calls ``name``, STUDY or DRILL; None where it has none, and is not run then."""
+    if not _defines(path, name):
+        return None
+    spec = importlib.util.spec_from_file_location(f"{name.lower()}_{path.parent.name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.STUDY
+    return getattr(module, name)
 
 
 def stems(folder: Path) -> list[str]:
@@ -223,8 +230,8 @@ def stems(folder: Path) -> list[str]:
             f"{folder} is not a folder: experiments are files of the repository; call this from its folder, or name "
             "theirs with --folder."
         )
-    return sorted(path.parent.name for path in folder.glob("*/run.py") if _is_study(path))
+    return sorted(path.parent.name for path in folder.glob("*/run.py") if _defines(path, "STUDY"))
 
 
-def _is_study(path: Path) -> bool:
-    return any(line.startswith("STUDY =") for line in path.read_text(encoding="utf-8").splitlines())
+def _defines(path: Path, name: str) -> bool:
+    return any(line.startswith(f"{name} =") for line in path.read_text(encoding="utf-8").splitlines())

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-from deepseek_jax.lab.practice import load, main, runs, told
+from deepseek_jax.lab.practice import main, runs, told
+from deepseek_jax.lab.study import defined
 
 STEMS = ("r1_distill", "r1_rft", "r1_v32_parts", "r1_variants")
 
 
 def drill(root, stem):
-    return load(root / "experiments" / stem / "run.py")
+    return defined(root / "experiments" / stem / "run.py", "DRILL")
 
 
 def test_verdicts_follow_from_the_runs_of_one_rule(root, tmp_path):
