@@ -17,10 +17,10 @@ from deepseek_jax.core.quant import Quantized
 from deepseek_jax.kernels import hopper, megablox
 from deepseek_jax.kernels.platform import on_platform, one_pass
 
-MAX_BLOCK_ROWS = 128
-MIN_BLOCK_ROWS = 8
-# A block is a product of its own, which has to be long enough for a GPU.
-GPU_BLOCK_ROWS = 1024
+# Fewest and most rows of a block. On a CPU, what a block has beyond its group's rows costs as much as they do; on a GPU
+# a block is a product of its own, which has to be long enough.
+CPU_BLOCK_ROWS = (2, 128)
+GPU_BLOCK_ROWS = (8, 1024)
 # So many rows multiply a quantised matrix in no more time than it takes to read it.
 FEW_ROWS = 256
 # Of a quantised matrix, the rows that are rebuilt at once.
@@ -91,10 +91,10 @@ def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     return hopper.grouped_matmul(x_MD, _fused(w_EDZ, x_MD.dtype), sizes_E, transpose)
 
 
-def block_rows(rows: int, groups: int, most: int = MAX_BLOCK_ROWS) -> int:
-    """Rows a block: a power of two near the mean group, between 8 (decoding) and ``most``."""
-    mean = max(rows // groups, 1)
-    return min(max(1 << (mean.bit_length() - 1), MIN_BLOCK_ROWS), most)
+def block_rows(rows: int, groups: int, limits: tuple[int, int] = CPU_BLOCK_ROWS) -> int:
+    """Rows a block: a power of two near the mean group, within ``limits``, of which decoding takes the first."""
+    mean, (fewest, most) = max(rows // groups, 1), limits
+    return min(max(1 << (mean.bit_length() - 1), fewest), most)
 
 
 def _blocks(sizes_E: jax.Array, rows: int, size: int):
@@ -115,11 +115,11 @@ def _pick(w, e: jax.Array, dtype) -> jax.Array:
     return dense(one, dtype).reshape(w.shape[1], -1)
 
 
-def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool, most: int = MAX_BLOCK_ROWS) -> jax.Array:
+def blocks_matmul(x_MD, w_EDZ, sizes_E, transpose: bool, limits=CPU_BLOCK_ROWS) -> jax.Array:
     """Rows of a group are contiguous, so blocks run in order without padding copies: what one writes beyond
     its group, the next group's first block overwrites. The trip count is the number of real blocks."""
     M = x_MD.shape[0]
-    size = block_rows(M, sizes_E.size, most)
+    size = block_rows(M, sizes_E.size, limits)
     group, first, _, count = _blocks(sizes_E, M, size)
     x_pad = jnp.pad(x_MD, ((0, size), (0, 0)))
     width = w_EDZ.shape[1] if transpose else math.prod(w_EDZ.shape[2:])
@@ -166,8 +166,8 @@ def _cut(a_EDX, first: tuple, rows: int) -> jax.Array:
     return jax.lax.dynamic_slice(a_EDX, (*first, 0), sizes).reshape(rows, -1)
 
 
-def blocks_outer(x_MD, y_MZ, sizes_E, dtype, most: int = MAX_BLOCK_ROWS) -> jax.Array:
-    size = block_rows(x_MD.shape[0], sizes_E.size, most)
+def blocks_outer(x_MD, y_MZ, sizes_E, dtype, limits=CPU_BLOCK_ROWS) -> jax.Array:
+    size = block_rows(x_MD.shape[0], sizes_E.size, limits)
     group, first, real, count = _blocks(sizes_E, x_MD.shape[0], size)
     x_pad, y_pad = (jnp.pad(a, ((0, size), (0, 0))) for a in (x_MD, y_MZ))
 

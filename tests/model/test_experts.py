@@ -95,8 +95,8 @@ def test_forms_agree_where_activations_are_cut_off():
     assert abs(loop(x, index, weight, gate_up, down, 0.5) - loop(x, index, weight, gate_up, down)).max() > 1
 
 
-# Rows a block: 8 (decoding), 16, 128; row counts that blocks do not divide.
-@pytest.mark.parametrize(("n", "k", "rows"), [(3, 1, 8), (67, 2, 16), (450, 2, 128)])
+# Rows a block: 2 (decoding), 16, 128; row counts that blocks do not divide.
+@pytest.mark.parametrize(("n", "k", "rows"), [(3, 1, 2), (67, 2, 16), (450, 2, 128)])
 def test_blocks_of_every_size(n, k, rows):
     assert block_rows(n * k, E) == rows
     for index in patterns(n, k).values():
