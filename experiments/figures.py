@@ -86,16 +86,25 @@ def speed() -> str:
         r = found[task]
         best = r["tokens_a_second"][r["torch_at_its_best"]]
         ratio = [f"**{r['times_as_fast']:.2f}**", *(f"{o['times_as_fast'][task]:.2f}" for o in others)]
-        lines.append([what, f"{r['tokens_a_second']['jax']:.0f}", f"{best:.0f}", *ratio, str(r["aim"])])
+        ours = f"{r['tokens_a_second']['jax']:.0f}"
+        lines.append([what, ours, f"{best:.0f}", *ratio, str(r["aim"]), f"{r['limit']:.0f}"])
     dense = results("bench_cpu").get("dense")
     for task, what in TASKS.items() if dense else ():
         r = dense["results"][task]
         best = r["tokens_a_second"][r["torch_at_its_best"]]
         ours = f"{r['tokens_a_second']['jax']:.0f}"
-        lines.append([f"dense: {what}", ours, f"{best:.0f}", f"**{r['times_as_fast']:.2f}**", *[""] * len(others), ""])
-    header = (
-        "| task | tokens a second | PyTorch at its best | ratio |" + " on another machine |" * len(others) + " aim |"
-    )
+        lines.append(
+            [
+                f"dense: {what}",
+                ours,
+                f"{best:.0f}",
+                f"**{r['times_as_fast']:.2f}**",
+                *[""] * (len(others) + 1),
+                f"{r['limit']:.0f}",
+            ]
+        )
+    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", *["on another machine"] * len(others), "aim"]
+    header = f"| {' | '.join(columns)} | the machine's limit |"
     other = "; ".join(f"The other machine: {o['machine']}; {o['about']}" for o in others)
     last = f" The dense model: {origin('bench_cpu', dense)}." if dense else ""
     return f"{rows(header, lines)}\n\n{measured('bench_cpu')}{last} {other}."

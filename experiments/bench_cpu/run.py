@@ -7,6 +7,10 @@ of its `eager` and `grouped_mm` experts, each task for itself. Times vary from m
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
 each side used are its CPU time over its wall time.
 
+Beside them stands what the machine could do: useful FLOPs over the rate of a large product, and the bytes of the
+weights and cached keys that a decoding step reads, in float32, over the rate at which all cores read memory together,
+the slower of the two. A cache of the processor that holds a part of the weights may do better.
+
     python experiments/bench_cpu/run.py            # about 20 minutes on 2 cores; writes results.json beside itself
     python experiments/bench_cpu/run.py --only dense  # one of the models; the other's figures stay
     python experiments/bench_cpu/run.py --smoke    # the same code at toy size, in seconds
@@ -22,11 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import deepseek_jax as dsj
+from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
 
@@ -122,8 +128,42 @@ SMALL_DENSE = replace(
 MODELS = {"moe": (FULL, SMALL), "dense": (DENSE, SMALL_DENSE)}
 TASKS = ("train", "prefill", "decode-1", "decode-8")
 GROUPED_AIM = 2.5
-AIMS = {"train": 1.0, "prefill": 1.3, "decode-1": 4.0, "decode-8": 6.0}
+AIMS = {"train": 1.5, "prefill": 2.0, "decode-1": 6.0, "decode-8": 6.0}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+def machine(edge: int = 2048, numbers: int = 2**26) -> dict[str, float]:
+    """FLOPs a second of a float32 product of square matrices and bytes a second that all cores read together, by NumPy,
+    the best of five."""
+    import numpy as np
+
+    square = np.random.default_rng(0).normal(size=(edge, edge)).astype(np.float32)
+    product = min(clocked(lambda: square @ square)[0] for _ in range(5))
+    lists = np.ones((os.cpu_count(), numbers), np.float32)
+    with ThreadPoolExecutor(len(lists)) as pool:
+        read = min(clocked(lambda: list(pool.map(lambda a: a @ a, lists)))[0] for _ in range(5))
+    return {"flops_a_second": round(2 * edge**3 / product), "bytes_a_second": round(lists.nbytes / read)}
+
+
+def limit(size: Size, task: str, rates: dict[str, float]) -> float:
+    """Tokens a second of a task at the machine's rates: see the head of this file."""
+    cfg = size.cfg
+    rows, length = {"train": size.train, "prefill": size.prefill}.get(task) or (int(task[-1]), 1)
+    figures = counts(cfg, length if task in ("train", "prefill") else size.prompt + size.new // 2)
+    if task == "train":
+        return rates["flops_a_second"] / figures.flops_per_token
+    if task == "prefill":
+        # Of the last token alone the logits.
+        return rates["flops_a_second"] / (figures.forward_flops_per_token - 2 * cfg.dim * cfg.vocab_size)
+    read = figures.activated_no_embedding
+    if cfg.moe is not None:
+        k, experts = cfg.moe.top_k, cfg.moe.n_experts
+        # Of the experts those that any of the rows chooses, each as likely as the others.
+        chosen = experts * (1 - (1 - k / experts) ** rows)
+        read += cfg.n_moe_layers * (chosen - k) * 3 * cfg.dim * cfg.moe.expert_dim
+    read_bytes = 4 * read + 2 * rows * figures.kv_bytes  # the counts' caches are in bfloat16
+    seconds = max(rows * figures.decode_flops_per_token / rates["flops_a_second"], read_bytes / rates["bytes_a_second"])
+    return rows / seconds
 
 
 def tokens(size: Size, batch: int, length: int):
@@ -322,8 +362,8 @@ class Side:
         self.process.wait()
 
 
-def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str) -> dict:
-    """The figures of one model, both sides on the weights in ``folder``."""
+def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates: dict[str, float]) -> dict:
+    """The figures of one model, both sides on the weights in ``folder``; ``rates`` are `machine`'s."""
     sides = [Side("jax", folder, name, smoke), *(Side("torch", folder, name, smoke, *c) for c in size.torch)]
     results = {}
     for task in TASKS:
@@ -342,11 +382,13 @@ def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str) -> di
             "times_as_fast": round(ratio, 3),
             **({"aim": AIMS[task]} if name == "moe" else {}),
             "torch_at_its_best": best,
+            "limit": round(limit(size, task, rates), 1),
             "tokens_a_second": {k: round(rows * length / v, 1) for k, v in medians.items()},
             "cores_used": {k: round(v, 2) for k, v in cores.items()},
             "seconds": {k: [round(wall, 4) for wall, _ in v] for k, v in seconds.items()},
         }
         print(f"{name} {task:9} {ratio:5.2f} x torch at its best ({best})", flush=True)
+        print(f"          {'what the machine could do':28} {results[task]['limit']:9.0f} tokens a second", flush=True)
         for label, median in medians.items():
             rate = f"{rows * length / median:9.0f} tokens a second on {cores[label]:.2f} cores"
             print(f"          {label:28} {rate}", flush=True)
@@ -384,6 +426,11 @@ def main() -> None:
 
     out = given.out or (None if given.smoke else HERE / "results.json")
     record = json.loads(out.read_text()) if out is not None and given.only and out.exists() else {}
+    rates = machine(128, 1024) if given.smoke else machine()
+    print(
+        f"a product runs at {rates['flops_a_second'] / 1e9:.0f} GFLOP/s; memory is read at "
+        f"{rates['bytes_a_second'] / 1e9:.1f} GB/s"
+    )
     for name, size in sizes.items():
         if given.only in (None, name):
             with tempfile.TemporaryDirectory() as temporary:
@@ -391,8 +438,8 @@ def main() -> None:
                 model = dsj.init(size.cfg, jax.random.key(0))
                 dsj.save_pretrained(model, folder)
                 parameters = sum(a.size for a in jax.tree.leaves(model))
-                results = compare(name, size, repeats, given.smoke, folder)
-            found = provenance() | {"parameters": parameters, "results": results}
+                results = compare(name, size, repeats, given.smoke, folder, rates)
+            found = provenance() | {"parameters": parameters, "machine_rates": rates, "results": results}
             record |= found if name == "moe" else {name: found}
     if out is not None:
         out.write_text(json.dumps(record, indent=2) + "\n")
