@@ -18,7 +18,7 @@ from deepseek_jax.core.context import Context
 from deepseek_jax.lab.corpus import Corpus
 from deepseek_jax.lab.probes import Text, chosen
 from deepseek_jax.lab.records import CODE, DIGITS, spec
-from deepseek_jax.lab.stages import stepping
+from deepseek_jax.lab.stages import Diverged, stepping
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.runs.evaluate import evaluate
 from deepseek_jax.runs.guards import Skips
@@ -41,8 +41,8 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     divergence between domains, and where there is MTP how its drafts did. Of the last one "by_domain"; "load", int
     [L, E]; "dead_experts" [L], those without a token. "max_violation_batch" [L]: the mean over the batches of
     `BATCHES`, in which the router bias should still move. "probes": what the setup's probes found. "diverged": None, or
-    at which step too many steps in a row had come to nothing; such a run has no figures. "first": the spec of what
-    trained the model before; tokens, steps and curve are those of its last stage.
+    at which step, of this setup or of its first one, too many steps in a row had come to nothing; such a run has no
+    figures. "first": the spec of what trained the model before; tokens, steps and curve are those of its last stage.
 
     Raises ValueError as `probes.chosen`, before it trains.
     """
@@ -56,24 +56,27 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     watched = range(round(BATCHES[0] * steps), round(BATCHES[1] * steps))
     skips, diverged, tokens = Skips(recipe.max_skipped), None, 0
     losses, curve, violations, evaluations, last = [], [], [], [], None
-    with closing(stepping(setup, corpus, lambda: tell(0, steps))) as stepped:
-        for number, (fed, state, metrics) in enumerate(stepped, 1):
-            tokens += fed.setting.rows * recipe.length
-            seen = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
-            if skips.see(bool(seen["skipped"])):
-                diverged = number
-                break
-            losses.append(float(seen["main"]))
-            if number in watched and "max_violation" in seen:
-                violations.append(seen["max_violation"])
-            if number in points:
-                curve.append([tokens, round(float(np.mean(losses)), 5)])
-                losses = []
-            if number in at:
-                last = evaluate(state.model, held_out, Context(fp8=setup.fp8))
-                kept = last.record()
-                evaluations.append({"tokens": tokens} | {name: _rounded(kept[name]) for name in MEASURED})
-            tell(number, steps)
+    try:
+        with closing(stepping(setup, corpus, lambda: tell(0, steps))) as stepped:
+            for number, (fed, state, metrics) in enumerate(stepped, 1):
+                tokens += fed.setting.rows * recipe.length
+                seen = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
+                if skips.see(bool(seen["skipped"])):
+                    diverged = number
+                    break
+                losses.append(float(seen["main"]))
+                if number in watched and "max_violation" in seen:
+                    violations.append(seen["max_violation"])
+                if number in points:
+                    curve.append([tokens, round(float(np.mean(losses)), 5)])
+                    losses = []
+                if number in at:
+                    last = evaluate(state.model, held_out, Context(fp8=setup.fp8))
+                    kept = last.record()
+                    evaluations.append({"tokens": tokens} | {name: _rounded(kept[name]) for name in MEASURED})
+                tell(number, steps)
+    except Diverged as first:
+        diverged = first.step
     figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
     figures |= {"probes": {}}
     if diverged is None:

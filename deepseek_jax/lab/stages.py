@@ -38,6 +38,16 @@ class Stepped(NamedTuple):
     metrics: dict
 
 
+class Diverged(ValueError):
+    """Training came to nothing; ``step``: of the setup in which it did."""
+
+    def __init__(self, setup: Setup, step: int):
+        super().__init__(
+            f"what trains {setup.model.name} first diverged at its step {step}: no setup can go on with it."
+        )
+        self.step = step
+
+
 def context(setup: Setup) -> Context:
     """How a setup is trained."""
     return Context(dtype=jnp.dtype(setup.recipe.dtype), fp8=setup.fp8)
@@ -49,7 +59,10 @@ def parameters(setup: Setup, model: Transformer) -> Trained | None:
 
 
 def stepping(setup: Setup, corpus: Corpus, waiting: Callable[[], None]) -> Iterator[Stepped]:
-    """A seeded setup's run, step by step. ``waiting``: is called at times while what comes before is made."""
+    """A seeded setup's run, step by step. ``waiting``: is called at times while what comes before is made.
+
+    Raises Diverged as `beginning`, before the first step.
+    """
     recipe, ctx = setup.recipe, context(setup)
     model = beginning(setup, corpus, waiting)
     state, step = begin(model, recipe, ctx, parameters(setup, model))
@@ -63,7 +76,7 @@ def stepping(setup: Setup, corpus: Corpus, waiting: Callable[[], None]) -> Itera
 def beginning(setup: Setup, corpus: Corpus, waiting: Callable[[], None] = lambda: None) -> Transformer:
     """The model before the first step of a seeded setup.
 
-    Raises ValueError where the setup before it diverged.
+    Raises Diverged where the setup before it did.
     """
     recipe, before = setup.recipe, setup.first
     if before is None:
@@ -81,9 +94,9 @@ def beginning(setup: Setup, corpus: Corpus, waiting: Callable[[], None] = lambda
 
 def _trained(setup: Setup, corpus: Corpus, waiting: Callable[[], None]) -> Transformer:
     skips = Skips(setup.recipe.max_skipped)
-    for stepped in stepping(setup, corpus, waiting):
+    for number, stepped in enumerate(stepping(setup, corpus, waiting), 1):
         if skips.see(bool(stepped.metrics["skipped"])):
-            raise ValueError(f"what trains {setup.model.name} first diverged: no setup can go on with it.")
+            raise Diverged(setup, number)
         waiting()
     return stepped.state.model
 

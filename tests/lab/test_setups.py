@@ -9,6 +9,7 @@ from deepseek_jax.configs.schema import MLA, ModelConfig, Rope
 from deepseek_jax.core.params import named
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.lab.corpus import corpus
+from deepseek_jax.lab.lean import carry_out
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.stages import beginning, stepping
 from deepseek_jax.lab.study import Setup
@@ -90,6 +91,14 @@ def test_a_setup_goes_on_with_what_its_first_one_came_to(setup, text):
     # Of its parameters those that are asked for are trained.
     after = run(later, text)[-1]
     assert {name for name in came if (after[name] != came[name]).any()} == {"head"}
+
+
+def test_a_run_whose_first_setup_diverges_has_diverged(setup, text):
+    bound = replace(setup.recipe, tokens=6 * 4 * 16, rate=replace(setup.recipe.rate, peak=1e38), max_skipped=2)
+    found = carry_out(replace(setup, first=replace(setup, recipe=bound)), 4, text, lambda *_: None)
+    assert 2 < found["diverged"] < 6
+    assert (found["tokens"], found["curve"], found["evaluations"], found["probes"]) == (0, [], [], {})
+    assert not (text.folder / "models" / f"{found['first']}-{text.hash}.npz").exists()
 
 
 def test_what_a_setup_goes_on_with_is_a_part_of_its_hash(setup):
