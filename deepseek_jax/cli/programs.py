@@ -1,19 +1,16 @@
 """Compiled programs kept on disk between commands. Loads no JAX before it is asked to."""
 
 import glob
-import hashlib
-import os
-import platform
 import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
+from deepseek_jax.kept import cpu, home
+
 # What programs take on disk at most. Above it the least recently used go, down to half.
 MOST_BYTES = 2 * 10**9
-# What /proc/cpuinfo calls a CPU's name and instructions, on x86 and ARM.
-FEATURES = ("model name", "flags", "CPU part", "Features")
 FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.DOTALL)
 
 
@@ -55,24 +52,8 @@ def keep_programs(wanted: bool = True) -> None:
 
 
 def folder(version: str) -> Path:
-    """$XDG_CACHE_HOME/deepseek-jax/xla/VERSION-CPU; ~/.cache where that is not set.
-
-    A CPU of its own each: programs of one may hold instructions that another lacks, and homes are shared.
-    """
-    home = os.environ.get("XDG_CACHE_HOME")
-    root = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
-    return root / "deepseek-jax" / "xla" / f"{version}-{cpu()}"
-
-
-def cpu() -> str:
-    """A name for this machine's kind of CPU: eight digits of a hash of its features."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
-    # Of each name the first: the lines repeat themselves for every core.
-    known = dict(reversed([line.partition(":")[::2] for line in lines if ":" in line]))
-    features = [text for name, text in sorted(known.items()) if name.strip() in FEATURES]
-    text = "\n".join([platform.machine(), platform.processor(), *features])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """`kept.home`/xla/VERSION-CPU: a CPU of its own each."""
+    return home() / "xla" / f"{version}-{cpu()}"
 
 
 def trim(root: Path, most: int = MOST_BYTES) -> None:

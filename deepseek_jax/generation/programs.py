@@ -36,7 +36,8 @@ class Ready:
     """A jitted function of one device's arrays, whose programs are kept where `keep_ready` says.
 
     ``jitted``: takes what varies by position and what is static by name. A program that cannot be kept is compiled as
-    ever: where an argument is on a mesh, or a static one cannot be pickled.
+    ever: where an argument is on a mesh, a static one cannot be pickled, or it calls a library that each process loads
+    while it traces (`kernels.native`).
     """
 
     def __init__(self, jitted: Callable):
@@ -55,7 +56,8 @@ class Ready:
         return self.jitted(*args, **static) if program is None else program(*args)
 
     def _found(self, called, args, static):
-        if len({places for *_, places in called[1]} - {""}) != 1:
+        native = any(getattr(value, "experts", None) == "native" for value in static.values())
+        if native or len({places for *_, places in called[1]} - {""}) != 1:
             return None
         try:
             key = pickle.dumps((self.jitted.__module__, self.jitted.__qualname__, called, _surroundings()))

@@ -1,6 +1,6 @@
-"""Grouped matmul: rows sorted by group, each times its group's weight. Four forms agree: block-wise (CPU and GPU),
-`jax.lax.ragged_dot` (for TPU, where the compiler has a kernel; elsewhere it multiplies all rows by all groups), and
-Pallas kernels for TPU and for NVIDIA Hopper.
+"""Grouped matmul: rows sorted by group, each times its group's weight. Five forms agree: block-wise (CPU and GPU),
+`jax.lax.ragged_dot` (for TPU, where the compiler has a kernel; elsewhere it multiplies all rows by all groups), Pallas
+kernels for TPU and for NVIDIA Hopper, and a compiled library for CPUs.
 
 Suffixes: M rows sorted by group, E groups, D and Z widths (Z may be several axes of a weight).
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.kernels import hopper, megablox
+from deepseek_jax.kernels import hopper, megablox, native
 from deepseek_jax.kernels.platform import on_platform, one_pass
 
 # Fewest and most rows of a block. On a CPU, what a block has beyond its group's rows costs as much as they do; on a GPU
@@ -30,8 +30,8 @@ SLAB = 512
 def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> jax.Array:
     """[M, Z]: rows of group e times w[e] (or its transpose). Rows beyond the groups are arbitrary, even not finite.
 
-    ``form``: "blocks", "ragged", "kernel", "hopper", or "auto" for the one that suits the platform that the program is
-    lowered for.
+    ``form``: "blocks", "ragged", "kernel", "hopper", "native", or "auto" for the one that suits the platform that the
+    program is lowered for.
     """
     if form == "auto":
         return jax.lax.platform_dependent(
@@ -39,7 +39,8 @@ def grouped_matmul(x_MD, w_EDZ, sizes_E, form: str, transpose: bool = False) -> 
             cpu=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose),
             default=lambda: blocks_matmul(x_MD, w_EDZ, sizes_E, transpose, GPU_BLOCK_ROWS),
         )
-    forms = {"blocks": blocks_matmul, "ragged": ragged_matmul, "kernel": kernel_matmul, "hopper": hopper_matmul}
+    forms = {"blocks": blocks_matmul, "ragged": ragged_matmul, "kernel": kernel_matmul}
+    forms |= {"hopper": hopper_matmul, "native": native_matmul}
     return forms[form](x_MD, w_EDZ, sizes_E, transpose)
 
 
@@ -51,7 +52,8 @@ def grouped_outer(x_MD, y_MZ, sizes_E, form: str, dtype=jnp.float32) -> jax.Arra
             cpu=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype),
             default=lambda: blocks_outer(x_MD, y_MZ, sizes_E, dtype, GPU_BLOCK_ROWS),
         )
-    forms = {"blocks": blocks_outer, "ragged": ragged_outer, "kernel": kernel_outer, "hopper": hopper.grouped_outer}
+    forms = {"blocks": blocks_outer, "ragged": ragged_outer, "kernel": kernel_outer}
+    forms |= {"hopper": hopper.grouped_outer, "native": native.grouped_outer}
     return forms[form](x_MD, y_MZ, sizes_E, dtype)
 
 
@@ -89,6 +91,14 @@ def kernel_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
 
 def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     return hopper.grouped_matmul(x_MD, _fused(w_EDZ, x_MD.dtype), sizes_E, transpose)
+
+
+def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    if isinstance(w_EDZ, Quantized):
+        raise ValueError(
+            f'{native.WHAT}: the experts are stored quantised; load the model with dtype=float32, or choose "auto".'
+        )
+    return native.grouped_matmul(x_MD, w_EDZ.reshape(*w_EDZ.shape[:2], -1), sizes_E, transpose)
 
 
 def block_rows(rows: int, groups: int, limits: tuple[int, int] = CPU_BLOCK_ROWS) -> int:

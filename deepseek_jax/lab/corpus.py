@@ -1,12 +1,12 @@
 """The text of runs, tokenised once on a machine and read by all of them."""
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek_jax.data.pipeline import Data, load_data
+from deepseek_jax.kept import home
 from deepseek_jax.lab.study import Setup, described, digest
 from deepseek_jax.runs.prepare import tokenizer_folder
 from deepseek_jax.text.tokenizer import load_tokenizer
@@ -49,7 +49,5 @@ def corpus(setup: Setup, home: Path, report: Callable[[str], None] = lambda line
 
 
 def default_home() -> Path:
-    """$XDG_CACHE_HOME/deepseek-jax/corpora; ~/.cache where that is not set."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    root = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
-    return root / "deepseek-jax" / "corpora"
+    """`kept.home`/corpora."""
+    return home() / "corpora"
