@@ -80,34 +80,22 @@ def elsewhere() -> list[dict]:
 
 
 def speed() -> str:
-    found, others = results("bench_cpu")["results"], elsewhere()
+    record, others = results("bench_cpu"), elsewhere()
     lines = []
-    for task, what in TASKS.items():
-        r = found[task]
-        best = r["tokens_a_second"][r["torch_at_its_best"]]
-        ratio = [f"**{r['times_as_fast']:.2f}**", *(f"{o['times_as_fast'][task]:.2f}" for o in others)]
-        ours = f"{r['tokens_a_second']['jax']:.0f}"
-        lines.append([what, ours, f"{best:.0f}", *ratio, str(r["aim"]), f"{r['limit']:.0f}"])
-    dense = results("bench_cpu").get("dense")
-    for task, what in TASKS.items() if dense else ():
-        r = dense["results"][task]
-        best = r["tokens_a_second"][r["torch_at_its_best"]]
-        ours = f"{r['tokens_a_second']['jax']:.0f}"
-        lines.append(
-            [
-                f"dense: {what}",
-                ours,
-                f"{best:.0f}",
-                f"**{r['times_as_fast']:.2f}**",
-                *[""] * (len(others) + 1),
-                f"{r['limit']:.0f}",
-            ]
-        )
-    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", *["on another machine"] * len(others), "aim"]
-    header = f"| {' | '.join(columns)} | the machine's limit |"
-    other = "; ".join(f"The other machine: {o['machine']}; {o['about']}" for o in others)
-    last = f" The dense model: {origin('bench_cpu', dense)}." if dense else ""
-    return f"{rows(header, lines)}\n\n{measured('bench_cpu')}{last} {other}."
+    for prefix, found in (("", record["results"]), ("dense: ", record["dense"]["results"])):
+        for task, what in TASKS.items():
+            r = found[task]
+            rates = r["tokens_a_second"]
+            native = f"{r['times_as_fast_native']:.2f}" if "times_as_fast_native" in r else ""
+            ratios = [f"{o['times_as_fast'][task]:.2f}" if not prefix else "" for o in others]
+            shown = [f"{n:.0f}" for n in (rates["jax"], rates[r["torch_at_its_best"]])]
+            line = [prefix + what, *shown, f"**{r['times_as_fast']:.2f}**", native, *ratios, str(r.get("aim", ""))]
+            lines.append([*line, f"{r['limit']:.0f}"])
+    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "native", *["elsewhere"] * len(others)]
+    header = f"| {' | '.join([*columns, 'aim', 'limit'])} |"
+    other = "; ".join(f"Elsewhere: {o['machine']}; {o['about']}" for o in others)
+    dense = f"The dense model: {origin('bench_cpu', record['dense'])}"
+    return f"{rows(header, lines)}\n\n{measured('bench_cpu')} {dense}. {other}."
 
 
 def speed_parts() -> str:
@@ -119,9 +107,14 @@ def speed_parts() -> str:
         for name, r in record.items()
         if name.startswith("grouped")
     )
+    natively = "; ".join(
+        f"{name.split('-')[1]} experts: {r['native']['forward']} times, backward {r['native']['backward']} times"
+        for name, r in record.items()
+        if name.startswith("grouped")
+    )
     lines = [
         f"A training step takes {step:.2f} s; its parts, each alone: {parts}.",
-        f"The grouped matmul beside a dense product of the same FLOPs, {matmul}.",
+        f"The grouped matmul beside a dense product of the same FLOPs, {matmul}; natively, {natively}.",
         measured("bench_cpu"),
     ]
     for other in elsewhere():

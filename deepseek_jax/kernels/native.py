@@ -67,25 +67,30 @@ def _register() -> None:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
+def compiler() -> str | None:
+    """The path of what $CXX names, or else of the first of c++, g++ and clang++; None where there is none."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+
+
 def built() -> Path:
     """The library for this CPU, in `kept.home`/native: one that was built before, or a new one, whole or not at all.
 
-    $CXX names the compiler; by default the first of c++, g++ and clang++. Raises ValueError where there is none, or it
-    fails.
+    Raises ValueError where there is no `compiler`, or it fails.
     """
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
-    if compiler is None:
+    by = compiler()
+    if by is None:
+        named = os.environ.get("CXX")
         missing = f"CXX={named} is not found" if named else "there is no c++, g++ or clang++ here"
         raise ValueError(f'{WHAT}: it is built by a C++ compiler, and {missing}; install one, or choose "auto".')
-    made_of = [SOURCE.read_text(encoding="utf-8"), jax.__version__, jax.lib.__version__, compiler, *FLAGS]
+    made_of = [SOURCE.read_text(encoding="utf-8"), jax.__version__, jax.lib.__version__, by, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         part = Path(unfinished) / path.name
-        command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(part)]
+        command = [by, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

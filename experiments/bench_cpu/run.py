@@ -5,7 +5,8 @@ Both sides run the same weights and shapes in processes of their own that take t
 machine does meets both; figures are medians. PyTorch is taken at its best: the fastest of one and two threads and
 of its `eager` and `grouped_mm` experts, each task for itself. Times vary from machine to machine; the ratios are
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
-each side used are its CPU time over its wall time.
+each side used are its CPU time over its wall time. Of a model with experts this package runs twice: as it is, and with
+`Context(experts="native")` where there is a C++ compiler to build it.
 
 Beside them stands what the machine could do: useful FLOPs over the rate of a large product, and the bytes of the
 weights and cached keys that a decoding step reads, in float32, over the rate at which all cores read memory together,
@@ -35,6 +36,7 @@ import deepseek_jax as dsj
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
+from deepseek_jax.kernels import native
 
 HERE = Path(__file__).parent
 
@@ -42,7 +44,8 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Size:
     """What is run: a model, [rows, length] of the batches, tokens of a prompt and new ones, shapes of grouped matmuls
-    (rows, inputs, outputs, experts), and the choices of (threads, experts' form) that PyTorch is tried with."""
+    (rows, inputs, outputs, experts), the choices of (threads, experts' form) that PyTorch is tried with, and the
+    experts' forms here."""
 
     cfg: ModelConfig
     train: tuple[int, int]
@@ -51,6 +54,7 @@ class Size:
     new: int
     grouped: dict[str, tuple[int, int, int, int]]
     torch: tuple[tuple[int, str], ...]
+    forms: tuple[str, ...] = ("auto", "native")
 
 
 CFG = ModelConfig(
@@ -91,6 +95,7 @@ DENSE = replace(
     ),
     grouped={},
     torch=((1, "none"), (2, "none")),
+    forms=("auto",),
 )
 SMALL = Size(
     replace(
@@ -124,11 +129,13 @@ SMALL_DENSE = replace(
     ),
     grouped={},
     torch=((2, "none"),),
+    forms=("auto",),
 )
 MODELS = {"moe": (FULL, SMALL), "dense": (DENSE, SMALL_DENSE)}
 TASKS = ("train", "prefill", "decode-1", "decode-8")
 GROUPED_AIM = 2.5
 AIMS = {"train": 1.5, "prefill": 2.0, "decode-1": 6.0, "decode-8": 6.0}
+NATIVE = "jax, native"
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
@@ -184,20 +191,20 @@ def more(f, few: int, many: int) -> tuple[float, float]:
     return tuple(b - a for a, b in zip(clocked(partial(f, few)), clocked(partial(f, many)), strict=True))
 
 
-def jax_tasks(folder: str, size: Size) -> dict:
+def jax_tasks(folder: str, size: Size, form: str) -> dict:
     """Task -> a function that runs it once and returns wall and CPU seconds."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    model = dsj.load_pretrained(folder, dtype=jnp.float32)
+    model, ctx = dsj.load_pretrained(folder, dtype=jnp.float32), dsj.Context(experts=form)
     params, rest = dsj.partition(model)
     optimizer = optax.adamw(1e-4, 0.9, 0.95, weight_decay=0.1)
     state = [params, jax.jit(optimizer.init)(params)]
     weights = dsj.LossWeights(mtp=0.0, balance=0.0)
 
     def step(params, opt_state, batch):
-        loss, gradient = jax.value_and_grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, weights)[0])(params)
+        loss, gradient = jax.value_and_grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, weights, ctx)[0])(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -206,7 +213,7 @@ def jax_tasks(folder: str, size: Size) -> dict:
     prompt = jnp.asarray(tokens(size, *size.prefill), jnp.int32)
     # A model of its own: training donates the parameters it was given.
     reader = dsj.load_pretrained(folder, dtype=jnp.float32)
-    forward = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache, logits="last"))
+    forward = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache, logits="last", ctx=ctx))
 
     def train():
         *state[:], loss = step(*state, batch)
@@ -218,13 +225,13 @@ def jax_tasks(folder: str, size: Size) -> dict:
 
     def decode(rows):
         prompts = tokens(size, rows, size.prompt).tolist()
-        generate = lambda new: dsj.generate(reader, prompts, max_new_tokens=new, stop_ids=())  # noqa: E731
+        generate = lambda new: dsj.generate(reader, prompts, max_new_tokens=new, stop_ids=(), ctx=ctx)  # noqa: E731
         return partial(more, generate, 1, size.new + 1)
 
     tasks = {"train": partial(clocked, train), "prefill": prefill, "decode-1": decode(1), "decode-8": decode(8)}
     if size.cfg.moe is None:
         return tasks
-    tasks |= {name: partial(grouped, *shape) for name, shape in size.grouped.items()}
+    tasks |= {name: partial(grouped, form, *shape) for name, shape in size.grouped.items()}
     return tasks | {"parts": lambda: parts(reader, size)}
 
 
@@ -241,20 +248,22 @@ def seconds(f, *arguments) -> float:
     return statistics.median(values)
 
 
-def grouped(rows: int, inputs: int, outputs: int, experts: int) -> dict[str, float]:
-    """Times of the block-wise grouped matmul over one dense product of the same FLOPs, with uneven loads."""
+def grouped(form: str, rows: int, inputs: int, outputs: int, experts: int) -> dict[str, float]:
+    """Times of the grouped matmul over one dense product of the same FLOPs, with uneven loads."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from deepseek_jax.kernels.grouped import blocks_matmul, blocks_outer
+    from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
 
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(rows, n)), jnp.float32) for n in (inputs, outputs))
     w = jnp.asarray(rng.normal(size=(experts, inputs, outputs)), jnp.float32)
     sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(experts, 2.0))), jnp.int32)
-    forward = jax.jit(lambda x, w: blocks_matmul(x, w, sizes, transpose=False))
-    backward = jax.jit(lambda x, y, w: (blocks_matmul(y, w, sizes, transpose=True), blocks_outer(x, y, sizes, w.dtype)))
+    forward = jax.jit(lambda x, w: grouped_matmul(x, w, sizes, form))
+    backward = jax.jit(
+        lambda x, y, w: (grouped_matmul(y, w, sizes, form, True), grouped_outer(x, y, sizes, form, w.dtype))
+    )
     dense_forward = jax.jit(lambda x, w: x @ w)
     dense_backward = jax.jit(lambda x, y, w: (y @ w.T, x.T @ y))
     return {
@@ -335,15 +344,17 @@ def torch_tasks(folder: str, size: Size, threads: int, experts: str) -> dict:
 
 def work(side: str, folder: str, size: Size, threads: int, experts: str) -> None:
     """A side's process: reads a task a line, answers with what it took."""
-    tasks = jax_tasks(folder, size) if side == "jax" else torch_tasks(folder, size, threads, experts)
+    tasks = jax_tasks(folder, size, experts) if side == "jax" else torch_tasks(folder, size, threads, experts)
     for line in sys.stdin:
         print(json.dumps(tasks[line.strip()]()), flush=True)
 
 
 class Side:
-    def __init__(self, name: str, folder: str, model: str, smoke: bool, threads: int = 2, experts: str = "blocks"):
+    def __init__(self, name: str, folder: str, model: str, smoke: bool, threads: int = 2, experts: str = "auto"):
         self.name, self.label = name, name
-        if name == "torch":
+        if name == "jax":
+            self.label += f", {experts}" * (experts != "auto")
+        else:
             self.label += f", {threads} threads" + (f", {experts}" if experts != "none" else "")
         command = [sys.executable, __file__, *["--smoke"] * smoke, "--only", model]
         command += ["--side", name, folder, str(threads), experts]
@@ -364,7 +375,11 @@ class Side:
 
 def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates: dict[str, float]) -> dict:
     """The figures of one model, both sides on the weights in ``folder``; ``rates`` are `machine`'s."""
-    sides = [Side("jax", folder, name, smoke), *(Side("torch", folder, name, smoke, *c) for c in size.torch)]
+    forms = [form for form in size.forms if form != "native" or native.compiler()]
+    if len(forms) < len(size.forms):
+        print("there is no C++ compiler here: the native form is left out", flush=True)
+    sides = [Side("jax", folder, name, smoke, experts=form) for form in forms]
+    sides += [*(Side("torch", folder, name, smoke, *c) for c in size.torch)]
     results = {}
     for task in TASKS:
         seconds = {side.label: [] for side in sides}
@@ -375,11 +390,12 @@ def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates
                     seconds[side.label].append(value)
         medians = {label: statistics.median(wall for wall, _ in values) for label, values in seconds.items()}
         cores = {label: statistics.median(cpu / wall for wall, cpu in v) for label, v in seconds.items()}
-        best = min((label for label in medians if label != "jax"), key=medians.get)
+        best = min((label for label in medians if label.startswith("torch")), key=medians.get)
         ratio = medians[best] / medians["jax"]
         rows, length = {"train": size.train, "prefill": size.prefill}.get(task) or (int(task[-1]), size.new)
         results[task] = {
             "times_as_fast": round(ratio, 3),
+            **({"times_as_fast_native": round(medians[best] / medians[NATIVE], 3)} if NATIVE in medians else {}),
             **({"aim": AIMS[task]} if name == "moe" else {}),
             "torch_at_its_best": best,
             "limit": round(limit(size, task, rates), 1),
@@ -392,14 +408,15 @@ def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates
         for label, median in medians.items():
             rate = f"{rows * length / median:9.0f} tokens a second on {cores[label]:.2f} cores"
             print(f"          {label:28} {rate}", flush=True)
-    ours = sides[0]
     for shape in size.grouped:
-        found = ours.run(shape)
-        results[shape] = {**{k: round(v, 2) for k, v in found.items()}, "aim": GROUPED_AIM}
-        times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
-        print(f"{shape:10} {times} one dense product's time; aim {GROUPED_AIM} x", flush=True)
+        results[shape] = {"aim": GROUPED_AIM}
+        for side in sides[: len(forms)]:
+            found = {way: round(value, 2) for way, value in side.run(shape).items()}
+            results[shape] |= found if side.label == "jax" else {"native": found}
+            times = ", ".join(f"{way} {value:.2f} x" for way, value in found.items())
+            print(f"{shape:10} {side.label:12} {times} one dense product's time; aim {GROUPED_AIM} x", flush=True)
     if size.cfg.moe is not None:
-        results["parts"] = {part: round(value, 4) for part, value in ours.run("parts").items()}
+        results["parts"] = {part: round(value, 4) for part, value in sides[0].run("parts").items()}
         print("where a training step's time goes, each part alone, in seconds:")
         for part, value in results["parts"].items():
             print(f"          {part:28} {value:9.3f}")

@@ -17,6 +17,8 @@ from deepseek_jax.generation.programs import keep_ready
 from deepseek_jax.kernels import native
 from deepseek_jax.kernels.grouped import grouped_matmul
 
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+
 # Of no row, of fewer than a tile has and of one more, of several blocks; the last rows are nobody's.
 SIZES = np.array([1, 0, 2, 3, 4, 6, 12, 13, 0, 25, 192, 401, 7], np.int32)
 ROWS = int(SIZES.sum()) + 9
