@@ -53,7 +53,7 @@ def _check(*operands) -> None:
             f"{WHAT}: it multiplies float32, and here are {' and '.join(others)}; load and run the model in float32, "
             'or choose "auto".'
         )
-    if (platform := jax.default_backend()) != "cpu":
+    if (platform := jax.devices()[0].platform) != "cpu":
         raise ValueError(
             f'{WHAT}: it is for CPUs, and the devices here are of the platform {platform!r}; choose "auto".'
         )
