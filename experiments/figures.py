@@ -207,7 +207,7 @@ def shipped_table() -> str:
 
 
 def ledger() -> str:
-    """The measurements, a line each; `bench_gpu` has no results."""
+    """The measurements, a line each; those of a GPU have no results."""
     cpu, convert, data, step, train = (results(f"bench_{name}") for name in ("cpu", "convert", "data", "step", "train"))
     ratio = [f"{cpu['results'][task]['times_as_fast']:.2f}" for task in TASKS]
     other = [f"{elsewhere()[0]['times_as_fast'][task]:.2f}" for task in TASKS]
@@ -306,8 +306,12 @@ def ledger() -> str:
         ),
     )
     lines = [[f"`{stem}`", *what, origin(stem, results(stem))] for stem, what in found.items()]
-    gpu = "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 on one GPU beside PyTorch transformers"
-    lines.append(["`bench_gpu`", gpu, "not run yet, for want of a GPU; its code is tested at toy size on a CPU", ""])
+    on_gpu = {
+        "bench_gpu": "a training step of a 4.8B-parameter V3 (1.1B activated) in bfloat16 beside PyTorch transformers",
+        "bench_gpu_decode": "decoding of V2-Lite's real shapes in bfloat16, beside the bandwidth of the GPU's memory",
+    }
+    unrun = "not run yet, for want of a GPU; its code is tested at toy size on a CPU"
+    lines += [[f"`{stem}`", f"{what}, on one GPU", unrun, ""] for stem, what in on_gpu.items()]
     pod = results("compile_671b")["configurations"]["train-r8"]["compiled_with"]
     about = "DeepSeek-V3 at full size compiled for TPU slices: memory a chip, and a time estimated from the schedule"
     lines.append(["`compile_671b`", about, "see its README", origin("compile_671b", pod)])

@@ -9,11 +9,13 @@ import sys
 import pytest
 
 from deepseek_jax.analysis.provenance import commit, provenance
+from deepseek_jax.kernels.native import compiler
 
 STEMS = (
     "bench_convert",
     "bench_cpu",
     "bench_data",
+    "bench_gpu_decode",
     "bench_load",
     "bench_long_context",
     "bench_reading",
@@ -46,10 +48,16 @@ def test_it_runs(stem, root, tmp_path):
     assert {"commit", "date", "machine", "versions"} <= set(head)
     if stem == "bench_cpu":
         train = record["results"]["train"]
-        assert set(train["cores_used"]) == {"jax", "torch, 2 threads, grouped_mm"}
+        native = ["jax, native"] * (compiler() is not None)
+        assert set(train["cores_used"]) == {"jax", *native, "torch, 2 threads, grouped_mm"}
         assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
-        assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim"}
+        assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim", *(["native"] if native else [])}
+        assert train["limit"] > 0
         assert set(record["dense"]["results"]) == {"train", "prefill", "decode-1", "decode-8"}
+    if stem == "bench_gpu_decode":
+        assert [r["rows"] for r in record["records"]] == [1, 4]
+        assert all(0 < r["bytes_a_step"] < 10**7 for r in record["records"])
+        assert record["bytes_a_second"] > 0
     if stem == "bench_load":
         assert record["load"]["weights_bytes"] == record["bytes"]
         assert record["generate"]["tokens_a_second"] > 0 < record["torch"]["tokens_a_second"]

@@ -1,4 +1,5 @@
-"""Peak rates of accelerators and the FLOPs of training, for the model FLOPs utilisation (MFU). Loads no JAX.
+"""Peak rates of accelerators and the FLOPs of training, for the model FLOPs utilisation (MFU), and the bytes that
+decoding reads, for the use of a memory's bandwidth. Loads no JAX.
 
 MFU is the useful FLOPs a second over the peak of the devices used. Useful FLOPs of a token are those of
 `deepseek_jax.analysis.counts`: 6 for each activated parameter but the input embedding's, plus causal attention at
@@ -59,3 +60,15 @@ def training_flops(cfg: ModelConfig, length: int, mtp: bool) -> int:
     """
     figures = counts(cfg, length)
     return figures.flops_per_token + (figures.flops_per_token_mtp if mtp else 0)
+
+
+def decoding_bytes(cfg: ModelConfig, rows: int, context: int, width: int = 2) -> float:
+    """Bytes that a decoding step of ``rows`` tokens reads, each after ``context`` cached ones: ``width`` of each
+    parameter and cached number, every one once. Of the routed experts those that any row chooses: their mean number,
+    where each is as likely as the others. Without the rows of the embedding."""
+    figures = counts(cfg, context)
+    parameters = float(figures.activated_no_embedding)
+    if cfg.moe is not None:
+        chosen = cfg.moe.n_experts * (1 - (1 - cfg.moe.top_k / cfg.moe.n_experts) ** rows)
+        parameters += cfg.n_moe_layers * (chosen - cfg.moe.top_k) * figures.expert
+    return width * (parameters + rows * figures.kv_bytes / 2)  # the counts' caches are in bfloat16

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import deepseek_jax as dsj
 from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.peaks import decoding_bytes
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
 from deepseek_jax.kernels import native
@@ -162,14 +163,8 @@ def limit(size: Size, task: str, rates: dict[str, float]) -> float:
     if task == "prefill":
         # Of the last token alone the logits.
         return rates["flops_a_second"] / (figures.forward_flops_per_token - 2 * cfg.dim * cfg.vocab_size)
-    read = figures.activated_no_embedding
-    if cfg.moe is not None:
-        k, experts = cfg.moe.top_k, cfg.moe.n_experts
-        # Of the experts those that any of the rows chooses, each as likely as the others.
-        chosen = experts * (1 - (1 - k / experts) ** rows)
-        read += cfg.n_moe_layers * (chosen - k) * 3 * cfg.dim * cfg.moe.expert_dim
-    read_bytes = 4 * read + 2 * rows * figures.kv_bytes  # the counts' caches are in bfloat16
-    seconds = max(rows * figures.decode_flops_per_token / rates["flops_a_second"], read_bytes / rates["bytes_a_second"])
+    read = decoding_bytes(cfg, rows, size.prompt + size.new // 2, width=4) / rates["bytes_a_second"]
+    seconds = max(rows * figures.decode_flops_per_token / rates["flops_a_second"], read)
     return rows / seconds
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from deepseek_jax.analysis.peaks import GPU_PEAKS, TPU_PEAKS, peak_of, training_flops
+from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.peaks import GPU_PEAKS, TPU_PEAKS, decoding_bytes, peak_of, training_flops
 from deepseek_jax.configs.zoo import zoo
 
 
@@ -41,3 +42,19 @@ def test_flops_of_training_v3():
     cfg = zoo("deepseek-v3")
     assert training_flops(cfg, 4096, mtp=False) == pytest.approx(250e9, rel=0.01)
     assert training_flops(cfg, 4096, mtp=True) > training_flops(cfg, 4096, mtp=False)
+
+
+def test_bytes_of_decoding():
+    v3 = zoo("deepseek-v3")
+    figures = counts(v3, 1000)
+    # V3 keeps 576 numbers a token and layer.
+    cache = 2 * 61 * 576 * 1000
+    assert decoding_bytes(v3, 1, 1000) == 2 * figures.activated_no_embedding + cache
+    # So many rows choose all experts.
+    every = 2 * (figures.total - figures.embedding) + 10**5 * cache
+    assert decoding_bytes(v3, 10**5, 1000) == pytest.approx(every, rel=1e-6)
+    # Two rows choose 8 each of 256: 15.75 different ones.
+    more = decoding_bytes(v3, 2, 1000, width=1) - decoding_bytes(v3, 1, 1000, width=1)
+    assert more == pytest.approx(58 * 7.75 * 3 * 7168 * 2048 + cache / 2)
+    dense = zoo("r1-distill-qwen-1.5b")
+    assert decoding_bytes(dense, 8, 10) - decoding_bytes(dense, 1, 10) == 7 * counts(dense, 10).kv_bytes
