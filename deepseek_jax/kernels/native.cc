@@ -1,7 +1,7 @@
 // Grouped matmul in float32 on a CPU: rows sorted by group, each times its group's matrix. See native.py.
 //
-// A tile of C is kept in vector registers while one pass over the inner dimension adds to it: ROWS rows by
-// VECTORS vectors of columns. Where a group has more rows than a tile, the matrix's columns are packed first, a
+// A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
+// columns. Where a group has more rows than a tile, the matrix's columns are packed first, a
 // tile's width at a time, so that a pass reads memory in order. Units of work (some rows of a group, some columns)
 // are taken by the calling thread and by those of XLA's pool, whoever is free.
 
@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -26,10 +27,10 @@ constexpr int kLanes = 16, kRows = 12;
 #else
 constexpr int kLanes = 8, kRows = 6;
 #endif
-constexpr int kPanel = 2 * kLanes;    // columns of a packed panel
-constexpr int64_t kDepth = 512;       // of the inner dimension, packed at once
+constexpr int kPanel = 2 * kLanes;      // columns of a packed panel
+constexpr int64_t kDepth = 512;         // of the inner dimension, packed at once
 constexpr int64_t kBlock = 16 * kRows;  // rows of a unit of work
-constexpr int64_t kChunk = 512;       // columns of a unit of work
+constexpr int64_t kChunk = 512;         // columns of a unit of work
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 

@@ -1,6 +1,6 @@
 """The experts' grouped matmul on a CPU as compiled C++ (`native.cc`), built where it is first asked for.
 
-Both cores work on it, and a group's matrix is read where it lies; the block form copies it out of the stack first, and
+All cores work on it, and a group's matrix is read where it lies; the block form copies it out of the stack first, and
 takes one block after the other. XLA calls it as a custom call and lends it its own threads. Needs a C++ compiler at
 hand; JAX brings the headers. In float32.
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from deepseek_jax.kept import cpu, home
@@ -76,18 +77,29 @@ def compiler() -> str | None:
 def built() -> Path:
     """The library for this CPU, in `kept.home`/native: one that was built before, or a new one, whole or not at all.
 
-    Raises ValueError where there is no `compiler`, or it fails.
+    Raises ValueError where there is no `compiler`, it fails, or the folder cannot be written.
     """
     by = compiler()
     if by is None:
         named = os.environ.get("CXX")
         missing = f"CXX={named} is not found" if named else "there is no c++, g++ or clang++ here"
         raise ValueError(f'{WHAT}: it is built by a C++ compiler, and {missing}; install one, or choose "auto".')
-    made_of = [SOURCE.read_text(encoding="utf-8"), jax.__version__, jax.lib.__version__, by, *FLAGS]
+    made_of = [SOURCE.read_text(encoding="utf-8"), jax.__version__, jaxlib.__version__, by, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _compile(by, path)
+    except OSError as error:
+        raise ValueError(
+            f"{WHAT}: it is built in {path.parent}, which cannot be written: {error.strerror}; name another folder in "
+            'XDG_CACHE_HOME, or choose "auto".'
+        ) from None
+    return path
+
+
+def _compile(by: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         part = Path(unfinished) / path.name
         command = [by, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(part)]
@@ -98,4 +110,3 @@ def built() -> Path:
                 f'{WHAT}: {" ".join(command)} failed: {first}; set CXX to another compiler, or choose "auto".'
             )
         part.replace(path)
-    return path

@@ -104,6 +104,11 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch, tmp_path):
         native.built()
     assert list((tmp_path / "deepseek-jax" / "native").iterdir()) == []
     monkeypatch.delenv("CXX")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+    with pytest.raises(
+        ValueError, match=r"built in /proc/deepseek-jax/native, which cannot be written: .*XDG_CACHE_HOME"
+    ):
+        native.built()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"there is no c\+\+, g\+\+ or clang\+\+ here"):
         native.built()
