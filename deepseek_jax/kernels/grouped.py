@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.quant import Quantized
 from deepseek_jax.kernels import hopper, megablox, native
@@ -94,9 +95,11 @@ def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
 
 
 def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    if isinstance(w_EDZ, Quantized):
+    if isinstance(w_EDZ, Quantized | Bits):
+        kind = "in bfloat16" if isinstance(w_EDZ, Bits) else "quantised"
         raise ValueError(
-            f'{native.WHAT}: the experts are stored quantised; load the model with dtype=float32, or choose "auto".'
+            f"{native.WHAT}: it multiplies float32, and the experts are stored {kind}; load the model with "
+            'dtype="float32" (--dtype float32), or choose "auto".'
         )
     return native.grouped_matmul(x_MD, w_EDZ.reshape(*w_EDZ.shape[:2], -1), sizes_E, transpose)
 

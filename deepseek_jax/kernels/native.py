@@ -51,8 +51,8 @@ def grouped_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
 def _check(*operands) -> None:
     if others := sorted({a.dtype.name for a in operands if a.dtype != jnp.float32}):
         raise ValueError(
-            f"{WHAT}: it multiplies float32, and here are {' and '.join(others)}; load and run the model in float32, "
-            'or choose "auto".'
+            f"{WHAT}: it multiplies float32, and here are {' and '.join(others)}; load and run the model in float32 "
+            '(--dtype float32), or choose "auto".'
         )
     if (platform := jax.devices()[0].platform) != "cpu":
         raise ValueError(

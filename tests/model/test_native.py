@@ -12,6 +12,7 @@ import pytest
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.generation.programs import keep_ready
 from deepseek_jax.kernels import native
@@ -90,8 +91,10 @@ def test_what_it_does_not_multiply_is_refused():
     with pytest.raises(ValueError, match="multiplies float32, and here are bfloat16; load and run"):
         grouped_matmul(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), sizes, "native")
     stored = Quantized(jnp.asarray(w, FP8), jnp.ones((2, 1, 1)), (1, 8, 16), w.shape)
-    with pytest.raises(ValueError, match="stored quantised; load the model with dtype=float32"):
+    with pytest.raises(ValueError, match='the experts are stored quantised; load the model with dtype="float32"'):
         grouped_matmul(x, stored, sizes, "native")
+    with pytest.raises(ValueError, match="the experts are stored in bfloat16"):
+        grouped_matmul(x, Bits.of(jnp.asarray(w, jnp.bfloat16)), sizes, "native")
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch, tmp_path):
