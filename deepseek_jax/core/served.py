@@ -12,7 +12,6 @@ Suffixes: K values of a key, W of them rounded, M words.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -79,30 +78,8 @@ class Served:
         return (*self.words.shape[:-1], self.width)
 
 
-def empty(form: Form | None, shape: tuple[int, ...], dtype, zeros: Callable) -> jax.Array | Served:
-    """Zeros for keys of ``shape`` [layers, B, S, K], in ``dtype`` where there is no form; ``zeros(shape, dtype)`` makes
-    an array."""
-    if form is None:
-        return zeros(shape, dtype)
-    *lead, width = shape
-    return Served(zeros((*lead, sum(form.words(width - form.width))), jnp.uint32), form, width)
-
-
-def put(held: jax.Array | Served, i, rows_B1: jax.Array, slot_BT: jax.Array, new: jax.Array) -> jax.Array | Served:
-    """``held`` [layers, B, S, K] with `kept` keys of layer ``i`` at slots of rows; slots from S on are dropped."""
-    return jax.tree.map(lambda a: a.at[i, rows_B1, slot_BT].set(new, mode="drop"), held)
-
-
-def taken(held: jax.Array | Served, dtype, i, *at) -> jax.Array:
-    """Layer ``i``'s keys as ``dtype``, [B, S, K]; with ``at``, rows and slots, those that stand there."""
-    (keys,) = jax.tree.leaves(held)
-    return read(keys[i, *at], held, dtype)
-
-
-def kept(x: jax.Array, like: jax.Array | Served) -> jax.Array:
-    """Keys [..., K] as ``like`` keeps them: in its dtype, or as words [..., M]."""
-    if not isinstance(like, Served):
-        return x.astype(like.dtype)
+def kept(x: jax.Array, like: Served) -> jax.Array:
+    """Keys [..., K] as words [..., M], as ``like`` keeps them."""
     form, kind = like.form, _FLOATS[like.form.bits]
     rounded, rest = x[..., : form.width].astype(jnp.float32), x[..., form.width :].astype(jnp.bfloat16)
     if form.turned:
@@ -123,13 +100,11 @@ def kept(x: jax.Array, like: jax.Array | Served) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def read(keys: jax.Array, like: jax.Array | Served, dtype) -> jax.Array:
+def read(words: jax.Array, like: Served, dtype) -> jax.Array:
     """What `kept` gave for ``like``, as an array [..., K] of ``dtype``."""
-    if not isinstance(like, Served):
-        return keys.astype(dtype)
     form, rest = like.form, like.width - like.form.width
     of_values, of_scales, _ = form.words(rest)
-    codes, stored, others = jnp.split(keys, [of_values, of_values + of_scales], axis=-1)
+    codes, stored, others = jnp.split(words, [of_values, of_values + of_scales], axis=-1)
     values = _values(_unpacked(codes, form.width, form.bits), _FLOATS[form.bits])
     if form.powers_of_two:
         scale = _power_of_two(_unpacked(stored, form.blocks, 8))

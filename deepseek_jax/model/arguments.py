@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.configs.schema import Compressed, ModelConfig
+from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.model.block import CAPTURABLE
 from deepseek_jax.model.cache import Cache
@@ -169,8 +169,6 @@ def check_embeddings(cfg: ModelConfig, embeddings, tokens, with_mtp: bool) -> No
 def check_windows(cfg: ModelConfig, positions, segments, cache, ctx: Context) -> None:
     """Raises ValueError for what compressed attention cannot do: its windows are runs of tokens from a segment's start
     on, which a row's device has to have whole."""
-    if not isinstance(cfg.attention, Compressed):
-        return
     if ctx.ops.splits_rows and cache is None:
         raise ValueError(
             f"the mesh splits rows over its axis 'context', but {cfg.name} compresses runs of a row's tokens, for "

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.configs import schema
-from deepseek_jax.core import served
+from deepseek_jax.core import cached
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
@@ -126,7 +126,7 @@ class Compressed(nnx.Module):
 
         def empty(size: int, width: int, form: Form | None = None):
             zeros = lambda shape, dtype: ctx.ops.zeros(shape, dtype, (None, BATCH, None, None))  # noqa: E731
-            return served.empty(form, (layers, batch, size, width), dtype, zeros)
+            return cached.empty(form, (layers, batch, size, width), dtype, zeros)
 
         of_keys = of_index = None
         if ctx.cache == "served":
@@ -182,15 +182,15 @@ class Compressed(nnx.Module):
 
         rows, E = jnp.arange(kv_BTK.shape[0])[:, None], held.entries.shape[2]
         slot_BE = jnp.where(made.segment != 0, number_BE, E)
-        write = lambda h, new: served.put(h, i, rows, slot_BE, served.kept(new, h))  # noqa: E731
+        write = lambda h, new: cached.put(h, i, rows, slot_BE, cached.kept(new, h))  # noqa: E731
         entries = write(held.entries, entries)
         index = None if index is None else write(held.index, index)
         held = replace(held, parts=ring_of_parts, entries=entries, index=index)
         number_BE = jnp.broadcast_to(jnp.arange(E), (kv_BTK.shape[0], E))
         # Of one segment: entries that are not made yet have numbers that no query sees.
         # Not cut out of the stack first: of many entries few are chosen.
-        read = partial(served.taken, dtype=kv_BTK.dtype, i=i)
-        chosen = lambda index_BTC: served.taken(entries, kv_BTK.dtype, i, rows[..., None], index_BTC)  # noqa: E731
+        read = partial(cached.taken, dtype=kv_BTK.dtype, i=i)
+        chosen = lambda index_BTC: cached.taken(entries, kv_BTK.dtype, i, rows[..., None], index_BTC)  # noqa: E731
         one, of_index = jnp.ones_like(number_BE), None if index is None else read(index)
         return Keys(recent, position, segment, read(entries), chosen, number_BE, one, of_index), held
 

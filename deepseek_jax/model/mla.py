@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.configs import schema
+from deepseek_jax.core.cached import empty, kept, put, taken
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH
 from deepseek_jax.core.linear import linear
@@ -24,7 +25,7 @@ from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.ops import ONE_DEVICE
 from deepseek_jax.core.params import param
 from deepseek_jax.core.rope import softmax_scale
-from deepseek_jax.core.served import Form, Served, empty, kept, put, taken
+from deepseek_jax.core.served import Form, Served
 from deepseek_jax.model.attention import attend, attend_cache
 from deepseek_jax.model.indexer import Indexer, divergence
 from deepseek_jax.model.tokens import Tokens

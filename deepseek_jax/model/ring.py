@@ -6,7 +6,8 @@ Suffixes: B rows, T new tokens, S slots of a ring, L = S + T tokens in a line, X
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.core.served import Served, kept, put, read, taken
+from deepseek_jax.core.cached import kept, put, read, taken
+from deepseek_jax.core.served import Served
 from deepseek_jax.model.tokens import Tokens
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.configs.layers import Stack
-from deepseek_jax.configs.schema import ModelConfig
+from deepseek_jax.configs.schema import Compressed, ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
 from deepseek_jax.core.linear import linear
@@ -137,7 +137,8 @@ class Transformer(nnx.Module):
             self.cfg, tokens_BT, positions, segments, next_tokens, cache, routing, with_mtp, logits, capture
         )
         check_embeddings(self.cfg, embeddings, tokens_BT, with_mtp)
-        check_windows(self.cfg, positions, segments, cache, ctx)
+        if isinstance(self.cfg.attention, Compressed):
+            check_windows(self.cfg, positions, segments, cache, ctx)
         if segments is not None:
             # What stands at padding is never looked up.
             tokens_BT = jnp.where(segments != 0, tokens_BT, 0)
@@ -154,8 +155,7 @@ class Transformer(nnx.Module):
         x, held, aux, captured = run_stacks(self.stacks, self.segments, x, tokens, ctx, held, routing, tuple(capture))
         streams = None if self.collapse is None else x
         hidden = self.norm(x if streams is None else self.collapse(streams, ctx))
-        if cache is not None:
-            cache = replace(cache, held=held)
+        cache = None if cache is None else replace(cache, held=held)
 
         mtp_hidden, mtp_aux, mtp_captured = (), None, {}
         if with_mtp:

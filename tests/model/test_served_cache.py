@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES
 from reference import relative
 from tiny import random_model, tiny_config
 
-from deepseek_jax.core import served
+from deepseek_jax.core import cached, served
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.served import Form
 from deepseek_jax.model import mla, ring
@@ -61,18 +61,18 @@ def test_a_cache_as_served_is_one_of_rounded_keys(name, monkeypatch):
     whole = jax.jit(lambda model, tokens: model(tokens).logits)(model, tokens)
     assert 1e-3 < relative(found[:, : CHUNK * CHUNKS], whole) < 0.5
 
-    original = served.kept
+    original = cached.kept
 
     def rounded(x, like):
         """Of a cache of arrays: what would be read of one that is served."""
         form = forms.get(x.shape[-1])
         if form is None:
             return original(x, like)
-        as_served = served.empty(form, (1, 1, 1, x.shape[-1]), None, jnp.zeros)
-        keys = served.read(original(x, as_served), as_served, jnp.float32)
+        as_served = cached.empty(form, (1, 1, 1, x.shape[-1]), None, jnp.zeros)
+        keys = cached.read(original(x, as_served), as_served, jnp.float32)
         return (served.turned(keys) if form.turned else keys).astype(like.dtype)
 
-    for module in (served, ring, mla):
+    for module in (cached, ring, mla):
         monkeypatch.setattr(module, "kept", rounded)
     expected, _ = _in_chunks(model, tokens, Context())
     assert relative(found, expected) <= 2e-5
