@@ -37,7 +37,7 @@ class Context:
     ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
     computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox, for TPU;
     "hopper" is JAX's and our Pallas kernels for NVIDIA H100 and H200 (`kernels.hopper`), for 16-bit dtypes; "native" is
-    C++ for CPUs in float32, built where it is first asked for (`kernels.native`).
+    C++ for CPUs, built where it is first asked for (`kernels.native`).
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
     a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "hopper" is cuDNN for
     rows without segments and, for a step of one token over a cache of MLA on one device, a Pallas kernel of ours

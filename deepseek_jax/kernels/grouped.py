@@ -95,13 +95,14 @@ def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
 
 
 def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
-    if isinstance(w_EDZ, Quantized | Bits):
-        kind = "in bfloat16" if isinstance(w_EDZ, Bits) else "quantised"
+    if isinstance(w_EDZ, Quantized):
         raise ValueError(
-            f"{native.WHAT}: it multiplies float32, and the experts are stored {kind}; load the model with "
-            'dtype="float32" (--dtype float32), or choose "auto".'
+            f"{native.WHAT}: the experts are stored quantised; load the model in float32 or bfloat16 (--dtype), or "
+            'choose "auto".'
         )
-    return native.grouped_matmul(x_MD, w_EDZ.reshape(*w_EDZ.shape[:2], -1), sizes_E, transpose)
+    # Bits are read as they lie.
+    fused = Bits(w_EDZ.values.reshape(*w_EDZ.shape[:2], -1)) if isinstance(w_EDZ, Bits) else _fused(w_EDZ, x_MD.dtype)
+    return native.grouped_matmul(x_MD, fused, sizes_E, transpose)
 
 
 def block_rows(rows: int, groups: int, limits: tuple[int, int] = CPU_BLOCK_ROWS) -> int:

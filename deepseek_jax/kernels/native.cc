@@ -1,4 +1,4 @@
-// Grouped matmul in float32 on a CPU: rows sorted by group, each times its group's matrix. See native.py.
+// Grouped matmul on a CPU: rows sorted by group, each times its group's matrix, of float32 or bfloat16. See native.py.
 //
 // A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
 // columns. Where a group has more rows than a tile, the matrix's columns are packed first, a
@@ -33,10 +33,29 @@ constexpr int64_t kBlock = 16 * kRows;  // rows of a unit of work
 constexpr int64_t kChunk = 512;         // columns of a unit of work
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+// A bfloat16 is a float32 without its lower half.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline Vector Loaded(const float* from) { return *(const Vector*)from; }
+inline Vector Loaded(const Bfloat16* from) {
+  return (Vector)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
+}
+inline float Value(float x) { return x; }
+inline float Value(Bfloat16 x) {
+  const uint32_t word = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
 
 // C[i, j] (+)= sum over k of A(i, k) B(k, j), with i < R and j < V * kLanes.
-template <int R, int V>
-void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth, float* c,
+template <int R, int V, typename T>
+void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, float* c,
           int64_t c_row, bool add) {
   Vector sum[R][V];
 #pragma GCC unroll 16
@@ -46,7 +65,7 @@ void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const f
   for (int64_t k = 0; k < depth; ++k) {
     Vector row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = *(const Vector*)(b + k * b_depth + v * kLanes);
+    for (int v = 0; v < V; ++v) row[v] = Loaded(b + k * b_depth + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const float x = a[i * a_row + k * a_depth];
@@ -60,23 +79,48 @@ void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const f
     for (int v = 0; v < V; ++v) *(Vector*)(c + i * c_row + v * kLanes) = sum[i][v];
 }
 
-using TileFunction = void (*)(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
+template <typename T>
+using TileOf = void (*)(int64_t, const float*, int64_t, int64_t, const T*, int64_t, float*, int64_t, bool);
 
-template <int V, int... R>
-TileFunction Chosen(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TileFunction tiles[] = {Tile<R + 1, V>...};
+template <int V, typename T, int... R>
+TileOf<T> Chosen(int rows, std::integer_sequence<int, R...>) {
+  static constexpr TileOf<T> tiles[] = {Tile<R + 1, V, T>...};
   return tiles[rows - 1];
 }
 
+template <int V, int Most, typename T>
+TileOf<T> TileFor(int rows) {
+  return Chosen<V, T>(rows, std::make_integer_sequence<int, Most>());
+}
+
 // A matrix of the product: element (i, j) at data[i * row + j * column].
+template <typename T>
 struct Matrix {
-  const float* data;
+  const T* data;
   int64_t row, column;
-  const float* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+  const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
 };
 
+// A panel's width of a matrix in float32, zeros where it has fewer columns.
+template <typename T>
+void Pack(const Matrix<T>& b, int64_t depth, int64_t width, float* panel) {
+  if (width < kPanel) std::memset(panel, 0, depth * kPanel * sizeof(float));
+  if (b.column == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = 0; j < width; ++j) panel[k * kPanel + j] = Value(b.data[k * b.row + j]);
+    return;
+  }
+  // By lines of memory.
+  for (int64_t begin = 0; begin < depth; begin += 16)
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t k = begin; k < std::min(depth, begin + 16); ++k)
+        panel[k * kPanel + j] = Value(b.data[k * b.row + j * b.column]);
+}
+
 // C [rows, columns] = A [rows, depth] B [depth, columns]; rows of C are contiguous.
-void Multiply(const Matrix& a, const Matrix& b, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth) {
+template <typename T>
+void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_row, int64_t rows, int64_t columns,
+              int64_t depth) {
   thread_local std::vector<float> space;
   space.resize(kDepth * kPanel + kRows * kPanel);
   float* panel = space.data();
@@ -87,45 +131,32 @@ void Multiply(const Matrix& a, const Matrix& b, float* c, int64_t c_row, int64_t
   }
   int64_t j = 0;
   // So few rows read the matrix once: as it is, in wide strips.
-  constexpr int kFew = kRows / 4, kWide = 4 * 2 * kLanes;
+  constexpr int kFew = kRows / 4, kWide = 8 * kLanes;
   if (rows <= kFew && b.column == 1)
     for (; j + kWide <= columns; j += kWide)
-      Chosen<8>(rows, std::make_integer_sequence<int, kFew>())(depth, a.data, a.row, a.column, b.at(0, j), b.row,
-                                                               c + j, c_row, false);
-  const bool packed = rows > kRows || b.column != 1;
+      TileFor<8, kFew, T>(rows)(depth, a.data, a.row, a.column, b.at(0, j), b.row, c + j, c_row, false);
   for (; j < columns; j += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, columns - j);
+    const bool packed = rows > kRows || b.column != 1 || width < kPanel;
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t part = std::min(kDepth, depth - k);
-      const float* from = b.at(k, j);
-      int64_t from_row = b.row;
-      if (packed || width < kPanel) {
-        if (b.column == 1) {
-          for (int64_t p = 0; p < part; ++p) {
-            std::memcpy(panel + p * kPanel, from + p * b.row, width * sizeof(float));
-            if (width < kPanel) std::memset(panel + p * kPanel + width, 0, (kPanel - width) * sizeof(float));
-          }
-        } else {
-          if (width < kPanel) std::memset(panel, 0, part * kPanel * sizeof(float));
-          for (int64_t p0 = 0; p0 < part; p0 += 16)
-            for (int64_t q = 0; q < width; ++q)
-              for (int64_t p = p0; p < std::min(part, p0 + 16); ++p)
-                panel[p * kPanel + q] = from[p * b.row + q * b.column];
-        }
-        from = panel;
-        from_row = kPanel;
-      }
+      if (packed) Pack(Matrix<T>{b.at(k, j), b.row, b.column}, part, width, panel);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int some = std::min<int64_t>(kRows, rows - i);
-        const TileFunction tile = Chosen<2>(some, std::make_integer_sequence<int, kRows>());
-        if (width == kPanel) {
-          tile(part, a.at(i, k), a.row, a.column, from, from_row, c + i * c_row + j, c_row, k > 0);
-        } else {
-          if (k > 0)
-            for (int r = 0; r < some; ++r) std::memcpy(edge + r * kPanel, c + (i + r) * c_row + j, width * sizeof(float));
-          tile(part, a.at(i, k), a.row, a.column, from, from_row, edge, kPanel, k > 0);
-          for (int r = 0; r < some; ++r) std::memcpy(c + (i + r) * c_row + j, edge + r * kPanel, width * sizeof(float));
+        float* to = c + i * c_row + j;
+        if (!packed) {
+          TileFor<2, kRows, T>(some)(part, a.at(i, k), a.row, a.column, b.at(k, j), b.row, to, c_row, k > 0);
+          continue;
         }
+        const TileOf<float> tile = TileFor<2, kRows, float>(some);
+        if (width == kPanel) {
+          tile(part, a.at(i, k), a.row, a.column, panel, kPanel, to, c_row, k > 0);
+          continue;
+        }
+        if (k > 0)
+          for (int r = 0; r < some; ++r) std::memcpy(edge + r * kPanel, to + r * c_row, width * sizeof(float));
+        tile(part, a.at(i, k), a.row, a.column, panel, kPanel, edge, kPanel, k > 0);
+        for (int r = 0; r < some; ++r) std::memcpy(to + r * c_row, edge + r * kPanel, width * sizeof(float));
       }
     }
   }
@@ -165,8 +196,9 @@ struct Unit {
 
 using Floats = ffi::Buffer<ffi::F32>;
 
-// y [M, Z] = x [M, D] w[group] [D, Z], or its transpose: x [M, Z], y [M, D].
-ffi::Error Rows(ffi::ThreadPool pool, Floats x, Floats w, ffi::Buffer<ffi::S32> sizes, ffi::Result<Floats> y,
+// y [M, Z] = x [M, D] w[group] [D, Z], or its transpose: x [M, Z], y [M, D]. T: what a number of w is in memory.
+template <typename T, ffi::DataType Type>
+ffi::Error Rows(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Buffer<ffi::S32> sizes, ffi::Result<Floats> y,
                 bool transpose) {
   const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
   const int64_t M = xd[0], depth = xd[1], width = yd[1], E = wd[0], D = wd[1], Z = wd[2];
@@ -180,14 +212,15 @@ ffi::Error Rows(ffi::ThreadPool pool, Floats x, Floats w, ffi::Buffer<ffi::S32> 
         units.push_back({e, first, std::min(kBlock, end - first), j, std::min(kChunk, width - j)});
     first = end;
   }
-  const float *xs = x.typed_data(), *ws = w.typed_data();
+  const float* xs = x.typed_data();
+  const T* ws = reinterpret_cast<const T*>(w.untyped_data());
   float* ys = y->typed_data();
   std::memset(ys + first * width, 0, (M - first) * width * sizeof(float));
   ForAll(pool, units.size(), [&](int64_t i) {
     const Unit& u = units[i];
-    const float* matrix = ws + u.group * D * Z;
-    const Matrix b = transpose ? Matrix{matrix + u.column * Z, 1, Z} : Matrix{matrix + u.column, Z, 1};
-    Multiply({xs + u.first * depth, depth, 1}, b, ys + u.first * width + u.column, width, u.rows, u.columns, depth);
+    const T* matrix = ws + u.group * D * Z;
+    const Matrix<T> b = transpose ? Matrix<T>{matrix + u.column * Z, 1, Z} : Matrix<T>{matrix + u.column, Z, 1};
+    Multiply<T>({xs + u.first * depth, depth, 1}, b, ys + u.first * width + u.column, width, u.rows, u.columns, depth);
   });
   return ffi::Error::Success();
 }
@@ -210,7 +243,7 @@ ffi::Error Outer(ffi::ThreadPool pool, Floats x, Floats y, ffi::Buffer<ffi::S32>
   float* os = o->typed_data();
   ForAll(pool, units.size(), [&](int64_t i) {
     const Part& u = units[i];
-    Multiply({xs + u.first * D + u.row, 1, D}, {ys + u.first * Z, Z, 1}, os + (u.group * D + u.row) * Z, Z, u.rows, Z,
+    Multiply<float>({xs + u.first * D + u.row, 1, D}, {ys + u.first * Z, Z, 1}, os + (u.group * D + u.row) * Z, Z, u.rows, Z,
              u.depth);
   });
   return ffi::Error::Success();
@@ -218,14 +251,20 @@ ffi::Error Outer(ffi::ThreadPool pool, Floats x, Floats y, ffi::Buffer<ffi::S32>
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedRows, Rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<Floats>()
-                                  .Attr<bool>("transpose"));
+#define ROWS_OF(NAME, TYPE, FFI_TYPE)                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Rows<TYPE, FFI_TYPE>),      \
+                                ffi::Ffi::Bind()                   \
+                                    .Ctx<ffi::ThreadPool>()        \
+                                    .Arg<Floats>()                 \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>()  \
+                                    .Arg<ffi::Buffer<ffi::S32>>()  \
+                                    .Ret<Floats>()                 \
+                                    .Attr<bool>("transpose"))
+
+ROWS_OF(GroupedRowsFloat32, float, ffi::F32);
+ROWS_OF(GroupedRowsBfloat16, Bfloat16, ffi::BF16);
+// The bits of bfloat16 numbers (`core.bits`).
+ROWS_OF(GroupedRowsBits, Bfloat16, ffi::U16);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedOuter, Outer,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

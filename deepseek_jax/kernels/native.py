@@ -2,7 +2,7 @@
 
 All cores work on it, and a group's matrix is read where it lies; the block form copies it out of the stack first, and
 takes one block after the other. XLA calls it as a custom call and lends it its own threads. Needs a C++ compiler at
-hand; JAX brings the headers. In float32.
+hand; JAX brings the headers. Rows and matrices are of float32 or bfloat16, sums float32.
 
 Suffixes: M rows sorted by group, E groups, D and Z widths.
 """
@@ -21,38 +21,45 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from deepseek_jax.core.bits import Bits
 from deepseek_jax.kept import cpu, home
 
 WHAT = 'Context(experts="native")'
 SOURCE = Path(__file__).with_name("native.cc")
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-TARGETS = {"deepseek_jax_grouped_rows": "GroupedRows", "deepseek_jax_grouped_outer": "GroupedOuter"}
-ROWS, OUTER = TARGETS
+# A matrix' dtype as it lies in memory -> the function for it.
+ROWS = {"float32": "GroupedRowsFloat32", "bfloat16": "GroupedRowsBfloat16", "uint16": "GroupedRowsBits"}
+OUTER = "GroupedOuter"
 
 
-def grouped_matmul(x_MD, w_EDZ, sizes_E, transpose: bool = False) -> jax.Array:
-    """[M, Z] in float32: rows of group e times w[e] (or its transpose); rows beyond the groups are zero.
+def grouped_matmul(x_MD, w_EDZ: jax.Array | Bits, sizes_E, transpose: bool = False) -> jax.Array:
+    """[M, Z] in x's dtype: rows of group e times w[e] (or its transpose), accumulated in float32; rows beyond the
+    groups are zero.
 
-    Raises ValueError where operands are not float32, the platform is no CPU, or nothing can be built.
+    Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
     """
     _check(x_MD, w_EDZ)
+    w_EDZ = w_EDZ.values if isinstance(w_EDZ, Bits) else w_EDZ
     out = jax.ShapeDtypeStruct((x_MD.shape[0], w_EDZ.shape[1 if transpose else 2]), jnp.float32)
-    return jax.ffi.ffi_call(ROWS, out)(x_MD, w_EDZ, sizes_E.astype(jnp.int32), transpose=np.bool_(transpose))
+    call = jax.ffi.ffi_call(_target(ROWS[w_EDZ.dtype.name]), out)
+    x_MD, dtype = x_MD.astype(jnp.float32), x_MD.dtype
+    return call(x_MD, w_EDZ, sizes_E.astype(jnp.int32), transpose=np.bool_(transpose)).astype(dtype)
 
 
 def grouped_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], zero for a group of no rows. Errors: `grouped_matmul`."""
     _check(x_MD, y_MZ)
+    x_MD, y_MZ = x_MD.astype(jnp.float32), y_MZ.astype(jnp.float32)
     out = jax.ShapeDtypeStruct((sizes_E.size, x_MD.shape[1], y_MZ.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call(OUTER, out)(x_MD, y_MZ, sizes_E.astype(jnp.int32)).astype(dtype)
+    return jax.ffi.ffi_call(_target(OUTER), out)(x_MD, y_MZ, sizes_E.astype(jnp.int32)).astype(dtype)
 
 
 def _check(*operands) -> None:
-    if others := sorted({a.dtype.name for a in operands if a.dtype != jnp.float32}):
+    if others := sorted({a.dtype.name for a in operands} - {"float32", "bfloat16"}):
         raise ValueError(
-            f"{WHAT}: it multiplies float32, and here are {' and '.join(others)}; load and run the model in float32 "
-            '(--dtype float32), or choose "auto".'
+            f"{WHAT}: it multiplies float32 and bfloat16, and here are {' and '.join(others)}; choose another dtype, "
+            'or "auto".'
         )
     if (platform := jax.devices()[0].platform) != "cpu":
         raise ValueError(
@@ -61,11 +68,16 @@ def _check(*operands) -> None:
     _register()
 
 
+def _target(symbol: str) -> str:
+    """What XLA calls a function of the library."""
+    return f"deepseek_jax.{symbol}"
+
+
 @cache
 def _register() -> None:
     library = ctypes.CDLL(str(built()))
-    for target, symbol in TARGETS.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    for symbol in (*ROWS.values(), OUTER):
+        jax.ffi.register_ffi_target(_target(symbol), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
 def compiler() -> str | None:
