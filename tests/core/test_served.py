@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from deepseek_jax.core.cached import empty, kept, read
 from deepseek_jax.core.quant import FP4, FP8
-from deepseek_jax.core.served import Form, empty, kept, read, turned
+from deepseek_jax.core.served import Form, turned
 
 LATENT = Form(512, 128)
 ENTRY = Form(448, 64, powers_of_two=True)
