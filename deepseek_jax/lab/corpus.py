@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from deepseek_jax import kept
 from deepseek_jax.data.pipeline import Data, load_data
-from deepseek_jax.kept import home
 from deepseek_jax.lab.study import Setup, described, digest
 from deepseek_jax.runs.prepare import tokenizer_folder
 from deepseek_jax.text.tokenizer import load_tokenizer
@@ -50,4 +50,4 @@ def corpus(setup: Setup, home: Path, report: Callable[[str], None] = lambda line
 
 def default_home() -> Path:
     """`kept.home`/corpora."""
-    return home() / "corpora"
+    return kept.home() / "corpora"
