@@ -22,6 +22,8 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
+from deepseek_jax.core.context import Context
+
 _PACKAGE = Path(__file__).parents[1]
 _folder: Path | None = None
 
@@ -56,7 +58,7 @@ class Ready:
         return self.jitted(*args, **static) if program is None else program(*args)
 
     def _found(self, called, args, static):
-        native = any(getattr(value, "experts", None) == "native" for value in static.values())
+        native = any("native" in (ctx.experts, ctx.attention) for ctx in static.values() if isinstance(ctx, Context))
         if native or len({places for *_, places in called[1]} - {""}) != 1:
             return None
         try:

@@ -1,10 +1,13 @@
-"""The experts' grouped matmul on a CPU as compiled C++ (`native.cc`), built where it is first asked for.
+"""On a CPU, the experts' grouped matmul (`native.cc`) and attention over a cache (`native_attention.cc`) as compiled
+C++, built where it is first asked for.
 
-All cores work on it, and a group's matrix is read where it lies; the block form copies it out of the stack first, and
-takes one block after the other. XLA calls it as a custom call and lends it its own threads. Needs a C++ compiler at
-hand; JAX brings the headers. Rows and matrices are of float32 or bfloat16, sums float32.
+XLA calls them as custom calls and lends them its own threads. All cores work on a grouped matmul, and a group's matrix
+is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Attention
+keeps a tile's scores in a core's cache, and neither turns nor copies keys. Needs a C++ compiler at hand; JAX brings the
+headers. Numbers are of float32 or bfloat16, sums float32.
 
-Suffixes: M rows sorted by group, E groups, D and Z widths.
+Suffixes: M rows sorted by group, E groups, D and Z widths; B batch, T queries, S keys, N heads, G key heads, K key dim,
+V value dim.
 """
 
 import ctypes
@@ -13,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +29,15 @@ from deepseek_jax.core.bits import Bits
 from deepseek_jax.kept import cpu, home
 
 WHAT = 'Context(experts="native")'
-SOURCE = Path(__file__).with_name("native.cc")
+ATTENTION = 'Context(attention="native")'
+HEADER, *SOURCES = (Path(__file__).with_name(f"native{end}") for end in ("_tiles.h", ".cc", "_attention.cc"))
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 # A matrix' dtype as it lies in memory -> the function for it.
 ROWS = {"float32": "GroupedRowsFloat32", "bfloat16": "GroupedRowsBfloat16", "uint16": "GroupedRowsBits"}
 OUTER = "GroupedOuter"
+ATTEND = {"float32": "AttendFloat32", "bfloat16": "AttendBfloat16"}
+LATENTS = {"float32": "AttendLatentsFloat32", "bfloat16": "AttendLatentsBfloat16"}
 
 
 def grouped_matmul(x_MD, w_EDZ: jax.Array | Bits, sizes_E, transpose: bool = False) -> jax.Array:
@@ -55,15 +62,43 @@ def grouped_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     return jax.ffi.ffi_call(_target(OUTER), out)(x_MD, y_MZ, sizes_E.astype(jnp.int32)).astype(dtype)
 
 
-def _check(*operands) -> None:
+def attention(q_BTNK, k_BSGK, v_BSGV, places: Sequence[jax.Array], scale: float) -> jax.Array:
+    """float32 [B, T, N, V]: softmax attention of queries over keys that N / G heads share, of float32 or bfloat16.
+
+    ``places``: int32, the positions and segments [B, T] of the queries, and those [B, S] of the keys. A query sees the
+    keys of its own segment at its own and earlier positions; one of segment 0 sees none, and is zero. Forward only.
+
+    Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
+    """
+    _check(q_BTNK, k_BSGK, v_BSGV, what=ATTENTION)
+    return _attended(ATTEND[k_BSGK.dtype.name], q_BTNK, v_BSGV.shape[-1], (k_BSGK, v_BSGV), places, scale)
+
+
+def latent_attention(q_BTNK, k_LBSK, layer, V: int, places: Sequence[jax.Array], scale: float) -> jax.Array:
+    """`attention` over a cache's ``layer``, of keys that all heads share and whose first ``V`` numbers are the values.
+
+    Of the whole cache: XLA copies a part of it before it hands it on.
+    """
+    _check(q_BTNK, k_LBSK, what=ATTENTION)
+    held = (k_LBSK, jnp.asarray(layer, jnp.int32))
+    return _attended(LATENTS[k_LBSK.dtype.name], q_BTNK, V, held, places, scale)
+
+
+def _attended(symbol: str, q_BTNK, V: int, held, places, scale: float) -> jax.Array:
+    out = jax.ShapeDtypeStruct((*q_BTNK.shape[:3], V), jnp.float32)
+    call = jax.ffi.ffi_call(_target(symbol), out)
+    return call(q_BTNK.astype(jnp.float32), *held, *(a.astype(jnp.int32) for a in places), scale=np.float32(scale))
+
+
+def _check(*operands, what: str = WHAT) -> None:
     if others := sorted({a.dtype.name for a in operands} - {"float32", "bfloat16"}):
         raise ValueError(
-            f"{WHAT}: it multiplies float32 and bfloat16, and here are {' and '.join(others)}; choose another dtype, "
+            f"{what}: it multiplies float32 and bfloat16, and here are {' and '.join(others)}; choose another dtype, "
             'or "auto".'
         )
     if (platform := jax.devices()[0].platform) != "cpu":
         raise ValueError(
-            f'{WHAT}: it is for CPUs, and the devices here are of the platform {platform!r}; choose "auto".'
+            f'{what}: it is for CPUs, and the devices here are of the platform {platform!r}; choose "auto".'
         )
     _register()
 
@@ -76,7 +111,7 @@ def _target(symbol: str) -> str:
 @cache
 def _register() -> None:
     library = ctypes.CDLL(str(built()))
-    for symbol in (*ROWS.values(), OUTER):
+    for symbol in (*ROWS.values(), OUTER, *ATTEND.values(), *LATENTS.values()):
         jax.ffi.register_ffi_target(_target(symbol), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
@@ -96,7 +131,8 @@ def built() -> Path:
         named = os.environ.get("CXX")
         missing = f"CXX={named} is not found" if named else "there is no c++, g++ or clang++ here"
         raise ValueError(f'{WHAT}: it is built by a C++ compiler, and {missing}; install one, or choose "auto".')
-    made_of = [SOURCE.read_text(encoding="utf-8"), jax.__version__, jaxlib.__version__, by, *FLAGS]
+    texts = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
+    made_of = [*texts, jax.__version__, jaxlib.__version__, by, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():
         return path
@@ -114,7 +150,7 @@ def built() -> Path:
 def _compile(by: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         part = Path(unfinished) / path.name
-        command = [by, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(part)]
+        command = [by, *FLAGS, "-I", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -12,8 +12,9 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.core.context import DEFAULT, Context
+from deepseek_jax.core.ops import ONE_DEVICE
 from deepseek_jax.core.product import product
-from deepseek_jax.kernels import cudnn, hopper_decode
+from deepseek_jax.kernels import cudnn, hopper_decode, native
 from deepseek_jax.kernels.attention import LANES, causal_attention
 from deepseek_jax.kernels.platform import on_platform
 from deepseek_jax.model.indexer import Seeking, chosen_keys, only_chosen
@@ -94,7 +95,9 @@ def attend(
     calls with segments or positions take the XLA form: JAX's function for cuDNN knows none. So do those of an MTP
     module, whose last tokens are unknown.
     """
-    form = "xla" if tokens.slot is not None else ctx.attention
+    if ctx.attention == "native" and tokens.slot is not None and seeking is None and ctx.ops is ONE_DEVICE:
+        return native.attention(q_BTNK, k_BSGK, v_BSGV, _places(tokens), scale).astype(v_BSGV.dtype)
+    form = "xla" if tokens.slot is not None or ctx.attention == "native" else ctx.attention
     if form == "hopper" and not tokens.uniform and not ctx.ops.splits_rows:
         form = "xla"
     refusal = "" if form == "xla" else _refusal(q_BTNK, v_BSGV, tokens, ctx, seeking)
@@ -116,12 +119,19 @@ def attend(
     return ctx.ops.attend(whole, (q_BTNK, seeking), (k_BSGK, index_BSI), v_BSGV, tokens)
 
 
-def attend_cache(k_LBSK, layer, q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float, *_) -> jax.Array:
-    """`attend` by the kernel of `kernels.hopper_decode`: one query a row, over the whole cache's ``layer``, of which
-    k_BSGK is a part and v_BSGV the first numbers."""
+def attend_cache(k_LBSK, layer, q_BTNK, k_BSGK, v_BSGV, tokens: Tokens, scale: float, ctx: Context, *_) -> jax.Array:
+    """`attend` by a kernel over the whole cache's ``layer``, of which k_BSGK is a part and v_BSGV the first numbers:
+    the native one, or that of `kernels.hopper_decode`, for one query a row."""
+    if ctx.attention == "native":
+        o = native.latent_attention(q_BTNK, k_LBSK, layer, v_BSGV.shape[-1], _places(tokens), scale)
+        return o.astype(v_BSGV.dtype)
     visible_BS = tokens.visible(0, 1, k_BSGK.shape[1])[:, 0]
     o_BNV = hopper_decode.absorbed_attention(q_BTNK[:, 0], k_LBSK, layer, visible_BS, scale, v_BSGV.shape[-1])
     return o_BNV[:, None]
+
+
+def _places(tokens: Tokens) -> tuple[jax.Array, ...]:
+    return tokens.position, tokens.segment, tokens.key_position, tokens.key_segment
 
 
 def _refusal(q_BTNK: jax.Array, v_BSGV: jax.Array, tokens: Tokens, ctx: Context, seeking: Seeking | None) -> str:

@@ -98,7 +98,7 @@ class MLA(nnx.Module):
                 seeking = seeking.turned()
 
         form = self._absorbed if self._absorbs(x_BTD.shape[1], keys[0].shape[1], ctx) else self._expanded
-        if form == self._absorbed and self._decodes_by_kernel(x_BTD.shape[1], held, ctx):
+        if form == self._absorbed and self._attends_by_kernel(x_BTD.shape[1], held, ctx):
             form = partial(form, attends=partial(attend_cache, held[0], i))
         form = partial(form, reports=seeking is not None and "index_kl" in report)
         o_BTNV, kl_BT = ctx.ops.rows(form, (q_BTNH, q_BTNR, seeking), keys, tokens, ctx)
@@ -178,10 +178,10 @@ class MLA(nnx.Module):
         w_k_CNH, w_v_CNV = jnp.split(ctx.ops.weight(self.kv_b, dtype), [self.cfg.nope_dim], axis=-1)
         return Absorbed(self.kv_b, w_k_CNH.transpose(1, 2, 0), w_v_CNV.transpose(1, 0, 2))
 
-    def _decodes_by_kernel(self, T: int, held, ctx: Context) -> bool:
-        """Whether a call is one that `hopper_decode` is for: its other conditions it raises errors for."""
-        plain = held is not None and not isinstance(held[0], Served) and self.indexer is None
-        return ctx.attention == "hopper" and plain and T == 1 and ctx.ops is ONE_DEVICE
+    def _attends_by_kernel(self, T: int, held, ctx: Context) -> bool:
+        """Whether a call is one that a kernel over the cache is for: its other conditions it raises errors for."""
+        plain = held is not None and not isinstance(held[0], Served) and self.indexer is None and ctx.ops is ONE_DEVICE
+        return plain and (ctx.attention == "native" or (ctx.attention == "hopper" and T == 1))
 
     def _absorbs(self, T: int, S: int, ctx: Context) -> bool:
         """The form with fewer multiplications, unless ``ctx.mla`` names one."""

@@ -1,14 +1,17 @@
-"""The grouped matmul that is built for the CPU: every path through its tiles, in a model, and where it cannot be."""
+"""The grouped matmul and the attention that are built for the CPU: every path through their tiles, in a model, and
+where they cannot be."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES
 from tiny import random_model, random_tokens, tiny_config
 
 import deepseek_jax as dsj
@@ -17,6 +20,7 @@ from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.generation.programs import keep_ready
 from deepseek_jax.kernels import native
 from deepseek_jax.kernels.grouped import grouped_matmul
+from deepseek_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
 
@@ -101,6 +105,93 @@ def test_products_of_bfloat16_are_those_of_its_values(D, Z):
     np.testing.assert_array_equal(found, native.grouped_outer(wide[0], wide[2], SIZES, jnp.float32))
 
 
+# Shapes [B, T, S, N, G, K, V]: a step over shared keys; key heads apart, and shared by some; more queries than are
+# taken together, and more heads than that; more keys than tiles have, and fewer; widths of whole panels and not.
+ATTENTION = [
+    (2, 1, 256, 8, 1, 112, 96),
+    (2, 5, 70, 8, 8, 48, 32),
+    (1, 130, 300, 4, 2, 16, 24),
+    (3, 2, 33, 200, 1, 20, 7),
+    (1, 513, 600, 2, 2, 33, 65),
+]
+
+
+def attended(q, k, v, places, scale: float) -> np.ndarray:
+    """`native.attention` in float64."""
+    position, segment, key_position, key_segment = places
+    seen = (key_segment[:, None] == segment[..., None]) & (segment[..., None] != 0)
+    seen &= key_position[:, None] <= position[..., None]
+    k, v = (np.repeat(a.astype(np.float64), q.shape[2] // k.shape[2], axis=2) for a in (k, v))
+    score = np.where(seen[:, None], np.einsum("BTNK,BSNK->BNTS", q, k) * scale, -np.inf)
+    top = score.max(-1, keepdims=True)
+    p = np.exp(score - np.where(np.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    return np.einsum("BNTS,BSNV->BTNV", p / np.where(total > 0, total, 1), v)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_attention_equals_numpys(shape, dtype):
+    """Three segments, 0 among them, in any order."""
+    B, T, S, N, G, K, V = shape
+    q, k, v, held = matrices((B, T, N, K), (B, S, G, K), (B, S, G, V), (3, B, S, K))
+    rng = np.random.default_rng(1)
+    places = (
+        rng.integers(0, S, (B, T), dtype=np.int32),
+        rng.integers(0, 3, (B, T), dtype=np.int32),
+        np.tile(np.arange(S, dtype=np.int32), (B, 1)),
+        rng.integers(0, 3, (B, S), dtype=np.int32),
+    )
+    kept = [jnp.asarray(a, dtype) for a in (k, v, held)]
+    k, v, held = (np.asarray(a.astype(jnp.float32)) for a in kept)
+    found = np.asarray(jax.jit(native.attention, static_argnums=4)(q, *kept[:2], places, 0.3))
+    np.testing.assert_allclose(found, attended(q, k, v, places, 0.3), atol=5e-6)
+    nothing = (places[1] == 0)[..., None, None]
+    assert not (found * nothing).any()
+    if G == 1:
+        layer = held[2][:, :, None]
+        found = jax.jit(native.latent_attention, static_argnums=(3, 5))(q, kept[2], 2, V, places, 0.3)
+        np.testing.assert_allclose(found, attended(q, layer, layer[..., :V], places, 0.3), atol=5e-6)
+
+
+def test_large_scores_and_distant_ones():
+    """The running maximum moves, and what lies far below it counts for nothing."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, size, 2, 16)).astype(np.float32) for size in (9, 200, 200))
+    places = (np.full((1, 9), 200, np.int32), *(np.ones((1, size), np.int32) for size in (9, 200, 200)))
+    found = native.attention(q * 40, k, v, places, 1.0)
+    np.testing.assert_allclose(found, attended(q * 40, k, v, places, 1.0), atol=2e-5)
+
+
+# An indexer chooses the keys of v3.2: that is not for it.
+@pytest.mark.parametrize(
+    ("name", "dtype", "cache"),
+    [
+        (None, "float32", "compute"),
+        ("distill-qwen", "float32", "compute"),
+        (None, "bfloat16", "served"),
+        ("v3.2", "float32", "compute"),
+    ],
+)
+def test_a_model_decodes_by_it(name, dtype, cache):
+    """Prompts of two lengths in chunks, and drafts."""
+    cfg = tiny_config() if name is None else ARCHITECTURES[name]
+    cfg = replace(cfg, n_layers=2, n_dense_layers=min(cfg.n_dense_layers, 2))
+    model = random_model(cfg, dtype=jnp.dtype(dtype))
+    prompts = [row.tolist() for row in np.asarray(random_tokens(cfg, 2, 21))]
+    prompts[1] = prompts[1][:3]
+
+    def run(attention: str):
+        ctx = dsj.Context(attention=attention, cache=cache)
+        how = {"max_new_tokens": 6, "stop_ids": (), "use_mtp": cfg.mtp_depth > 0, "chunk": 8}
+        return dsj.generate(model, prompts, ctx=ctx, **how)
+
+    (tokens, info), (expected, by) = run("native"), run("xla")
+    assert tokens == expected
+    for ours, theirs in zip(info.logprobs, by.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5 if dtype == "float32" else 5e-2)
+
+
 def test_what_it_does_not_multiply_is_refused():
     x, w = matrices((4, 8), (2, 8, 16))
     sizes = np.array([2, 2], np.int32)
@@ -111,6 +202,19 @@ def test_what_it_does_not_multiply_is_refused():
     stored = Quantized(jnp.asarray(w, FP8), jnp.ones((2, 1, 1)), (1, 8, 16), w.shape)
     with pytest.raises(ValueError, match="the experts are stored quantised; load the model in float32 or bfloat16"):
         grouped_matmul(x, stored, sizes, "native")
+
+
+def test_it_is_for_cpus(monkeypatch):
+    q, places = jnp.zeros((1, 1, 1, 4), jnp.float16), [jnp.zeros((1, 1), jnp.int32)] * 4
+    with pytest.raises(
+        ValueError, match=r'Context\(attention="native"\): it multiplies float32 .* and here are float16'
+    ):
+        native.attention(q, q, q, places, 1.0)
+    mesh = make_mesh(data=1)
+    monkeypatch.setattr(dsj.Context, "platform", "tpu")
+    for form in ("experts", "attention"):
+        with pytest.raises(ValueError, match=rf'Context\({form}="native"\): it is for CPUs, and the mesh is of tpu'):
+            dsj.Context(mesh=mesh, **{form: "native"})
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch, tmp_path):

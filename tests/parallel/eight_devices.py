@@ -292,9 +292,9 @@ def one_device(what: str, name: str):
     return generated(model, ctx) if what == "generated" else run(None, what, model)
 
 
-def compare_steps(kind: str, case: str, name: str = "usual") -> dict:
+def compare_steps(kind: str, case: str, name: str = "usual", **how) -> dict:
     # In chunks and a chunk of logits at a time; AdamW, which runs on mixed meshes only, at once.
-    how = {"expert_chunks": 2, "loss_chunk": 12} if kind == "sgd" else {}
+    how |= {"expert_chunks": 2, "loss_chunk": 12} if kind == "sgd" else {}
     ours, theirs = run(case, kind, MODELS[name], **how), one_device(kind, name)
     found = {
         "loss": error(ours["metrics"]["loss"], theirs["metrics"]["loss"]),
@@ -634,6 +634,7 @@ JOBS = {
     "forward": compare_forward,
     "drop": partial(compare_forward, drop=True),
     "kernel": partial(compare_forward, experts="kernel"),
+    "native": partial(compare_steps, "sgd", experts="native", attention="native"),
     "attention": attention_kernel,
     "generated": compare_generated,
     "text": compare_text,

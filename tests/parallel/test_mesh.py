@@ -10,6 +10,8 @@ import jax
 import pytest
 from measured import measured
 
+from deepseek_jax.kernels.native import compiler
+
 AXES = ("data=8", "fsdp=8", "expert=8", "tensor=4", "context=4")
 MIXED = (
     "fsdp=2,expert=2,tensor=2",
@@ -64,6 +66,7 @@ SLOW = [
     *(f"adamw|{case}" for case in MIXED[:2]),
     f"attention|{MIXED[4]}",
     f"kernel|{MIXED[1]}",
+    *([f"native|{MIXED[1]}"] if compiler() else []),
     f"stored|{MIXED[0]}",
     f"improved|{MIXED[0]}",
     *(f"quantized-{what}|{QUANTIZED}" for what in ("blocks", "all")),
@@ -272,6 +275,12 @@ def test_attention_kernel_takes_each_device_s_rows_and_heads(slow):
 @pytest.mark.slow
 def test_grouped_matmul_kernel_on_a_mesh(slow):
     check_forward(slow[f"kernel|{MIXED[1]}"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler here")
+def test_experts_compiled_for_the_cpu_on_a_mesh(slow):
+    check_steps(slow[f"native|{MIXED[1]}"], SGD)
 
 
 @pytest.mark.slow
