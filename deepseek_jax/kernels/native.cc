@@ -104,13 +104,18 @@ ffi::Error Rows(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Buffer
   const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
   const int64_t M = xd[0], depth = xd[1], width = yd[1], E = wd[0], D = wd[1], Z = wd[2];
   const int32_t* size = sizes.typed_data();
+  // Where a group has few rows, its matrix' rows are parted only as far as all threads need it to have work.
+  const int64_t groups = std::max<int64_t>(1, std::count_if(size, size + E, [](int32_t n) { return n > 0; }));
+  const int64_t parts = (2 * pool.num_threads() + groups - 1) / groups;
+  const int64_t stretch = std::max(kChunk, (width / parts + kLanes - 1) / kLanes * kLanes);
   std::vector<Unit> units;
   int64_t first = 0;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t end = std::min<int64_t>(M, first + size[e]);
+    const int64_t chunk = end - first <= kRows && !transpose ? stretch : kChunk;
     for (; first < end; first += kBlock)
-      for (int64_t j = 0; j < width; j += kChunk)
-        units.push_back({e, first, std::min(kBlock, end - first), j, std::min(kChunk, width - j)});
+      for (int64_t j = 0; j < width; j += chunk)
+        units.push_back({e, first, std::min(kBlock, end - first), j, std::min(chunk, width - j)});
     first = end;
   }
   const float* xs = x.typed_data();

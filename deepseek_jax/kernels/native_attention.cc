@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t kTogether = 8 * kRows;  // queries that go over the keys together, unless more heads share these
-constexpr int64_t kKeys = 64;                 // of a tile
+constexpr int64_t kKeys = 64;             // of a tile
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 static_assert(kKeys % kPanel == 0);
 

@@ -61,6 +61,12 @@ def test_products_equal_numpys(D, Z):
     assert not found[SIZES == 0].any()
 
 
+def test_wide_rows_of_one_group_are_parted():
+    x, w = matrices((3, 40), (4, 40, 1500))
+    found = jax.jit(native.grouped_matmul)(x, w, np.array([0, 0, 3, 0], np.int32))
+    close(np.asarray(found), x @ w[2].astype(np.float64), 40)
+
+
 def test_many_calls_at_once_give_what_one_gives():
     """Units of work are shared with XLA's threads; a call ends when all of its own are done."""
     x, w = matrices((ROWS, 64), (SIZES.size, 64, 96))
