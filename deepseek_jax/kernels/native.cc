@@ -9,7 +9,8 @@
 
 namespace {
 
-constexpr int64_t kFetched = 1 << 15;   // bytes that are fetched into a core's caches at once
+constexpr int64_t kFetched = 1 << 15;   // bytes that are fetched into a core's caches at once for few rows
+constexpr int64_t kFits = 1 << 19;      // bytes of a matrix that are fetched at once for more
 constexpr int64_t kDepth = 512;         // of the inner dimension, packed at once
 constexpr int64_t kBlock = 16 * kRows;  // rows of a unit of work
 constexpr int64_t kChunk = 512;         // columns of a unit of work
@@ -57,6 +58,16 @@ auto FewOf(int rows, std::integer_sequence<int, R...>) {
   return functions[rows - 1];
 }
 
+// Brings a matrix into a core's cache in the order of memory, if it fits: a panel takes but some numbers of each line.
+template <typename T>
+void Fetch(const Matrix<T>& b, int64_t rows, int64_t columns) {
+  if (rows * columns * sizeof(T) > kFits) return;
+  if (b.column != 1) std::swap(rows, columns);
+  const int64_t stride = std::max(b.row, b.column);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) *(const volatile char*)(b.data + i * stride + j);
+}
+
 // C [rows, columns] = A [rows, depth] B [depth, columns], with at most kBlock rows; rows of C are contiguous.
 template <typename T>
 void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_row, int64_t rows, int64_t columns,
@@ -74,10 +85,11 @@ void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_ro
                                                              c_row);
     return;
   }
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, columns - j);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t part = std::min(kDepth, depth - k);
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t part = std::min(kDepth, depth - k);
+    Fetch(Matrix<T>{b.at(k, 0), b.row, b.column}, part, columns);
+    for (int64_t j = 0; j < columns; j += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, columns - j);
       Pack(Matrix<T>{b.at(k, j), b.row, b.column}, part, width, panel);
       float* to = c + j;
       if (width == kPanel) {
