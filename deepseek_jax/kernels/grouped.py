@@ -97,7 +97,7 @@ def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
 def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
     if isinstance(w_EDZ, Quantized):
         raise ValueError(
-            f"{native.WHAT}: the experts are stored quantised; load the model in float32 or bfloat16 (--dtype), or "
+            f"{native.EXPERTS}: the experts are stored quantised; load the model in float32 or bfloat16 (--dtype), or "
             'choose "auto".'
         )
     # Bits are read as they lie.

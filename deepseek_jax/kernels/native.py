@@ -28,7 +28,7 @@ import numpy as np
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.kept import cpu, home
 
-WHAT = 'Context(experts="native")'
+EXPERTS = 'Context(experts="native")'
 ATTENTION = 'Context(attention="native")'
 HEADER, *SOURCES = (Path(__file__).with_name(f"native{end}") for end in ("_tiles.h", ".cc", "_attention.cc"))
 # Headers of JAX are not ours to warn of.
@@ -90,7 +90,7 @@ def _attended(symbol: str, q_BTNK, V: int, held, places, scale: float) -> jax.Ar
     return call(q_BTNK.astype(jnp.float32), *held, *(a.astype(jnp.int32) for a in places), scale=np.float32(scale))
 
 
-def _check(*operands, what: str = WHAT) -> None:
+def _check(*operands, what: str = EXPERTS) -> None:
     if others := sorted({a.dtype.name for a in operands} - {"float32", "bfloat16"}):
         raise ValueError(
             f"{what}: it multiplies float32 and bfloat16, and here are {' and '.join(others)}; choose another dtype, "
@@ -130,7 +130,7 @@ def built() -> Path:
     if by is None:
         named = os.environ.get("CXX")
         missing = f"CXX={named} is not found" if named else "there is no c++, g++ or clang++ here"
-        raise ValueError(f'{WHAT}: it is built by a C++ compiler, and {missing}; install one, or choose "auto".')
+        raise ValueError(f'The "native" form is built by a C++ compiler, and {missing}; install one, or choose "auto".')
     texts = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
     made_of = [*texts, jax.__version__, jaxlib.__version__, by, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
@@ -141,8 +141,8 @@ def built() -> Path:
         _compile(by, path)
     except OSError as error:
         raise ValueError(
-            f"{WHAT}: it is built in {path.parent}, which cannot be written: {error.strerror}; name another folder in "
-            'XDG_CACHE_HOME, or choose "auto".'
+            f'The "native" form is built in {path.parent}, which cannot be written: {error.strerror}; name another '
+            'folder in XDG_CACHE_HOME, or choose "auto".'
         ) from None
     return path
 
@@ -154,7 +154,8 @@ def _compile(by: str, path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            how = " ".join(command)
             raise ValueError(
-                f'{WHAT}: {" ".join(command)} failed: {first}; set CXX to another compiler, or choose "auto".'
+                f'The "native" form: {how} failed: {first}; set CXX to another compiler, or choose "auto".'
             )
         part.replace(path)
