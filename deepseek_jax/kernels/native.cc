@@ -2,8 +2,8 @@
 //
 // A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
 // columns. Where a group has more rows than a tile, the matrix's columns are packed first, a tile's width at a time, so
-// that a pass reads memory in order. Units of work (some rows of a group, some columns) are taken by the calling thread
-// and by those of XLA's pool, whoever is free.
+// that a pass reads memory in order; where it has no more, they go over the matrix as it lies (`Few`). Units of work
+// (some rows of a group, some columns) are taken by the calling thread and by those of XLA's pool, whoever is free.
 
 #include "native_tiles.h"
 

@@ -3,8 +3,8 @@ C++, built where it is first asked for.
 
 XLA calls them as custom calls and lends them its own threads. All cores work on a grouped matmul, and a group's matrix
 is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Attention
-keeps a tile's scores in a core's cache, and neither turns nor copies keys. Needs a C++ compiler at hand; JAX brings the
-headers. Numbers are of float32 or bfloat16, sums float32.
+keeps a tile of keys and its scores in a core's cache, and reads no keys that no query sees. Needs a C++ compiler at
+hand; JAX brings the headers. Numbers are of float32 or bfloat16, sums float32.
 
 Suffixes: M rows sorted by group, E groups, D and Z widths; B batch, T queries, S keys, N heads, G key heads, K key dim,
 V value dim.

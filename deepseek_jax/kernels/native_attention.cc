@@ -16,7 +16,7 @@ constexpr int64_t kKeys = 64;             // of a tile
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 static_assert(kKeys % kPanel == 0);
 
-// e^x for x <= 0, to two units in the last place; 0 below e^-87. A Taylor polynomial on half a unit of log 2 either way.
+// e^x for x <= 0; 0 below e^-87. A Taylor polynomial on half a unit of log 2 either way.
 inline Vector Exp(Vector x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
   const auto small = x < -87.0f;
