@@ -41,9 +41,9 @@ class Context:
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
     a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "hopper" is cuDNN for
     rows without segments and, for a step of one token over a cache of MLA on one device, a Pallas kernel of ours
-    (`kernels.hopper_decode`), both in 16-bit dtypes; "native", for CPUs, is C++ for calls with a cache on one device,
-    but for an indexer's and compressed attention's (`kernels.native`); for other calls they take XLA's. A "kernel" that
-    is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
+    (`kernels.hopper_decode`), both in 16-bit dtypes; "native", for CPUs, is C++ (`kernels.native`) for calls on one
+    device, over a cache too, but for an indexer's and compressed attention's; for other calls they take XLA's. A
+    "kernel" that is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.

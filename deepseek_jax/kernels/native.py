@@ -1,5 +1,5 @@
-"""On a CPU, the experts' grouped matmul (`native.cc`) and attention over a cache (`native_attention.cc`) as compiled
-C++, built where it is first asked for.
+"""On a CPU, the experts' grouped matmul (`native.cc`) and attention (`native_attention.cc`) as compiled C++, built
+where it is first asked for.
 
 XLA calls them as custom calls and lends them its own threads. All cores work on a grouped matmul, and a group's matrix
 is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Attention
@@ -17,13 +17,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.kept import cpu, home
@@ -37,6 +38,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 ROWS = {"float32": "GroupedRowsFloat32", "bfloat16": "GroupedRowsBfloat16", "uint16": "GroupedRowsBits"}
 OUTER = "GroupedOuter"
 ATTEND = {"float32": "AttendFloat32", "bfloat16": "AttendBfloat16"}
+ATTEND_GRADIENTS = {"float32": "AttendGradientsFloat32", "bfloat16": "AttendGradientsBfloat16"}
 LATENTS = {"float32": "AttendLatentsFloat32", "bfloat16": "AttendLatentsBfloat16"}
 
 
@@ -66,28 +68,55 @@ def attention(q_BTNK, k_BSGK, v_BSGV, places: Sequence[jax.Array], scale: float)
     """float32 [B, T, N, V]: softmax attention of queries over keys that N / G heads share, of float32 or bfloat16.
 
     ``places``: int32, the positions and segments [B, T] of the queries, and those [B, S] of the keys. A query sees the
-    keys of its own segment at its own and earlier positions; one of segment 0 sees none, and is zero. Forward only.
+    keys of its own segment at its own and earlier positions; one of segment 0 sees none, and is zero. Has a gradient,
+    which computes the probabilities again; a row's key head is one thread's there.
 
     Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
     """
     _check(q_BTNK, k_BSGK, v_BSGV, what=ATTENTION)
-    return _attended(ATTEND[k_BSGK.dtype.name], q_BTNK, v_BSGV.shape[-1], (k_BSGK, v_BSGV), places, scale)
+    return _attention(q_BTNK, k_BSGK, v_BSGV, tuple(a.astype(jnp.int32) for a in places), scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_BTNK, k_BSGK, v_BSGV, places, scale: float) -> jax.Array:
+    return _attention_forward(q_BTNK, k_BSGK, v_BSGV, places, scale)[0]
+
+
+def _attention_forward(q_BTNK, k_BSGK, v_BSGV, places, scale: float):
+    o = jax.ShapeDtypeStruct((*q_BTNK.shape[:3], v_BSGV.shape[-1]), jnp.float32)
+    logs = jax.ShapeDtypeStruct(q_BTNK.shape[:3], jnp.float32)
+    call = jax.ffi.ffi_call(_target(ATTEND[k_BSGK.dtype.name]), (o, logs))
+    found = call(q_BTNK.astype(jnp.float32), k_BSGK, v_BSGV, *places, scale=np.float32(scale))
+    # With its sums, which the backward pass needs and `remat` may keep.
+    o_BTNV, logs_BTN = (checkpoint_name(a, "core") for a in found)
+    return o_BTNV, (q_BTNK, k_BSGK, v_BSGV, places, o_BTNV, logs_BTN)
+
+
+def _attention_backward(scale: float, kept, do_BTNV):
+    q_BTNK, k_BSGK, v_BSGV, places, o_BTNV, logs_BTN = kept
+    operands = (q_BTNK, k_BSGK, v_BSGV)
+    call = jax.ffi.ffi_call(
+        _target(ATTEND_GRADIENTS[k_BSGK.dtype.name]), [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in operands]
+    )
+    sums = (o_BTNV, logs_BTN, do_BTNV)
+    gradients = call(q_BTNK.astype(jnp.float32), k_BSGK, v_BSGV, *places, *sums, scale=np.float32(scale))
+    return *(g.astype(a.dtype) for g, a in zip(gradients, operands, strict=True)), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def latent_attention(q_BTNK, k_LBSK, layer, V: int, places: Sequence[jax.Array], scale: float) -> jax.Array:
-    """`attention` over a cache's ``layer``, of keys that all heads share and whose first ``V`` numbers are the values.
+    """`attention` over a cache's ``layer``, of keys that all heads share and whose first ``V`` numbers are the values,
+    without a gradient.
 
     Of the whole cache: XLA copies a part of it before it hands it on.
     """
     _check(q_BTNK, k_LBSK, what=ATTENTION)
-    held = (k_LBSK, jnp.asarray(layer, jnp.int32))
-    return _attended(LATENTS[k_LBSK.dtype.name], q_BTNK, V, held, places, scale)
-
-
-def _attended(symbol: str, q_BTNK, V: int, held, places, scale: float) -> jax.Array:
     out = jax.ShapeDtypeStruct((*q_BTNK.shape[:3], V), jnp.float32)
-    call = jax.ffi.ffi_call(_target(symbol), out)
-    return call(q_BTNK.astype(jnp.float32), *held, *(a.astype(jnp.int32) for a in places), scale=np.float32(scale))
+    call = jax.ffi.ffi_call(_target(LATENTS[k_LBSK.dtype.name]), out)
+    places = (a.astype(jnp.int32) for a in places)
+    return call(q_BTNK.astype(jnp.float32), k_LBSK, jnp.asarray(layer, jnp.int32), *places, scale=np.float32(scale))
 
 
 def _check(*operands, what: str = EXPERTS) -> None:
@@ -111,7 +140,8 @@ def _target(symbol: str) -> str:
 @cache
 def _register() -> None:
     library = ctypes.CDLL(str(built()))
-    for symbol in (*ROWS.values(), OUTER, *ATTEND.values(), *LATENTS.values()):
+    attending = (symbol for by_dtype in (ATTEND, ATTEND_GRADIENTS, LATENTS) for symbol in by_dtype.values())
+    for symbol in (*ROWS.values(), OUTER, *attending):
         jax.ffi.register_ffi_target(_target(symbol), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 

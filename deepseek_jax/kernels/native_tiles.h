@@ -115,6 +115,13 @@ void Pack(const Matrix<T>& b, int64_t depth, int64_t width, float* panel) {
         panel[k * kPanel + j] = Value(b.data[k * b.row + j * b.column]);
 }
 
+// All columns of a matrix, panel after panel.
+template <typename T>
+void PackAll(const Matrix<T>& b, int64_t depth, int64_t width, float* panels) {
+  for (int64_t j = 0; j < width; j += kPanel)
+    Pack(Matrix<T>{b.at(0, j), b.row, b.column}, depth, std::min<int64_t>(kPanel, width - j), panels + j * depth);
+}
+
 // Runs units 0 .. count - 1 on this thread and the pool's; returns when all are done.
 void ForAll(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> run) {
   struct State {

@@ -89,14 +89,14 @@ def attend(
 
     ``seeking``, ``index_BSI``: what an indexer asks with, and its keys: a query then sees those that it chooses only.
 
-    ``ctx.attention`` names the form. Calls with a cache take the XLA form, but for "native", which is for those of them
-    that are on one device and have no indexer; all others take the XLA form under it. The kernel takes calls whose
+    ``ctx.attention`` names the form. "native" is for calls on one device without an indexer, with a cache and without;
+    all others take the XLA form under it, as do calls with a cache under every other name. The kernel takes calls whose
     tokens are all of their rows, in order, a multiple of 128; the others take the XLA form under "auto". Raises
     ValueError where "kernel" is named for one of those others, or "hopper" for what `kernels.cudnn` does not take.
     Under "hopper" calls with segments or positions take the XLA form: JAX's function for cuDNN knows none. So do those
     of an MTP module, whose last tokens are unknown.
     """
-    if ctx.attention == "native" and tokens.slot is not None and seeking is None and ctx.ops is ONE_DEVICE:
+    if ctx.attention == "native" and seeking is None and ctx.ops is ONE_DEVICE:
         return native.attention(q_BTNK, k_BSGK, v_BSGV, _places(tokens), scale).astype(v_BSGV.dtype)
     form = "xla" if tokens.slot is not None or ctx.attention == "native" else ctx.attention
     if form == "hopper" and not tokens.uniform and not ctx.ops.splits_rows:

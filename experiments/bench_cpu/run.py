@@ -5,7 +5,7 @@ Both sides run the same weights and shapes in processes of their own that take t
 machine does meets both; figures are medians. PyTorch is taken at its best: the fastest of one and two threads and
 of its `eager` and `grouped_mm` experts, each task for itself. Times vary from machine to machine; the ratios are
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
-each side used are its CPU time over its wall time. Of a model with experts this package runs twice: as it is, and with
+each side used are its CPU time over its wall time. This package runs twice: as it is, and with
 `Context(experts="native", attention="native")` where there is a C++ compiler to build it.
 
 Beside them stands what the machine could do: useful FLOPs over the rate of a large product, and the bytes of the
@@ -45,8 +45,7 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Size:
     """What is run: a model, [rows, length] of the batches, tokens of a prompt and new ones, shapes of grouped matmuls
-    (rows, inputs, outputs, experts), the choices of (threads, experts' form) that PyTorch is tried with, and the
-    experts' forms here."""
+    (rows, inputs, outputs, experts), and the choices of (threads, experts' form) that PyTorch is tried with."""
 
     cfg: ModelConfig
     train: tuple[int, int]
@@ -55,7 +54,6 @@ class Size:
     new: int
     grouped: dict[str, tuple[int, int, int, int]]
     torch: tuple[tuple[int, str], ...]
-    forms: tuple[str, ...] = ("auto", "native")
 
 
 CFG = ModelConfig(
@@ -96,7 +94,6 @@ DENSE = replace(
     ),
     grouped={},
     torch=((1, "none"), (2, "none")),
-    forms=("auto",),
 )
 SMALL = Size(
     replace(
@@ -130,7 +127,6 @@ SMALL_DENSE = replace(
     ),
     grouped={},
     torch=((2, "none"),),
-    forms=("auto",),
 )
 MODELS = {"moe": (FULL, SMALL), "dense": (DENSE, SMALL_DENSE)}
 TASKS = ("train", "prefill", "decode-1", "decode-8")
@@ -370,8 +366,8 @@ class Side:
 
 def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates: dict[str, float]) -> dict:
     """The figures of one model, both sides on the weights in ``folder``; ``rates`` are `machine`'s."""
-    forms = [form for form in size.forms if form != "native" or native.compiler()]
-    if len(forms) < len(size.forms):
+    forms = ["auto", "native"] if native.compiler() else ["auto"]
+    if len(forms) == 1:
         print("there is no C++ compiler here: the native form is left out", flush=True)
     sides = [Side("jax", folder, name, smoke, experts=form) for form in forms]
     sides += [*(Side("torch", folder, name, smoke, *c) for c in size.torch)]

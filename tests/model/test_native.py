@@ -79,17 +79,21 @@ def test_many_calls_at_once_give_what_one_gives():
             np.testing.assert_array_equal(found, alone)
 
 
-def test_a_model_is_trained_by_it():
-    model = random_model(tiny_config(n_layers=2, mtp_depth=0))
+@pytest.mark.parametrize("name", ["v3", "distill-qwen", pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_model_is_trained_by_it(name):
+    """Packed rows with padding, an MTP module, key heads that are shared; through `remat`, which keeps softmaxes."""
+    cfg = tiny_config() if name == "v3" else ARCHITECTURES[name]
+    model = random_model(replace(cfg, n_layers=2, n_dense_layers=min(cfg.n_dense_layers, 2)))
     params, rest = dsj.partition(model)
-    tokens = random_tokens(model.cfg, 2, 12)
+    segments = jnp.asarray([[1] * 5 + [2] * 7 + [3] * 6, [1] * 15 + [0] * 3], jnp.int32)
+    batch = {"tokens": random_tokens(model.cfg, 2, 18), "segments": segments}
 
     @partial(jax.jit, static_argnums=1)
-    def gradient(params, form):
-        ctx = dsj.Context(experts=form)
-        return jax.value_and_grad(lambda p: dsj.loss(dsj.combine(p, rest), {"tokens": tokens}, ctx=ctx)[0])(params)
+    def gradient(params, ctx):
+        return jax.value_and_grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, ctx=ctx)[0])(params)
 
-    (ours, ours_by), (loss, by) = gradient(params, "native"), gradient(params, "blocks")
+    native_forms = dsj.Context(experts="native", attention="native", remat="core")
+    (ours, ours_by), (loss, by) = gradient(params, native_forms), gradient(params, dsj.Context())
     assert float(ours) == pytest.approx(float(loss), rel=1e-6)
     for a, b in zip(jax.tree.leaves(ours_by), jax.tree.leaves(by), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
@@ -122,17 +126,35 @@ ATTENTION = [
 ]
 
 
-def attended(q, k, v, places, scale: float) -> np.ndarray:
-    """`native.attention` in float64."""
+def chances(q, k, places, scale: float) -> np.ndarray:
+    """The softmax of `native.attention` in float64, [B, N, T, S]."""
     position, segment, key_position, key_segment = places
     seen = (key_segment[:, None] == segment[..., None]) & (segment[..., None] != 0)
     seen &= key_position[:, None] <= position[..., None]
-    k, v = (np.repeat(a.astype(np.float64), q.shape[2] // k.shape[2], axis=2) for a in (k, v))
-    score = np.where(seen[:, None], np.einsum("BTNK,BSNK->BNTS", q, k) * scale, -np.inf)
+    score = np.where(seen[:, None], np.einsum("BTNK,BSNK->BNTS", q, by_head(k, q)) * scale, -np.inf)
     top = score.max(-1, keepdims=True)
     p = np.exp(score - np.where(np.isfinite(top), top, 0))
     total = p.sum(-1, keepdims=True)
-    return np.einsum("BNTS,BSNV->BTNV", p / np.where(total > 0, total, 1), v)
+    return p / np.where(total > 0, total, 1)
+
+
+def by_head(a, q) -> np.ndarray:
+    return np.repeat(a.astype(np.float64), q.shape[2] // a.shape[2], axis=2)
+
+
+def attended(q, k, v, places, scale: float) -> np.ndarray:
+    """`native.attention` in float64."""
+    return np.einsum("BNTS,BSNV->BTNV", chances(q, k, places, scale), by_head(v, q))
+
+
+def gradients(q, k, v, places, scale: float, do) -> list[np.ndarray]:
+    """Of `attended`, in float64."""
+    p = chances(q, k, places, scale)
+    dp = np.einsum("BTNV,BSNV->BNTS", do, by_head(v, q))
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+    dq = np.einsum("BNTS,BSNK->BTNK", ds, by_head(k, q))
+    dk, dv = np.einsum("BNTS,BTNK->BSNK", ds, q), np.einsum("BNTS,BTNV->BSNV", p, do)
+    return [dq, *(g.reshape(*a.shape[:3], -1, a.shape[-1]).sum(3) for g, a in ((dk, k), (dv, v)))]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -140,7 +162,7 @@ def attended(q, k, v, places, scale: float) -> np.ndarray:
 def test_attention_equals_numpys(shape, dtype):
     """Three segments, 0 among them, in any order."""
     B, T, S, N, G, K, V = shape
-    q, k, v, held = matrices((B, T, N, K), (B, S, G, K), (B, S, G, V), (3, B, S, K))
+    q, k, v, held, do = matrices((B, T, N, K), (B, S, G, K), (B, S, G, V), (3, B, S, K), (B, T, N, V))
     rng = np.random.default_rng(1)
     places = (
         rng.integers(0, S, (B, T), dtype=np.int32),
@@ -150,10 +172,21 @@ def test_attention_equals_numpys(shape, dtype):
     )
     kept = [jnp.asarray(a, dtype) for a in (k, v, held)]
     k, v, held = (np.asarray(a.astype(jnp.float32)) for a in kept)
-    found = np.asarray(jax.jit(native.attention, static_argnums=4)(q, *kept[:2], places, 0.3))
+
+    @jax.jit
+    def both(*operands):
+        return jax.vjp(lambda *a: native.attention(*a, places, 0.3), *operands)
+
+    found, vjp = both(q, *kept[:2])
     np.testing.assert_allclose(found, attended(q, k, v, places, 0.3), atol=5e-6)
     nothing = (places[1] == 0)[..., None, None]
     assert not (found * nothing).any()
+    ours, theirs = jax.jit(vjp)(jnp.asarray(do)), gradients(q, k, v, places, 0.3, do)
+    assert not (ours[0] * nothing).any()
+    for gradient, expected, operand in zip(ours, theirs, (q, *kept[:2]), strict=True):
+        assert gradient.dtype == operand.dtype
+        rounded = 2**-8 if gradient.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=2e-5, rtol=rounded)
     if G == 1:
         layer = held[2][:, :, None]
         found = jax.jit(native.latent_attention, static_argnums=(3, 5))(q, kept[2], 2, V, places, 0.3)
@@ -167,6 +200,19 @@ def test_large_scores_and_distant_ones():
     places = (np.full((1, 9), 200, np.int32), *(np.ones((1, size), np.int32) for size in (9, 200, 200)))
     found = native.attention(q * 40, k, v, places, 1.0)
     np.testing.assert_allclose(found, attended(q * 40, k, v, places, 1.0), atol=2e-5)
+
+
+def test_what_remat_keeps_is_not_attended_again():
+    model = random_model(tiny_config(n_layers=1, n_dense_layers=1, mtp_depth=0))
+    params, rest = dsj.partition(model)
+    batch = {"tokens": random_tokens(model.cfg, 1, 8)}
+
+    def calls(remat: str) -> int:
+        ctx = dsj.Context(attention="native", remat=remat)
+        step = jax.grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, ctx=ctx)[0])
+        return jax.jit(step).lower(params).as_text().count("@deepseek_jax.AttendFloat32(")
+
+    assert (calls("none"), calls("core"), calls("full")) == (1, 1, 2)
 
 
 # An indexer chooses the keys of v3.2: that is not for it.
