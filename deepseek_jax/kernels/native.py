@@ -1,5 +1,5 @@
-"""On a CPU, the experts' grouped matmul (`native.cc`) and attention (`native_attention.cc`) as compiled C++, built
-where it is first asked for.
+"""On a CPU, the experts' grouped matmul (`native.cc`) and attention (`native_attention.cc`, `native_gradients.cc`) as
+compiled C++, built where it is first asked for.
 
 XLA calls them as custom calls and lends them its own threads. All cores work on a grouped matmul, and a group's matrix
 is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Attention
@@ -31,7 +31,8 @@ from deepseek_jax.kept import cpu, home
 
 EXPERTS = 'Context(experts="native")'
 ATTENTION = 'Context(attention="native")'
-HEADER, *SOURCES = (Path(__file__).with_name(f"native{end}") for end in ("_tiles.h", ".cc", "_attention.cc"))
+HEADERS = [Path(__file__).with_name(name) for name in ("native_tiles.h", "native_attention.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cc", "native_attention.cc", "native_gradients.cc")]
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 # A matrix' dtype as it lies in memory -> the function for it.
@@ -161,7 +162,7 @@ def built() -> Path:
         named = os.environ.get("CXX")
         missing = f"CXX={named} is not found" if named else "there is no c++, g++ or clang++ here"
         raise ValueError(f'The "native" form is built by a C++ compiler, and {missing}; install one, or choose "auto".')
-    texts = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
+    texts = (file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES))
     made_of = [*texts, jax.__version__, jaxlib.__version__, by, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():

@@ -55,10 +55,17 @@ def dense_experts(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, limit: floa
 def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The assignments in order of expert, -1 last.
 
-    Returns order [M] (sorted place -> assignment), its inverse [M], and the experts' sizes [E].
+    Returns order [M] (sorted place -> assignment), its inverse [M], and the experts' sizes [E]. Raises ValueError for
+    more assignments than can be numbered by expert.
     """
     flat = index_NK.reshape(-1)
-    order = jnp.argsort(jnp.where(flat < 0, n_experts, flat), stable=True)
+    M = flat.size
+    if (n_experts + 1) * M > 2**32:
+        most = 2**32 // (n_experts + 1)
+        raise ValueError(f"{M:,} assignments to {n_experts} experts in one call: at most {most:,} are sorted.")
+    # Expert and assignment are one key: XLA sorts one array on a CPU five times as fast as two that belong together.
+    key = jnp.where(flat < 0, n_experts, flat).astype(jnp.uint32) * M + jnp.arange(M, dtype=jnp.uint32)
+    order = (jnp.sort(key) % M).astype(jnp.int32)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     sizes = jnp.zeros(n_experts, jnp.int32).at[flat].add(1, mode="drop", wrap_negative_indices=False)
     return order, inverse, sizes
@@ -78,7 +85,7 @@ def _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit, fp8
     weight_M1 = weight_NK.reshape(-1)[order][:, None]
     h_MZ = rows_up(x_ND[order // K], gate_up_ED2F, sizes, form, fp8)
     y_MD = rows_down(h_MZ, weight_M1, down_EFD, sizes, form, limit, fp8)
-    y_ND = _of_tokens(y_MD, inverse, index_NK).sum(1, dtype=jnp.float32).astype(x_ND.dtype)
+    y_ND = _summed(_of_tokens(y_MD, inverse, index_NK))
     return y_ND, (x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, order, inverse, sizes, h_MZ)
 
 
@@ -98,6 +105,12 @@ sorted_experts.defvjp(_forward, _backward)
 def _of_tokens(a_MX, inverse, index_NK) -> jax.Array:
     """[N, K, X]: sorted rows back at their tokens, zero for nobody's: behind the groups stands anything."""
     return jnp.where(index_NK[..., None] >= 0, a_MX[inverse].reshape(*index_NK.shape, -1), 0)
+
+
+def _summed(a_NKX) -> jax.Array:
+    """[N, X] in a's dtype, summed over K in float32. One by one: XLA does not fuse a reduction on a CPU with the
+    gather before it."""
+    return sum(a_NKX[:, k].astype(jnp.float32) for k in range(a_NKX.shape[1])).astype(a_NKX.dtype)
 
 
 # Rows sorted by expert through their experts, in the steps between which a mesh's devices exchange rows. The routing

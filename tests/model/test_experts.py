@@ -166,6 +166,12 @@ def test_sorting_keeps_order_within_an_expert():
     np.testing.assert_array_equal(sizes, [3, 0, 2, 0, 0, 1])
 
 
+def test_more_assignments_than_have_numbers_are_refused():
+    index = jax.ShapeDtypeStruct((2**26, 8), jnp.int32)
+    with pytest.raises(ValueError, match=r"536,870,912 assignments to 8 experts in one call: at most 477,218,588"):
+        jax.eval_shape(partial(sort_by_expert, n_experts=8), index)
+
+
 def test_auto_is_the_block_form_on_a_cpu():
     x, weight, gate_up, down, _ = tensors(40, 2)
     index = jnp.asarray(patterns(40, 2)["random"])

@@ -1,0 +1,80 @@
+// What attention's passes on a CPU share: which tokens see which keys, the exponential function, and how XLA calls them.
+// See native.py.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "native_tiles.h"
+
+namespace {
+
+constexpr int64_t kTogether = 8 * kRows;  // queries that go over the keys together, unless more heads share these
+constexpr int64_t kKeys = 64;             // of a tile
+static_assert(kKeys % kPanel == 0);
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+// Which tokens see which keys: those of their own segment, unless that is 0, at their own and earlier positions.
+struct Places {
+  const int32_t *position, *segment, *key_position, *key_segment;
+  int64_t T, S;
+
+  Places(const Ints& p, const Ints& s, const Ints& kp, const Ints& ks)
+      : position(p.typed_data()), segment(s.typed_data()), key_position(kp.typed_data()), key_segment(ks.typed_data()),
+        T(p.dimensions()[1]), S(kp.dimensions()[1]) {}
+
+  // seen [tokens, kKeys]: -1 where a token, from `first` of row b on, sees a key, from `start` on. Whether any sees any.
+  bool See(int64_t b, int64_t first, int64_t tokens, int64_t start, int32_t* seen) const {
+    const int64_t count = std::min(kKeys, S - start);
+    const int32_t *at = key_position + b * S + start, *of = key_segment + b * S + start;
+    int32_t any = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int32_t until = position[b * T + first + t], own = segment[b * T + first + t];
+      int32_t* see = seen + t * kKeys;
+      for (int64_t j = 0; j < count; ++j) any |= see[j] = -int32_t(own != 0 && of[j] == own && at[j] <= until);
+      std::fill(see + count, see + kKeys, 0);
+    }
+    return any;
+  }
+};
+
+// to [rows, width], times scale, from an array [B, T, N, width]: tokens from number `token` on, each with the heads of g.
+inline void Gather(const float* from, int64_t token, int64_t rows, int64_t N, int64_t g, int64_t J, int64_t width,
+                   float scale, float* to) {
+  for (int64_t t = 0; t < rows / J; ++t)
+    for (int64_t i = 0; i < J * width; ++i) to[t * J * width + i] = from[((token + t) * N + g * J) * width + i] * scale;
+}
+
+// e^x for x <= 0; 0 below e^-87. A Taylor polynomial on half a unit of log 2 either way.
+inline Vector Exp(Vector x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
+  const auto small = x < -87.0f;
+  x = small ? Vector{} : x;
+  const Vector shifted = x * 1.442695041f + kRound;
+  const Vector whole = shifted - kRound;
+  // log 2 in two parts, of which the first times an integer is exact.
+  const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vector y = r * (1.0f / 5040) + 1.0f / 720;
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
+  const Words power = (((Words)shifted - 0x4B400000u) + 127u) << 23;
+  return small ? Vector{} : y * (Vector)power;
+}
+
+}  // namespace
+
+#define ATTEND_OF(NAME, FUNCTION, SECOND, TYPE, FFI_TYPE, MORE)   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (FUNCTION<TYPE, FFI_TYPE>), \
+                                ffi::Ffi::Bind()                  \
+                                    .Ctx<ffi::ThreadPool>()       \
+                                    .Arg<Floats>()                \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>() \
+                                    .Arg<SECOND>()                \
+                                    .Arg<Ints>()                  \
+                                    .Arg<Ints>()                  \
+                                    .Arg<Ints>()                  \
+                                    .Arg<Ints>() MORE             \
+                                    .Ret<Floats>()                \
+                                    .Attr<float>("scale"))
