@@ -93,14 +93,16 @@ def test_a_record_names_its_commit_date_and_machine(root, tmp_path):
     assert len(head["date"]) == 10
     assert commit(tmp_path) is None
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    for file in ("file", "figure.png"):
+    written = ("figure.png", "results.json")
+    for file in ("file", *written):
         (tmp_path / file).write_text("one")
     who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["add", "."], [*who, "commit", "-qm", "one"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     first = commit(tmp_path)
     assert 7 <= len(first) <= 40
-    (tmp_path / "figure.png").write_text("two")
+    for file in written:
+        (tmp_path / file).write_text("two")
     assert commit(tmp_path) == first
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path) == f"{first}+changes"

@@ -38,11 +38,13 @@ def provenance() -> dict:
 def commit(folder: Path) -> str | None:
     """The commit that ``folder`` is a checkout of, "+changes" behind it where tracked files differ; None for none.
 
-    Pictures may differ: commands redraw those of experiments, and nothing is computed from them.
+    Pictures and the records of measurements, results.json, may differ: experiments write them, one after the other, and
+    nothing that runs reads them.
     """
     try:
         head = _git(folder, "rev-parse", "--short", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)*.png")
+        written = [f":(exclude){name}" for name in ("*.png", "*results.json")]
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return head + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         # No git, or no checkout: an installed package.
