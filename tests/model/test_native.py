@@ -290,9 +290,23 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch, tmp_path):
 
 
 def test_it_is_built_once(monkeypatch):
+    native.built()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
     native._register()
     assert native.built().is_file()
+
+
+def test_another_compiler_of_the_same_name_builds_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    by = tmp_path / "c++"
+    by.write_text("")
+    by.chmod(0o755)
+    monkeypatch.setenv("CXX", str(by))
+    monkeypatch.setattr(native, "_compile", lambda _, path: path.touch())
+    first = native.built()
+    assert native.built() == first
+    os.utime(by, ns=(0, 0))
+    assert native.built() != first
 
 
 def test_its_programs_are_not_among_those_kept_ready(tmp_path):
