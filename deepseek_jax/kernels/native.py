@@ -164,7 +164,7 @@ def built() -> Path:
         raise ValueError(f'The "native" form is built by a C++ compiler, and {missing}; install one, or choose "auto".')
     texts = (file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES))
     # Of a compiler when it was installed: asking it for its version would take longer than all else here.
-    made_of = [*texts, jax.__version__, jaxlib.__version__, by, os.stat(by).st_mtime_ns, *FLAGS]
+    made_of = [*texts, jax.__version__, jaxlib.__version__, by, Path(by).stat().st_mtime_ns, *FLAGS]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():
         return path
