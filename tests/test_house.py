@@ -167,11 +167,17 @@ def test_the_checks_see_what_they_have_to():
 
 
 def test_every_claim_of_a_study_stands_in_its_note_and_every_claim_there_has_a_test_or_an_experiment():
-    """A note's front matter says where each of its claims is checked."""
-    wrong = []
+    """A note's front matter says where each of its claims is checked, and which papers they are of."""
+    paper, wrong = re.compile(r"\b\d{4}\.\d{5}\b"), []
     for stem, study in [*STUDIES.items(), *((drill.stem, drill) for drill in DRILLS.values())]:
         text = (ROOT / "paper_notes" / f"{stem}.md").read_text(encoding="utf-8")
         head = re.search(r"^claims: (.*)$", text, flags=re.MULTILINE)[1]
+        named = re.search(r"^---\narxiv: (.*)$", text, flags=re.MULTILINE)
+        cited = {number for claim in study.claims for number in paper.findall(claim.source)}
+        wrong += [
+            f"{stem}: {number} is no arxiv of its front matter"
+            for number in cited - set(paper.findall(named[1] if named else ""))
+        ]
         where = {found[2]: found[1].split() for found in re.finditer(r"([C\d ]+) \(([^)]+)\)", head)}
         if where.pop(f"experiments/{stem}", None) != [claim.id for claim in study.claims]:
             wrong.append(f"{stem}: its claims in the experiment are others than in the note's front matter")
