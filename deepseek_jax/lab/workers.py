@@ -134,7 +134,7 @@ def _cores(processes: int) -> list[int | None]:
 
 @contextmanager
 def _environment(pinned: bool) -> Iterator[None]:
-    """Within it the process's environment is that of a child with one thread, which spawning hands on."""
+    """Within it the process's environment is that of a child with a core of its own, which spawning hands on."""
     new = ENVIRONMENT if pinned else {}
     old = {name: os.environ.get(name) for name in new}
     os.environ.update(new)

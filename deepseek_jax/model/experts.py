@@ -62,7 +62,7 @@ def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.
     M = flat.size
     if (n_experts + 1) * M > 2**32:
         most = 2**32 // (n_experts + 1)
-        raise ValueError(f"{M:,} assignments to {n_experts} experts in one call: at most {most:,} are sorted.")
+        raise ValueError(f"{M:,} assignments to {n_experts} experts in one call: give tokens for {most:,} at most.")
     # Expert and assignment are one key: XLA sorts one array on a CPU five times as fast as two that belong together.
     key = jnp.where(flat < 0, n_experts, flat).astype(jnp.uint32) * M + jnp.arange(M, dtype=jnp.uint32)
     order = (jnp.sort(key) % M).astype(jnp.int32)

@@ -116,13 +116,15 @@ def test_products_of_bfloat16_are_those_of_its_values(D, Z):
 
 
 # Shapes [B, T, S, N, G, K, V]: a step over shared keys; key heads apart, and shared by some; more queries than are
-# taken together, and more heads than that; more keys than tiles have, and fewer; widths of whole panels and not.
+# taken together, and more heads than that; more keys than tiles have, and fewer; widths of whole panels and not;
+# more keys than a thread keeps packed.
 ATTENTION = [
     (2, 1, 256, 8, 1, 112, 96),
     (2, 5, 70, 8, 8, 48, 32),
     (1, 130, 300, 4, 2, 16, 24),
     (3, 2, 33, 200, 1, 20, 7),
     (1, 513, 600, 2, 2, 33, 65),
+    (1, 100, 13200, 1, 1, 48, 20),
 ]
 
 
