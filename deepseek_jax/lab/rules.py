@@ -11,7 +11,17 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from deepseek_jax.lab.statistics import Difference, difference, rank_correlation, steps_to, t_quantile
+from deepseek_jax.lab.statistics import (
+    LEVEL,
+    POWER,
+    Difference,
+    beyond_all,
+    difference,
+    rank_correlation,
+    separable,
+    steps_to,
+    t_quantile,
+)
 
 REPRODUCED, OPPOSITE, OPEN = "reproduced", "opposite", "open"
 MECHANISM, UNTESTABLE = "mechanism only", "not testable here"
@@ -47,7 +57,8 @@ class Separation:
     """The lowest seed of ``high`` lies above the highest of ``low`` by ``factor``; opposite: the other way round.
 
     Where both variants do the same and ``factor`` is 1, each way has a chance of 1 / C(2S, S): 1 in 20 for three seeds,
-    1 in 252 for five; a larger factor makes it smaller. Not for values that may be negative.
+    1 in 252 for five; a larger factor makes it smaller. Found in 80 of 100 studies: medians apart by ``factor``, times
+    e to 3.11 deviations of the logarithms (2.57 for three seeds). Not for values that may be negative.
     """
 
     measure: str
@@ -68,7 +79,11 @@ class Separation:
             return Verdict(REPRODUCED, why)
         if np.min(low_S) >= self.factor * np.max(high_S) and np.min(low_S) > np.max(high_S):
             return Verdict(OPPOSITE, why)
-        return Verdict(OPEN, why)
+        logs_VS = _logs(low_S, high_S)
+        if logs_VS is None:
+            return Verdict(OPEN, f"{why}; what would have been seen has no figure where values are 0 or none")
+        seen = self.factor * math.exp(separable(len(low_S)) * _scatter(logs_VS))
+        return Verdict(OPEN, f"{why} (detectable {seen:.2g} between medians)")
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ class Beyond:
     """Every seed of ``variant`` lies above ``over``; opposite: every seed below ``under``.
 
     Where a seed falls on either side of a bound alike, each way has a chance of 2^-S: 1 in 8 for three seeds, 1 in 32
-    for five.
+    for five. A mean beyond the bound by 1.71 deviations of a seed (1.46 for three) is found in 80 of 100 studies.
     """
 
     measure: str
@@ -96,7 +111,10 @@ class Beyond:
             return Verdict(REPRODUCED, why)
         if all(value < self.under for value in values_S):
             return Verdict(OPPOSITE, f"{why}, below {self.under:g}")
-        return Verdict(OPEN, why)
+        if not np.isfinite(values_S).all():
+            return Verdict(OPEN, f"{why}; what would have been seen has no figure where values have none")
+        seen = self.over + beyond_all(len(values_S)) * _scatter(np.asarray(values_S)[None])
+        return Verdict(OPEN, f"{why} (detectable {seen:.3g})")
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,8 @@ class Trend:
     """The measure rises along ``levels``: its rank correlation with their order is positive at every seed, and the ends
     are apart as in `Ordering`. Opposite: it falls, by the same rule.
 
-    Where the levels do nothing, at most 2^-S each way (5% more could not be seen), and less for the ends.
+    Where the levels do nothing, at most 2^-S each way (5% more could not be seen), and less for the ends. With five
+    seeds of four levels, steps of one deviation (of a paired difference) are found in about 98 of 100 studies.
     """
 
     measure: str
@@ -194,7 +213,8 @@ class FewerSteps:
     """``variant`` needs fewer tokens than ``control`` to come to the control's last loss: the upper 95% bound of the
     geometric mean of the ratio lies under 1; opposite: the lower one over 1. ``measure`` is a curve.
 
-    Where both need the same, at most 5% each way. A seed that never comes there leaves it open.
+    Where both need the same, at most 5% each way. Found in 80 of 100 studies of five seeds: a ratio whose logarithm is
+    1.38 deviations of a seed's. A seed that never comes there leaves it open.
     """
 
     variant: str
@@ -212,10 +232,13 @@ class FewerSteps:
         if not all(map(math.isfinite, ratios)):
             return Verdict(OPEN, f"{sum(map(math.isinf, ratios))} of {len(ratios)} seeds never come to the loss")
         logs, n = np.log(ratios), len(ratios)
-        bound = t_quantile(0.95, n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
-        low, mean, high = (math.exp(float(logs.mean()) + by) for by in (-bound, 0.0, bound))
+        error, a_t = float(logs.std(ddof=1)) / math.sqrt(n), t_quantile(1 - LEVEL, n - 1)
+        low, mean, high = (math.exp(float(logs.mean()) + by * a_t * error) for by in (-1, 0, 1))
         why = f"{self.variant} needs {mean:.2f} times the tokens of {self.control} ({low:.2f} to {high:.2f})"
-        return Verdict(REPRODUCED if high < 1 else OPPOSITE if low > 1 else OPEN, why)
+        if low <= 1 <= high:
+            seen = math.exp(-(a_t + t_quantile(POWER, n - 1)) * error)
+            return Verdict(OPEN, f"{why} (detectable {seen:.2f})")
+        return Verdict(REPRODUCED if high < 1 else OPPOSITE, why)
 
 
 def _difference(values: Values, high: str, low: str) -> Difference:
@@ -229,6 +252,17 @@ def _agree(signs_S: np.ndarray) -> bool:
 
 def _signed(d: Difference) -> str:
     return f"{d.mean:+.3g} +- {d.bound:.2g} (one seed's scatters by {d.deviation:.2g}, detectable {d.detectable:.2g})"
+
+
+def _logs(*rows: np.ndarray) -> np.ndarray | None:
+    """The logarithms of variants' values [V, S]; None where some have none."""
+    values_VS = np.stack([np.asarray(row, np.float64) for row in rows])
+    return np.log(values_VS) if np.isfinite(values_VS).all() and (values_VS > 0).all() else None
+
+
+def _scatter(values_VS: np.ndarray) -> float:
+    """The standard deviation of a seed around its variant's mean."""
+    return float(np.sqrt(np.mean(np.var(values_VS, axis=1, ddof=1))))
 
 
 def _range(values_S: np.ndarray) -> str:

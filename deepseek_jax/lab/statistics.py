@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri, stdtrit
 
 LEVEL, POWER = 0.05, 0.80
 
@@ -62,6 +63,24 @@ def difference(values_VS: np.ndarray, high: int, low: int) -> Difference:
         bound=a_t * deviation / math.sqrt(S),
         detectable=(a_t + t_quantile(POWER, df)) * deviation / math.sqrt(S),
     )
+
+
+def separable(seeds: int) -> float:
+    """How far apart the means of two variants must lie for every seed of one to lie above every seed of the other with
+    80% power, in deviations of a seed of either: 2.57 for three seeds, 3.11 for five."""
+    u = np.linspace(-10.0, 10.0, 4001)
+    of_highest = seeds * np.exp(-np.square(u) / 2) / math.sqrt(2 * math.pi) * ndtr(u) ** (seeds - 1)
+
+    def missed(apart: float) -> float:
+        return POWER - float(np.trapezoid(of_highest * ndtr(apart - u) ** seeds, u))
+
+    return float(brentq(missed, 0.0, 20.0))
+
+
+def beyond_all(seeds: int) -> float:
+    """How far beyond a bound a mean must lie for every seed to lie beyond it with 80% power, in deviations of a seed:
+    1.46 for three seeds, 1.71 for five."""
+    return float(ndtri(POWER ** (1 / seeds)))
 
 
 def rank_correlation(values: np.ndarray) -> float:

@@ -17,7 +17,14 @@ from deepseek_jax.lab.rules import (
     Separation,
     Trend,
 )
-from deepseek_jax.lab.statistics import difference, rank_correlation, residual_deviation, steps_to
+from deepseek_jax.lab.statistics import (
+    beyond_all,
+    difference,
+    rank_correlation,
+    residual_deviation,
+    separable,
+    steps_to,
+)
 
 STUDIES, SEEDS = 1500, 5
 NAMES = ("a", "b", "c", "d", "e")
@@ -99,6 +106,32 @@ def test_separation_asks_for_its_factor_in_the_worst_seeds():
     assert rule.judge({"a": np.zeros(2), "b": np.zeros(2)}).word == OPEN
 
 
+@pytest.mark.parametrize(("seeds", "apart"), [(3, 2.57), (5, 3.11)])
+def test_separation_finds_what_it_calls_detectable_in_four_of_five(seeds, apart):
+    assert separable(seeds) == pytest.approx(apart, abs=0.01)
+    rng, n, rule, s = np.random.default_rng(0), 4000, Separation("m", low="a", high="b", factor=1.5), 0.2
+    logs = rng.normal(0, s, (n, 2, seeds))
+    logs[:, 1] += math.log(1.5) + separable(seeds) * s
+    found = [rule.judge({"a": a, "b": b}).word for a, b in np.exp(logs)]
+    assert found.count(REPRODUCED) / n == pytest.approx(0.80, abs=0.03)
+    shown = rule.judge({"a": np.exp([-0.2, 0.0, 0.2]), "b": np.exp([-0.2, 0.0, 0.2])})
+    assert shown.word == OPEN
+    assert f"detectable {1.5 * math.exp(2.572 * 0.2):.2g}" in shown.why
+    assert "no figure" in rule.judge({"a": np.array([0.0, 1.0]), "b": np.array([0.5, 2.0])}).why
+
+
+@pytest.mark.parametrize(("seeds", "beyond"), [(3, 1.46), (5, 1.71)])
+def test_a_mean_that_is_called_detectable_is_beyond_its_bound_in_four_of_five(seeds, beyond):
+    assert beyond_all(seeds) == pytest.approx(beyond, abs=0.01)
+    rng, n, rule = np.random.default_rng(0), 4000, Beyond("m", "a", over=2.0, under=1.0)
+    found = [rule.judge({"a": a}).word for a in rng.normal(2 + beyond_all(seeds) * 0.3, 0.3, (n, seeds))]
+    assert found.count(REPRODUCED) / n == pytest.approx(0.80, abs=0.03)
+    shown = rule.judge({"a": np.array([1.7, 2.0, 2.3])})
+    assert shown.word == OPEN
+    assert f"detectable {2 + 1.463 * 0.3:.3g}" in shown.why
+    assert "no figure" in rule.judge({"a": np.array([1.7, math.inf])}).why
+
+
 def test_what_has_no_figure_lies_in_no_order():
     some, none = np.array([1.0, 2.0]), np.array([math.nan, 9.0])
     for low, high in ((some, none), (none, some), (some, none[::-1]), (none[::-1], some)):
@@ -121,7 +154,7 @@ def test_a_trend_of_nothing_is_rare_and_one_of_all_seeds_is_seen():
     rule = Trend("m", levels=NAMES[:4])
     nothing = words(rule, [0, 0, 0, 0])
     assert max(nothing[REPRODUCED], nothing[OPPOSITE]) < 2**-SEEDS + 0.01
-    assert words(rule, [0, 1, 2, 3])[REPRODUCED] > 0.85
+    assert words(rule, [0, 1, 2, 3])[REPRODUCED] == pytest.approx(0.98, abs=0.015)
     assert words(rule, [3, 2, 1, 0])[OPPOSITE] > 0.85
     assert rank_correlation([1, 2, 2, 3]) == pytest.approx(0.9487, abs=1e-4)
     assert rank_correlation([2, 2]) == 0
@@ -145,6 +178,22 @@ def test_fewer_steps_are_found_by_their_ratio_and_hardly_ever_by_chance():
     assert rule.judge(faster).word == REPRODUCED
     assert "0.5" in rule.judge(faster).why
     assert rule.judge({"a": [curve(0.5)] * 3, "b": [curve(1.0)] * 3}).word == OPEN
+
+
+@pytest.mark.parametrize(("size", "share"), [(0.0, 0.05), (1.38, 0.80)])
+def test_a_ratio_of_steps_is_found_as_often_as_is_said(size, share):
+    """Logarithms of ratios that scatter by 0.1 around ``size`` deviations."""
+
+    def line(tokens):
+        return [(0.0, 2.0), (tokens, 1.0), (9.0, 0.9)]
+
+    rng, n, rule = np.random.default_rng(0), 2000, FewerSteps("a", "b")
+    studies = np.exp(rng.normal(-size * 0.1, 0.1, (n, SEEDS)))
+    judged = [rule.judge({"a": [line(r) for r in ratios], "b": [line(1.0)[:2]] * SEEDS}) for ratios in studies]
+    found = [verdict.word for verdict in judged]
+    assert found.count(REPRODUCED) / n == pytest.approx(share, abs=0.03)
+    assert found.count(OPPOSITE) / n <= 0.065
+    assert all("detectable" in verdict.why for verdict in judged if verdict.word == OPEN)
 
 
 def test_a_run_that_diverged_counts_as_the_worst():
