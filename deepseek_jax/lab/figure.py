@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.lab.records import LABELS, MEASURES
-from deepseek_jax.lab.study import Study
+from deepseek_jax.lab.study import Claim, Study
 from deepseek_jax.lab.verdicts import Judged, measures_of
 from deepseek_jax.runs.run_folder import unfinished
 from deepseek_jax.version import __version__
@@ -17,33 +17,28 @@ SPAN = 10.0
 
 
 def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judged], path: Path) -> Path:
-    """Draws a panel a measure: a dot a seed, a bar at their mean, a diamond where the paper has a value.
+    """Draws a panel a measure: a dot a seed, a bar at their mean, a diamond where the paper has a value; and
+    one for `Study.against`.
 
     ``found``: as `records.Runs.of` gives it. ``path``: a PNG file, written whole or not at all.
     """
     from matplotlib.figure import Figure
 
-    measures = measures_of(study)
-    names = list(study.variants)
+    measures, names = measures_of(study), list(study.variants)
+    panels = len(measures) + (study.against is not None)
     wide = 1.6 + 0.75 * len(names)
-    figure = Figure(figsize=(max(wide * len(measures), 5.0), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axis, measure in zip(axes, measures, strict=True):
+    figure = Figure(figsize=(max(wide * panels, 5.0), 4.4), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=False):
         everything = []
         for at, variant in enumerate(names):
-            runs = [found[variant, seed] for seed in study.seeds if (variant, seed) in found]
-            values = [value for run in runs if np.isfinite(value := MEASURES[measure](run))]
-            if values:
+            if values := _values(study, found, variant, measure):
                 around = at + np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [at]
                 axis.plot(around, values, "o", color=OURS, alpha=0.6, markersize=5)
                 axis.plot([at - 0.25, at + 0.25], [np.mean(values)] * 2, color=OURS, linewidth=2)
             everything += values
         here = [one for one in judged if one.claim.rule.measure == measure]
-        for variant, value in {k: v for one in here for k, v in one.claim.paper.items()}.items():
-            axis.plot(
-                names.index(variant), value, "D", color=PAPERS, markersize=8, fillstyle="none", markeredgewidth=1.8
-            )
-            everything.append(value)
+        everything += _papers(axis, names, [one.claim for one in here])
         above = [value for value in everything if value > 0]
         if above and len(above) == len(everything) and max(above) > SPAN * min(above):
             axis.set_yscale("log")
@@ -52,6 +47,8 @@ def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judge
         axis.set_ylabel(LABELS[measure])
         axis.grid(axis="y", alpha=0.3)
         axis.set_title("\n".join(f"{one.claim.id}: {one.verdict.word}" for one in here), fontsize=9, loc="left")
+    if study.against is not None:
+        _against(axes[-1], study, found)
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=OURS, marker="o", label="ours, a dot a seed")]
@@ -67,3 +64,39 @@ def draw(study: Study, found: Mapping[tuple[str, int], dict], judged: list[Judge
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _values(study: Study, found: Mapping[tuple[str, int], dict], variant: str, measure: str) -> list[float]:
+    """A variant's finite values, a seed each."""
+    runs = [found[variant, seed] for seed in study.seeds if (variant, seed) in found]
+    return [value for run in runs if np.isfinite(value := MEASURES[measure](run))]
+
+
+def _papers(axis, names: list[str], claims: list[Claim]) -> list[float]:
+    """Draws the paper's values, a line through those of a claim; those of another measure have an axis of their own at
+    the right. Returns those that stand on the panel's."""
+    look = {"color": PAPERS, "markersize": 8, "fillstyle": "none", "markeredgewidth": 1.8, "linewidth": 0.8}
+    other, shown = None, []
+    for claim in claims:
+        if claim.paper_as is not None and other is None:
+            other = axis.twinx()
+            other.margins(y=0.3)
+            other.set_ylabel(f"the paper: {claim.paper_as}", color=PAPERS)
+            other.tick_params(axis="y", colors=PAPERS)
+        values = sorted((names.index(variant), value) for variant, value in claim.paper.items())
+        if values:
+            (axis if claim.paper_as is None else other).plot(*zip(*values, strict=True), "D:", **look)
+        shown += [value for _, value in values if claim.paper_as is None]
+    return shown
+
+
+def _against(axis, study: Study, found: Mapping[tuple[str, int], dict]) -> None:
+    """Draws one measure over another: a dot a seed, a cross at a variant's mean."""
+    for at, variant in enumerate(study.variants):
+        across, up = (_values(study, found, variant, measure) for measure in study.against)
+        axis.plot(across, up, "o", color=f"C{at}", alpha=0.4, markersize=5)
+        axis.plot(np.mean(across), np.mean(up), "X", color=f"C{at}", markersize=9, label=variant)
+    axis.set_xlabel(LABELS[study.against[0]])
+    axis.set_ylabel(LABELS[study.against[1]])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

@@ -67,9 +67,9 @@ class Setup:
 @dataclass(frozen=True)
 class Claim:
     """One statement of a paper. ``id``: its number in the note. ``source``: paper and table. ``expected``: what is
-    expected here, with the paper's numbers. ``paper``: those that the figure shows, variant -> value of the rule's
-    measure. ``mechanism_only``: why the rule could not see what the paper saw; then its outcome is shown, but no
-    verdict is drawn from it."""
+    expected here, with the paper's numbers. ``paper``: those that the figure shows, variant -> value, of the rule's
+    measure or of what ``paper_as`` says in its place. ``mechanism_only``: why the rule could not see what the paper
+    saw; then its outcome is shown, but no verdict is drawn from it."""
 
     id: str
     source: str
@@ -77,6 +77,7 @@ class Claim:
     expected: str
     rule: Rule
     paper: Mapping[str, float] = field(default_factory=dict)
+    paper_as: str | None = None
     mechanism_only: str | None = None
 
 
@@ -85,7 +86,7 @@ class Study:
     """``scales``: the base at each scale; "cpu" is the one that the ledger shows. ``variants``: name -> changes of the
     base, as `changed` takes them. ``minutes``: of one core, that a run takes at scale "cpu", by estimate. ``tuned``: a
     side of a comparison -> variants of which claims about it compare one, the best on `TUNING_SEED`, by
-    `verdicts.best`; each side has as many.
+    `verdicts.best`; each side has as many. ``against``: two measures of which the figure shows one over the other.
 
     Raises ValueError where claims name variants that are not there, a change does not fit a base, or one side is tuned
     with more variants than another.
@@ -99,6 +100,7 @@ class Study:
     minutes: float
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    against: tuple[str, str] | None = None
 
     def __post_init__(self):
         for claim in self.claims:
