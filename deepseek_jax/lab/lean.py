@@ -22,6 +22,7 @@ from deepseek_jax.lab.stages import Diverged, stepping
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.runs.evaluate import evaluate
 from deepseek_jax.runs.guards import Skips
+from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.schedule import count_steps
 
 POINTS = 20
@@ -80,7 +81,7 @@ def carry_out(setup: Setup, seed: int, corpus: Corpus, tell: Callable[[int, int]
     figures = {"curve": [], "evaluations": [], "max_violation_batch": None, "load": None, "dead_experts": None}
     figures |= {"probes": {}}
     if diverged is None:
-        text = Text(held_out, corpus.data.held_out)
+        text = Text(held_out, corpus.data.held_out, load_tokenizer(corpus.folder / "tokenizer"))
         load_LE = None if last.load_DLE is None else last.load_DLE.sum(0).tolist()
         figures = {
             "curve": curve,

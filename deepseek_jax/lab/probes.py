@@ -17,11 +17,13 @@ from deepseek_jax.configs.schema import ModelConfig, Yarn
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.lab.prose import by_kind
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import Transformer, init
 from deepseek_jax.runs.evaluate import evaluate
+from deepseek_jax.text.tokenizer import Tokenizer
 
 # Of held-out text knock-outs see one window in so many: there is one for each expert of each layer.
 EVERY = 8
@@ -37,10 +39,12 @@ LENGTHS = (256, 1024)
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What probes read: the held-out text in windows of the recipe's length, ``held_out``, or of any (``of``)."""
+    """What probes read: the held-out text in windows of the recipe's length, ``held_out``, or of any (``of``), and what
+    its tokens are."""
 
     held_out: HeldOut
     of: Callable[[int], HeldOut]
+    tokenizer: Tokenizer
 
 
 Probe = Callable[[Transformer, Text], dict]
@@ -159,11 +163,47 @@ def lengths(model: Transformer, of: Callable[[int], HeldOut]) -> dict:
     return found
 
 
+def drafts(model: Transformer, held_out: HeldOut) -> dict:
+    """How the first MTP module's drafts of held-out text fare, by its domains (2412.19437 §5.4.3).
+
+    Of each domain "share" of the tokens; "greedy" and "sampled", the shares of drafts that decoding would accept
+    (`Evaluation.draft_agreement`, ``draft_acceptance``); "constant", what a draft would have of the former that is
+    always the token which is most often the model's best one there; "bits" per byte.
+    """
+    seen, windows = evaluate(model, held_out), held_out.windows_WT
+    scored_WT1 = held_out.segments_WT[:, 1:] != 0
+    best_n = np.concatenate([_best(model, windows[i : i + EVERY])[:, :-1] for i in range(0, len(windows), EVERY)])
+    best_n, domain_n = best_n[scored_WT1], held_out.domain_WT[:, 1:][scored_WT1]
+    own = [best_n[domain_n == at] for at in range(len(held_out.domains))]
+    return {
+        name: {
+            "share": len(tokens) / len(best_n),
+            "greedy": seen.domain_agreement[name],
+            "sampled": seen.domain_acceptance[name],
+            "constant": int(np.bincount(tokens).max()) / len(tokens),
+            "bits": seen.domains[name],
+        }
+        for name, tokens in zip(held_out.domains, own, strict=True)
+    }
+
+
+def _best(model: Transformer, windows_BT: np.ndarray) -> np.ndarray:
+    """int [B, T]: the model's best next token at each position of at most `EVERY` windows."""
+    padded = np.pad(windows_BT, ((0, EVERY - len(windows_BT)), (0, 0)))
+    return np.asarray(_argmax(model, padded))[: len(windows_BT)]
+
+
+@jax.jit
+def _argmax(model: Transformer, tokens_BT) -> jax.Array:
+    return jnp.argmax(model(tokens_BT, with_mtp=False).logits, -1)
+
+
 PROBES: dict[str, Probe] = {
     "knock_outs": lambda model, text: knock_outs(model, text.held_out),
     "streams": lambda model, text: streams(model, text.held_out),
     "indexers": lambda model, text: indexers(model, text.held_out),
     "lengths": lambda model, text: lengths(model, text.of),
+    "drafts": lambda model, text: drafts(model, by_kind(text.held_out, text.tokenizer)),
 }
 
 
@@ -182,6 +222,8 @@ def chosen(setup: Setup) -> dict[str, Probe]:
         raise ValueError(f"probe indexers: {setup.model.name} has none.")
     if "lengths" in setup.probes and setup.model.max_length < LENGTHS[-1]:
         raise ValueError(f"probe lengths: {setup.model.name} has a max_length of less than {LENGTHS[-1]}.")
+    if "drafts" in setup.probes and not setup.model.mtp_depth:
+        raise ValueError(f"probe drafts: {setup.model.name} has no MTP module that drafts.")
     return {name: PROBES[name] for name in setup.probes}
 
 

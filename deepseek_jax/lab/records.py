@@ -113,6 +113,12 @@ OF_LENGTHS: dict[str, Callable[[dict], float]] = {
     "bits_long": _probed("lengths", lambda found: found["as it is"]["1024"], math.inf),
     "untrained_yarn": _probed("lengths", _untrained_yarn, math.inf),
 }
+# Of the probe `probes.drafts`: how many times as often greedy decoding accepts a draft as one that is always the same
+# token, of code or of prose, where that is least; and how many times as often of code as of prose.
+OF_DRAFTS: dict[str, Callable[[dict], float]] = {
+    "draft_over_constant": _probed("drafts", lambda found: min(k["greedy"] / k["constant"] for k in found.values())),
+    "draft_code_over_prose": _probed("drafts", lambda found: found["code"]["greedy"] / found["prose"]["greedy"]),
+}
 # Of runs of reinforcement learning (`lab.practice`): held out at the end, and means over the steps.
 OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "pass_at_1": lambda run: run["after"]["pass_at_1"],
@@ -122,7 +128,7 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_LENGTHS | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_LENGTHS | OF_DRAFTS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
@@ -139,6 +145,8 @@ LABELS = {
     "bits_short": "bits per byte in windows of 256",
     "bits_long": "bits per byte in windows of 1024",
     "untrained_yarn": "long bits per byte, over those with YaRN",
+    "draft_over_constant": "drafts accepted, over one constant token's",
+    "draft_code_over_prose": "drafts accepted of code, over prose's",
     "pass_at_1": "pass@1",
     "wrong": "wrong answers",
     "pass_at_k": "pass@k",

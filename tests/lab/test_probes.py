@@ -14,7 +14,17 @@ from deepseek_jax.core.params import RouterBias, map_variables
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.lab import probes
 from deepseek_jax.lab.bases import MICRO
-from deepseek_jax.lab.probes import EVERY, WINDOWS, chosen, indexers, knock_outs, lengths, thinned, without_shared
+from deepseek_jax.lab.probes import (
+    EVERY,
+    WINDOWS,
+    chosen,
+    drafts,
+    indexers,
+    knock_outs,
+    lengths,
+    thinned,
+    without_shared,
+)
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.study import changed
 from deepseek_jax.model.transformer import init
@@ -160,7 +170,24 @@ def test_text_is_measured_at_several_lengths_as_it_is_and_with_yarn(monkeypatch)
     assert found["yarn"]["16"] != found["as it is"]["16"]
 
 
+def test_drafts_are_measured_by_domain_beside_a_constant_one():
+    model = random_model(replace(CFG, mtp_depth=1))
+    domain_n = np.arange(len(TEXT.stream_n)) % 3 // 2
+    text = replace(TEXT, domains=("code", "prose"), domain_n=domain_n)
+    found, seen = drafts(model, text), evaluate(model, text)
+    assert {name: one["greedy"] for name, one in found.items()} == seen.domain_agreement
+    assert {name: one["sampled"] for name, one in found.items()} == seen.domain_acceptance
+    assert {name: one["bits"] for name, one in found.items()} == seen.domains
+    best_n = np.argmax(np.asarray(model(jnp.asarray(TEXT.windows_WT)).logits), -1)[:, :-1].reshape(-1)
+    for at, one in enumerate(found.values()):
+        # Every position but the last of a window says the token behind it.
+        tokens = best_n[domain_n[1:] == at].tolist()
+        assert one["constant"] == max(map(tokens.count, tokens)) / len(tokens)
+        assert one["share"] == len(tokens) / len(best_n)
+
+
 REFUSED = [("streams", "one residual stream"), ("indexers", "micro has none"), ("lengths", "max_length of less than")]
+REFUSED += [("drafts", "no MTP module")]
 
 
 @pytest.mark.parametrize(("probe", "message"), REFUSED)

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
-from deepseek_jax.lab.records import OF_EXPERTS, OF_TRAINING, Runs, spec, text
+from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import TUNING_SEED, load
 from deepseek_jax.lab.verdicts import best, judge, ledger, spread, table
@@ -134,6 +134,13 @@ def test_figures_of_experts_are_of_the_runs_that_have_them():
         assert all(math.isnan(measure(other)) for measure in OF_EXPERTS.values())
     assert spread([1.0, math.nan]) == "1"
     assert spread([math.nan]) == ""
+
+
+def test_figures_of_drafts_are_of_the_worse_kind_and_of_one_beside_the_other():
+    kinds = {"code": {"greedy": 0.6, "constant": 0.1}, "prose": {"greedy": 0.4, "constant": 0.2}}
+    run = record("none", 0) | {"probes": {"drafts": kinds}}
+    found = {name: measure(run) for name, measure in OF_DRAFTS.items()}
+    assert found == pytest.approx({"draft_over_constant": 2.0, "draft_code_over_prose": 1.5})
 
 
 def test_tables_and_ledger_say_what_there_is(whole):
