@@ -46,7 +46,9 @@ class Context:
     "kernel" that is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
-    ``remat``: what the backward pass keeps of a layer, a key of `REMAT`.
+    ``remat``: what the backward pass keeps of a layer, a key of `REMAT`. ``unrolled``: a stack's layers one after the
+    other in the program, not a loop over them: no array of all layers' activations is made to be filled, and compiling
+    takes as many times as long as there are layers.
     ``loss_chunk``: tokens of each row whose logits the loss has in memory at once; None for all.
     ``fp8``: how products of linear maps and experts are emulated in FP8, on one device; None: they are not.
 
@@ -68,6 +70,7 @@ class Context:
     attention: str = "auto"
     cache: str = "compute"
     remat: str = "none"
+    unrolled: bool = False
     loss_chunk: int | None = None
     expert_buffer: float = 2.0
     expert_chunks: int = 1

@@ -55,7 +55,7 @@ def run_stacks(
             outputs = jax.tree.map(lambda a: a[None], outputs)
         else:
             layers = partial(_layers, tokens=tokens, ctx=ctx, capture=capture)
-            carry, outputs = jax.lax.scan(layers, carry, (blocks, jnp.arange(size), given))
+            carry, outputs = jax.lax.scan(layers, carry, (blocks, jnp.arange(size), given), unroll=ctx.unrolled)
         x, mine = carry
         kept += mine or []
         if any(moe):

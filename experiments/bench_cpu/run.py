@@ -6,7 +6,7 @@ machine does meets both; figures are medians. PyTorch is taken at its best: the 
 of its `eager` and `grouped_mm` experts, each task for itself. Times vary from machine to machine; the ratios are
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
 each side used are its CPU time over its wall time. This package runs twice: as it is, and with
-`Context(experts="native", attention="native")` where there is a C++ compiler to build it.
+`Context(experts="native", attention="native", unrolled=True)` where there is a C++ compiler to build it.
 
 Beside them stands what the machine could do: useful FLOPs over the rate of a large product, and the bytes of the
 weights and cached keys that a decoding step reads, in float32, over the rate at which all cores read memory together,
@@ -188,7 +188,8 @@ def jax_tasks(folder: str, size: Size, form: str) -> dict:
     import jax.numpy as jnp
     import optax
 
-    model, ctx = dsj.load_pretrained(folder, dtype=jnp.float32), dsj.Context(experts=form, attention=form)
+    model = dsj.load_pretrained(folder, dtype=jnp.float32)
+    ctx = dsj.Context(experts=form, attention=form, unrolled=form == "native")
     params, rest = dsj.partition(model)
     optimizer = optax.adamw(1e-4, 0.9, 0.95, weight_decay=0.1)
     state = [params, jax.jit(optimizer.init)(params)]

@@ -110,6 +110,23 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
 
 
+def test_layers_that_are_no_loop_change_no_gradient():
+    base, again = main_gradients("none"), main_gradients("none", unrolled=True)
+    for name, value in base.items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_layers_are_a_loop_or_none():
+    cfg = replace(TINY, mtp_depth=0)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def loops(**options) -> int:
+        run = jax.jit(lambda model, tokens: model(tokens, logits="none", ctx=Context(**options)).hidden)
+        return run.lower(abstract(cfg), tokens).as_text().count("stablehlo.while")
+
+    assert loops() - loops(unrolled=True) == sum(len(stack.numbers) > 1 for stack in cfg.stacks)
+
+
 def test_remat_computes_again():
     cfg = replace(TINY, n_layers=2, mtp_depth=0)
     params, rest = partition(abstract(cfg))
@@ -148,7 +165,7 @@ def test_bfloat16_compute_with_float32_parameters(form):
 
 
 @cache
-def main_gradients(remat: str) -> dict[str, np.ndarray]:
+def main_gradients(remat: str, unrolled: bool = False) -> dict[str, np.ndarray]:
     """Gradients of the main model on one short row."""
     p = pair(replace(TINY, mtp_depth=0), batch=1, length=16)
-    return jax_gradients(p, cotangents(p.observe().logits, []), Context(remat=remat))
+    return jax_gradients(p, cotangents(p.observe().logits, []), Context(remat=remat, unrolled=unrolled))
