@@ -98,6 +98,7 @@ WAYS = {
     ("equation", "way"), [*((e, "v3") for e in EQUATIONS), *(("BTGJK,JKGR->BTGR", way) for way in WAYS if way != "v3")]
 )
 def test_each_product_rounds_its_operands_along_its_own_contraction(equation, way):
+    # v3_fp8 C1
     (shapes, (of_x, of_w, of_out)), (fp8, sizes) = EQUATIONS[equation], WAYS[way]
     x, w, dy = (normal(*shape) for shape in shapes)
 

@@ -142,6 +142,7 @@ def test_mtp_positions_without_a_next_token_are_zero():
 
 
 def test_dropping_mtp_leaves_the_main_logits():
+    # v3_mtp C2
     p = pair(TWO)
     np.testing.assert_array_equal(forward(p.model, p.tokens, with_mtp=True).logits, forward(p.model, p.tokens).logits)
     out = forward(p.model, p.tokens)

@@ -63,6 +63,7 @@ def test_gradients_of_the_kl_estimators_on_policy():
 
 
 def test_off_policy_the_unbiased_kls_gradient_is_the_kls_where_both_factors_are_differentiated():
+    # r1_grpo C4
     np.testing.assert_allclose(slope(lambda a: expected("unbiased", OLD, a)), slope(kl), atol=2e-6)
     stopped = slope(lambda a: expected("unbiased", OLD, a, stopped=True))
     assert np.abs(stopped - slope(kl)).max() > 0.01
@@ -95,6 +96,7 @@ def test_the_losss_kl_has_the_same_gradients(name):
     [("std", 0, [1.7321] + [-0.5774] * 3), ("std", 1, [1.5] + [-0.5] * 3), ("none", 0, [0.75] + [-0.25] * 3)],
 )
 def test_advantages_of_one_right_answer_in_four(scale, ddof, values):
+    # r1_grpo C1
     np.testing.assert_allclose(advantages(FIRST, np.zeros(4), scale, ddof).value, values, atol=5e-5)
 
 
@@ -128,6 +130,7 @@ def test_the_first_loss_of_deepseekmaths_form_is_0_and_its_gradient_is_not():
 
 
 def test_three_names_for_three_ratios_of_an_answer():
+    # r1_grpo C3
     ratios = np.array([[1.5, 0.8, 1.1, 0.9]])
     of = lambda ratio: float(  # noqa: E731
         loss(replace(V3, beta=0.0, ratio=ratio), np.log(ratios), np.zeros((1, 4)), np.zeros(1), np.ones((1, 4)))[1][
@@ -179,6 +182,7 @@ def written_out(name, logprob, old, reference, advantage, lengths):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_form_is_its_papers_equation(name):
+    # r1_grpo C2
     lengths = [3, 5, 1, 4, 5, 2]
     old, reference, logprob = (RNG.normal(-1.5, 0.5, (6, 5)) for _ in range(3))
     logprob[4] = old[4] - 0.8  # bad, and far from the policy

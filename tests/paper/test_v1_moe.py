@@ -22,12 +22,14 @@ DIM, TOKENS = 32, 64
 
 
 def test_finer_experts_combine_in_more_ways():
+    # v1_moe C1
     # §3.1: 2 of 16 experts; each in 4 quarters, 8 of 64.
     assert math.comb(16, 2) == 120
     assert math.comb(64, 8) == 4_426_165_368
 
 
 def test_total_and_activated_parameters():
+    # v1_moe C3
     # §5.1.2: 16.4B in all, 2.8B for a token; "about 40%" of DeepSeek 7B's computation.
     c, dense = counts(CFG), counts(zoo("deepseek-llm-7b"))
     assert round(c.total / 1e9, 1) == 16.4
@@ -42,6 +44,7 @@ def test_experts_are_fine_and_two_are_shared():
 
 
 def test_gates_are_the_softmax_over_all_experts():
+    # v1_moe C2
     """Equations 9 to 11: the six largest of 64 scores, which are not normalised again."""
     rng = np.random.default_rng(0)
     router = Router(CFG.moe, DIM, jnp.float32)

@@ -17,6 +17,7 @@ MODELS = {name: STUDY.setup(name).model for name in STUDY.variants}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cache_holds_what_table_1_says(name):
+    # v2_attention C1
     """V2 table 1: 2 n_h d_h numbers a token and layer, 2 n_g d_h, 2 d_h, and d_c + d_R."""
     cfg, tokens = MODELS[name], 8
     a = cfg.attention
@@ -29,6 +30,7 @@ def test_a_cache_holds_what_table_1_says(name):
 
 
 def test_variants_have_the_same_parameters_to_a_tenth_of_a_percent():
+    # v2_attention C2
     base = counts(MODELS["mla"])
     for cfg in MODELS.values():
         size = counts(cfg)

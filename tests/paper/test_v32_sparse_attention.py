@@ -35,6 +35,7 @@ def without_indexer(model):
 
 
 def test_chosen_keys_are_those_of_the_reference():
+    # v32_sparse_attention C1
     """Layer by layer, from the reference's own inputs; a choice may differ at near-ties, which are counted."""
     p, seen = pair(CFG), []
     layers = p.reference.main.model.layers
@@ -171,6 +172,7 @@ def test_the_divergence_and_its_gradient_are_the_papers(top_k):
 
 
 def test_the_two_losses_are_walled_off_from_one_another():
+    # v32_sparse_attention C2
     """The language loss reaches all but the indexers, MTP's too; the divergence reaches them alone."""
     p = pair(CFG)
     params, rest = partition(p.model)
@@ -223,6 +225,7 @@ def test_taking_back_tokens_takes_back_their_index_keys():
 
 
 def test_the_indexer_rotates_in_halves_what_attention_rotates_in_pairs(monkeypatch):
+    # v32_sparse_attention C3
     """An early file of the release rotated both in pairs; that chooses other keys."""
     model = random_model(CFG)
     indexer = unstack(model.stacks[0], 0).attn.indexer

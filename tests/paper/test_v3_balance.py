@@ -25,6 +25,7 @@ def biases(tree) -> np.ndarray:
 
 
 def test_update_is_the_sign_rule():
+    # v3_balance C1
     rest = partition(random_model(TINY))[1]
     load = np.array([[9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 8]])
     mtp = np.array([[2, 2, 2, 2, 2, 2, 2, 2]])
@@ -78,6 +79,7 @@ def test_sequence_loss_lies_between_its_bounds():
 
 
 def test_sequence_loss_pushes_the_busy_expert_down():
+    # v3_balance C2
     rng = np.random.default_rng(1)
     logit = jnp.asarray(rng.normal(0, 1, (1, 64, 8)) + np.array([2.0] + [0.0] * 7), jnp.float32)
     ones = jnp.ones((1, 64), jnp.int32)

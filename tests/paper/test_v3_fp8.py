@@ -26,6 +26,7 @@ def errors(factor: float, kind: str = "e4m3") -> dict[str, float]:
 
 
 def test_smaller_scales_shield_more_values_from_outliers():
+    # v3_fp8 C2
     """FP8 has exponents of its own: without outliers the scale hardly matters, and outliers have to be very large."""
     plain, beside = errors(1), errors(1e4)
     assert plain["tensor"] < 1.05 * plain["tile"]
@@ -47,6 +48,7 @@ def test_e5m2_has_twice_the_error_and_more_range():
     ids=["never", "512", "128"],
 )
 def test_promotion_brings_back_what_sums_of_14_bits_lose(promotion, low, high):
+    # v3_fp8 C3
     """The largest relative error of 4096 positive products a sum; the operands are FP8 already."""
     rng = np.random.default_rng(0)
     x, w = (
@@ -62,6 +64,7 @@ def test_promotion_brings_back_what_sums_of_14_bits_lose(promotion, low, high):
 
 
 def test_the_committed_error_study_is_what_the_code_measures(root):
+    # v3_fp8 C4
     """A part of each of its tables, made anew."""
     folder = root / "experiments" / "v3_fp8"
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -56,6 +56,7 @@ def test_combination_is_the_papers_up_to_the_order_of_halves(model, tokens):
 
 
 def test_each_module_sees_one_token_more(model, tokens):
+    # v3_mtp C1
     """A change of token 12 reaches the main logits from 12 on, module 0's from 11 on, module 1's from 10 on."""
     a, b = run(model, tokens), run(model, tokens.at[:, 12].add(1))
     for logits, first in ((a.logits, 12), (a.mtp_logits[0], 11), (a.mtp_logits[1], 10)):

@@ -56,6 +56,7 @@ def modules():
 
 
 def test_streams_and_their_gradients_are_the_references():
+    # v4_hyper_connections C1
     """Read, write and collapse one after the other; gradients of the streams, the output and every weight."""
     (streams, collapse), (connection, head), x, out = modules()
     direction = [
@@ -93,6 +94,7 @@ def test_streams_and_their_gradients_are_the_references():
 
 
 def test_what_is_mixed_keeps_its_sum():
+    # v4_hyper_connections C2
     """After 20 steps columns add up to 1 but for eps, rows to 2e-4 from logits of deviation 1."""
     rng = np.random.default_rng(1)
     hard = jax.nn.softmax(jnp.asarray(rng.normal(0, 1, (500, 4, 4)), jnp.float32)) + MHC.eps
@@ -297,6 +299,7 @@ def test_a_config_says_one_thing_and_llamas_files_carry_no_streams():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["HC", "mHC"])
 def test_the_committed_gains_are_what_the_code_measures(kind, root):
+    # v4_hyper_connections C3
     """The smallest depth, one seed."""
     folder = root / "experiments" / "v4_hyper_connections"
     committed = json.loads((folder / "results.json").read_text(encoding="utf-8"))["gains"][kind]["0.3"]["8"]

@@ -20,6 +20,7 @@ def rounds(values: np.ndarray, coefficients) -> np.ndarray:
 
 
 def test_eight_fast_rounds_bring_every_singular_value_near_one_and_two_exact_ones_end_there():
+    # v4_muon C2
     assert ROUNDS == ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
     values = np.geomspace(1e-4, 1, 10_000)
     fast = rounds(values, [FAST] * 8)
@@ -40,6 +41,7 @@ def test_a_steps_singular_values_are_one_before_scaling():
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
 def test_a_steps_root_mean_square_is_018_whatever_the_matrix_and_the_gradients_scale(shape):
+    # v4_muon C1
     axes = {"w": Matrix((-2,), (-1,))}
     rule = scale_by_muon(axes, 0.95, 0.18)
     x = RNG.normal(size=shape).astype(np.float32)
@@ -60,6 +62,7 @@ def test_every_expert_takes_a_step_of_its_own_whatever_its_gradient():
 
 
 def test_v4_leaves_embedding_head_and_norms_to_adamw():
+    # v4_muon C3
     params = {
         "embed": param("float32", (8, 4), ("vocab", "embedding"), inputs=1),
         "head": param("float32", (4, 8), ("embed", "vocab"), inputs=1),

@@ -176,6 +176,7 @@ def test_with_inner_steps_the_ratio_is_to_the_rollout_and_the_clip_acts():
 
 
 def test_the_off_policy_mask_is_one_decision_an_answer_on_the_surrogate_only():
+    # r1_grpo C5
     cfg, off = replace(V32, delta=0.5, low=0.9, high=9.0), LOGPROB.copy()
     # Old far above the policy: rows 1 (bad) and 0 (good) in the mean, row 3 (bad) less; row 2 outside its answer only.
     off[0], off[1], off[2], off[3] = (
@@ -224,6 +225,7 @@ def test_the_policy_is_divided_by_the_samplers_temperature():
 
 
 def test_with_the_kept_set_the_ratio_is_1_on_policy_and_biased_without():
+    # r1_grpo C6
     logits, tokens = RNG.normal(0, 2, (1, 4, 9)).astype(np.float32), np.array([[0, 0, 0, 0]])
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     kept = np.zeros((1, 4, 9), bool)
