@@ -93,6 +93,24 @@ def test_a_setup_goes_on_with_what_its_first_one_came_to(setup, text):
     assert {name for name in came if (after[name] != came[name]).any()} == {"head"}
 
 
+def test_the_order_of_the_text_has_a_seed_of_its_own(setup, text):
+    """``data_seed`` alone decides which rows are read, and no weights; without it the run's seed does."""
+
+    def rows(data_seed: int | None, seed: int = 3) -> np.ndarray:
+        one = replace(setup, recipe=replace(setup.recipe, data_seed=data_seed)).seeded(seed)
+        return np.stack([stepped.fed.batch["tokens"] for stepped in stepping(one, text, lambda: None)])
+
+    def first(data_seed: int | None, seed: int = 3) -> dict[str, np.ndarray]:
+        return values(beginning(replace(setup, recipe=replace(setup.recipe, data_seed=data_seed)).seeded(seed), text))
+
+    assert (rows(1) != rows(2)).any()
+    np.testing.assert_array_equal(rows(1), rows(1, seed=4))
+    np.testing.assert_array_equal(rows(None), rows(3, seed=4))
+    one, same, other = first(1), first(2), first(1, seed=4)
+    assert all((one[name] == same[name]).all() for name in one)
+    assert any((one[name] != other[name]).any() for name in one)
+
+
 def test_a_run_whose_first_setup_diverges_has_diverged(setup, text):
     bound = replace(setup.recipe, tokens=6 * 4 * 16, rate=replace(setup.recipe.rate, peak=1e38), max_skipped=2)
     found = carry_out(replace(setup, first=replace(setup, recipe=bound)), 4, text, lambda *_: None)
