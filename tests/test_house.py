@@ -218,10 +218,10 @@ def test_a_rule_is_older_than_its_results():
     for path in sorted((ROOT / "experiments" / "runs").glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         by = run["asked"]
-        study = STUDIES.get(by["study"])
+        study = STUDIES[by["study"]].at(by["scale"]) if by["study"] in STUDIES else None
         if study is None or study.rule_hash != by["rule"]:
             wrong.append(f"{path.name}: the rules of {by['study']} are not those that it was made under")
-        elif path.name != f"{spec(study.setup(by['variant'], by['scale']), run['seed'])}-{run['corpus']['hash']}.json":
+        elif path.name != f"{spec(study.setup(by['variant']), run['seed'])}-{run['corpus']['hash']}.json":
             wrong.append(f"{path.name}: it is not the run of {by['variant']}, seed {run['seed']}")
         elif not by["rule_commit"] or run["commit"].endswith("+changes"):
             wrong.append(f"{path.name}: made with a rule or code that was not committed")

@@ -32,8 +32,8 @@ class Experiment:
     """Make the runs of these variants, or of a side of a comparison that is tuned, whose best is known once the runs
     that tune it are there; by default all."""
     scale: Literal["cpu", "gpu"] = "cpu"
-    """The size: minutes on a core, or a larger one for an accelerator, where runs come one after the other. The ledger
-    and the figure are of cpu."""
+    """The size: minutes on a core, or 100 to 300M parameters for an accelerator, where runs come one after the other.
+    The ledger and the figure are of cpu."""
     processes: int | None = None
     """Runs at a time; by default 2 where there are as many cores."""
     folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("experiments")
@@ -58,7 +58,7 @@ class Experiment:
             raise ValueError(
                 f"STEM is missing; there are {', '.join(stems(self.folder)) or 'none'}. --list shows them."
             )
-        study = load(self.folder, self.stem)
+        study = load(self.folder, self.stem).at(self.scale)
         check_folder(runs.folder, "--runs")
         remarks(ended=lambda: "What had ended is kept, and the same command goes on.")
         self._make(study, runs)
@@ -72,9 +72,9 @@ class Experiment:
 
         before = []
         # Runs that tune a side say which come next.
-        while (wanted := asked(study, self.variants, self.seeds, self.scale, runs.of(study, self.scale))) != before:
+        while (wanted := asked(study, self.variants, self.seeds, runs.of(study))) != before:
             about = rule(study, self.folder, trial=self.runs is not None) | {"scale": self.scale}
-            same = partial(check_corpus, study, runs, scale=self.scale)
+            same = partial(check_corpus, study, runs)
             make(study.stem, wanted, runs, about, scale=self.scale, processes=self.processes, check=same)
             before, runs = wanted, Runs(runs.folder)
 
@@ -85,7 +85,7 @@ class Experiment:
         from deepseek_jax.lab.figure import draw
         from deepseek_jax.lab.verdicts import judge, table
 
-        found = runs.of(study, self.scale)
+        found = runs.of(study)
         judged, (header, *rows), console = judge(study, found), table(study, found), Output(highlight=False)
         figures, claims = Table(*header, title=study.stem), Table("claim", "verdict", "why")
         for row in rows:

@@ -54,8 +54,8 @@ class Sweep:
             raise ValueError(f"--seeds {self.seeds} and --first-seed {self.first_seed}: at least 1, and not negative.")
         if not self.fields:
             raise ValueError("FIELD=a,b,c is missing: name a field and its values, such as recipe.rate.peak=1e-3,2e-3.")
-        study, runs = load(self.folder, self.stem), Runs(self.runs)
-        base = study.base(self.scale) if self.variant is None else study.setup(self.variant, self.scale)
+        study, runs = load(self.folder, self.stem).at(self.scale), Runs(self.runs)
+        base = study.base if self.variant is None else study.setup(self.variant)
         points = grid(base, self.fields)
         study.check_text([base, *points.values()])
         check_folder(runs.folder, "--runs")

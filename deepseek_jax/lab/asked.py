@@ -14,7 +14,6 @@ def asked(
     study: Study,
     variants: Sequence[str],
     seeds: int | None,
-    scale: str,
     found: Mapping[tuple[str, int], dict] | None = None,
 ) -> list[tuple[str, int, Setup]]:
     """(variant, seed, setup) of the runs that are asked for, a seed's variants one after another, so that what is there
@@ -22,7 +21,7 @@ def asked(
 
     Of sides that are tuned first the runs that tune them; the others once these are among ``found``, what is there.
 
-    Raises ValueError for a variant, a scale or a number of seeds that the study has not.
+    Raises ValueError for a variant or a number of seeds that the study has not.
     """
     if seeds is not None and not 0 <= seeds <= len(study.seeds):
         raise ValueError(
@@ -35,7 +34,7 @@ def asked(
     tuning = [(name, TUNING_SEED) for side in chosen for name in study.tuned.get(side, ())]
     names = [settled.get(name, name) for name in chosen if name in settled or name not in study.tuned]
     wanted = tuning + [(name, seed) for seed in study.seeds[:seeds] for name in names]
-    return [(name, seed, study.setup(name, scale)) for name, seed in wanted]
+    return [(name, seed, study.setup(name)) for name, seed in wanted]
 
 
 def tasks(wanted: Iterable[tuple[str, int, Setup]], runs: Runs, corpus: str, about: dict, stem: str) -> list[Task]:
@@ -52,9 +51,9 @@ def tasks(wanted: Iterable[tuple[str, int, Setup]], runs: Runs, corpus: str, abo
     return found
 
 
-def check_corpus(study: Study, runs: Runs, corpus: dict, scale: str) -> None:
+def check_corpus(study: Study, runs: Runs, corpus: dict) -> None:
     """Raises ValueError where a study's runs that are there were made on another corpus than this machine's."""
-    for run in runs.of(study, scale).values():
+    for run in runs.of(study).values():
         there = run["corpus"]
         if there["hash"] != corpus["hash"]:
             raise ValueError(

@@ -31,8 +31,8 @@ EVERY = 8
 TOP = (8, 4)
 # Of held-out text streams are looked at in so many windows.
 WINDOWS = 8
-# Keys that a query sees where an indexer chooses.
-KEYS = 32
+# Where an indexer chooses, a query sees so many times fewer keys than a window has tokens.
+FEWER = 16
 # Windows in which text is measured at several lengths: as long as rows at first, and four times as long.
 LENGTHS = (256, 1024)
 
@@ -121,10 +121,11 @@ def indexers(model: Transformer, held_out: HeldOut) -> dict:
     """What the indexers of V3.2 have learnt, on every `EVERY`th window, beside indexers of freshly drawn weights.
 
     "divergence", "drawn_divergence" [L]: from the attention of all keys (2512.02556 §2.1.1, nats a token). "bits": bits
-    per byte where a query sees all keys; "sparse", "drawn": where it sees the `KEYS` that the model's indexers, or
-    drawn ones, choose.
+    per byte where a query sees all keys; "sparse", "drawn": where the model's indexers, or drawn ones, choose `FEWER`
+    times fewer keys.
     """
     text, attention = thinned(held_out, EVERY), model.cfg.attention
+    keys = text.windows_WT.shape[1] // FEWER
     windows, segments = jnp.asarray(text.windows_WT[:WINDOWS]), jnp.asarray(text.segments_WT[:WINDOWS])
 
     def among(model: Transformer, keys: int) -> Transformer:
@@ -142,8 +143,8 @@ def indexers(model: Transformer, held_out: HeldOut) -> dict:
         "divergence": divergence_L(model),
         "drawn_divergence": divergence_L(drawn),
         "bits": evaluate(among(model, windows.shape[1]), text).bits_per_byte,
-        "sparse": evaluate(among(model, KEYS), text).bits_per_byte,
-        "drawn": evaluate(among(drawn, KEYS), text).bits_per_byte,
+        "sparse": evaluate(among(model, keys), text).bits_per_byte,
+        "drawn": evaluate(among(drawn, keys), text).bits_per_byte,
     }
 
 

@@ -174,12 +174,12 @@ class Runs:
     def path(self, setup: Setup, seed: int, corpus: str) -> Path:
         return self.folder / f"{spec(setup, seed)}-{corpus}.json"
 
-    def of(self, study: Study, scale: str = "cpu") -> dict[tuple[str, int], dict]:
-        """(variant, seed) -> run, of those that a study asks for and that are there.
+    def of(self, study: Study) -> dict[tuple[str, int], dict]:
+        """(variant, seed) -> run, of those that a study asks for at its scale and that are there.
 
         Raises ValueError where they were made on more than one corpus: such runs must not be compared.
         """
-        wanted = {(v, s): spec(study.setup(v, scale), s) for v, s in study.runs}
+        wanted = {(v, s): spec(study.setup(v), s) for v, s in study.runs}
         found = {key: self._by_spec.get(name, {}) for key, name in wanted.items()}
         corpora = sorted({corpus for runs in found.values() for corpus in runs})
         if len(corpora) > 1:

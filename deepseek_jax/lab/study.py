@@ -1,7 +1,8 @@
 """A study: a question to a paper, put so that runs can answer it, before the first of them. Loads no JAX.
 
 ``experiments/STEM/run.py`` holds one as ``STUDY``. It compares changes of one base, each a field of a config or
-recipe with another value; what follows from the runs say its claims' rules.
+recipe with another value, at scale "cpu" and, with the same claims, at larger ones; what follows from the runs say its
+claims' rules.
 """
 
 import hashlib
@@ -82,40 +83,66 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Study:
-    """``scales``: the base at each scale; "cpu" is the one that the ledger shows. ``variants``: name -> changes of the
-    base, as `changed` takes them. ``minutes``: of one core, that a run takes at scale "cpu", by estimate. ``tuned``: a
-    side of a comparison -> variants of which claims about it compare one, the best on `TUNING_SEED`, by
-    `verdicts.best`; each side has as many. ``against``: two measures of which the figure shows one over the other.
+class Scale:
+    """What a study compares at one size. ``variants``: name -> changes of ``base``, as `changed` takes them. ``tuned``:
+    a side of a comparison -> variants of which claims about it compare one, the best on `TUNING_SEED`, by
+    `verdicts.best`; each side has as many."""
 
-    Raises ValueError where claims name variants that are not there, a change does not fit a base, or one side is tuned
-    with more variants than another.
+    base: Setup
+    variants: Mapping[str, Mapping[str, Any]]
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What claims compare: sides that are tuned, in place of their variants, and all other variants."""
+        side_of = {variant: side for side, names in self.tuned.items() for variant in names}
+        return tuple(dict.fromkeys(side_of.get(variant, variant) for variant in self.variants))
+
+
+@dataclass(frozen=True)
+class Study:
+    """``scales``: by their names; "cpu" is the one that the ledger shows. ``minutes``: of one core, that a run takes
+    there, by estimate. ``scale``: the one that is looked at (`at`): its base, variants and runs are this study's.
+    ``registered_with``: other scales whose bases its rule hash is of, since they were there when it was registered.
+    ``against``: two measures of which the figure shows one over the other.
+
+    Raises ValueError for a scale that is not there, and where at one of them claims name variants that are not there, a
+    change does not fit a base, or one side is tuned with more variants than another.
     """
 
     stem: str
     question: str
-    scales: Mapping[str, Setup]
-    variants: Mapping[str, Mapping[str, Any]]
+    scales: Mapping[str, Scale]
     claims: tuple[Claim, ...]
     minutes: float
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    registered_with: tuple[str, ...] = ()
+    scale: str = "cpu"
     against: tuple[str, str] | None = None
 
     def __post_init__(self):
+        if self.scale not in self.scales:
+            raise ValueError(f"{self.stem} has no scale {self.scale!r}; choose one of {', '.join(self.scales)}.")
+        for scale in self.scales.values():
+            self._check(scale)
+
+    def _check(self, scale: Scale) -> None:
         for claim in self.claims:
-            unknown = sorted({*claim.rule.variants} - {*self.sides} | {*claim.paper} - {*self.variants})
+            unknown = sorted({*claim.rule.variants} - {*scale.sides} | {*claim.paper} - {*scale.variants})
             if unknown:
                 raise ValueError(f"claim {claim.id} of {self.stem} compares {', '.join(unknown)}: no such variant.")
-        if unknown := sorted({v for names in self.tuned.values() for v in names} - set(self.variants)):
+        if unknown := sorted({v for names in scale.tuned.values() for v in names} - set(scale.variants)):
             raise ValueError(f"{self.stem} tunes {', '.join(unknown)}: no such variant.")
-        if len({len(names) for names in self.tuned.values()}) > 1 or (self.tuned and TUNING_SEED in self.seeds):
+        if len({len(names) for names in scale.tuned.values()}) > 1 or (scale.tuned and TUNING_SEED in self.seeds):
             raise ValueError(
                 f"{self.stem} must tune each side with as many variants as the others, on a seed, {TUNING_SEED}, that "
                 "no verdict has."
             )
-        for scale in self.scales:
-            self.check_text([self.base(scale), *(self.setup(name, scale) for name in self.variants)])
+        self.check_text([scale.base, *(changed(scale.base, changes) for changes in scale.variants.values())])
+
+    def at(self, scale: str) -> "Study":
+        """The same study at another scale."""
+        return replace(self, scale=scale)
 
     def check_text(self, setups: Iterable[Setup]) -> None:
         """Raises ValueError for setups that learn from different tokens, which must not be compared."""
@@ -125,24 +152,28 @@ class Study:
                 "may differ."
             )
 
-    def base(self, scale: str = "cpu") -> Setup:
-        """What the variants are changes of; ValueError for a scale that is not there."""
-        if scale not in self.scales:
-            raise ValueError(f"{self.stem} has no scale {scale!r}; choose one of {', '.join(self.scales)}.")
-        return self.scales[scale]
+    @property
+    def base(self) -> Setup:
+        """What the variants are changes of."""
+        return self.scales[self.scale].base
 
-    def setup(self, variant: str, scale: str = "cpu") -> Setup:
-        """A variant's setup; ValueError for names that are not there."""
-        base = self.base(scale)
-        if variant not in self.variants:
-            raise ValueError(f"{self.stem} has no variant {variant!r}; choose one of {', '.join(self.variants)}.")
-        return changed(base, self.variants[variant])
+    @property
+    def variants(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.scales[self.scale].variants
+
+    @property
+    def tuned(self) -> Mapping[str, tuple[str, ...]]:
+        return self.scales[self.scale].tuned
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What claims compare: sides that are tuned, in place of their variants, and all other variants."""
-        side_of = {variant: side for side, names in self.tuned.items() for variant in names}
-        return tuple(dict.fromkeys(side_of.get(variant, variant) for variant in self.variants))
+        return self.scales[self.scale].sides
+
+    def setup(self, variant: str) -> Setup:
+        """A variant's setup; ValueError for one that is not there."""
+        if variant not in self.variants:
+            raise ValueError(f"{self.stem} has no variant {variant!r}; choose one of {', '.join(self.variants)}.")
+        return changed(self.base, self.variants[variant])
 
     @property
     def runs(self) -> tuple[tuple[str, int], ...]:
@@ -154,7 +185,7 @@ class Study:
     def rule_hash(self) -> str:
         """Of all that a verdict follows from beside the runs: rules, seeds, variants, bases; words are not in it."""
         claims = [[c.id, described(c.rule), c.mechanism_only is not None] for c in self.claims]
-        bases = {scale: described(setup) for scale, setup in self.scales.items()}
+        bases = {scale: described(self.scales[scale].base) for scale in (self.scale, *self.registered_with)}
         tuned = [{side: list(names) for side, names in self.tuned.items()}] if self.tuned else []
         variants = {n: {path: described(value) for path, value in c.items()} for n, c in self.variants.items()}
         return digest([claims, bases, variants, list(self.seeds), *tuned])

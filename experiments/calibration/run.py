@@ -8,17 +8,20 @@ calibrated by `deepseek-jax sweep` first, on seeds of its own, and become a stud
     deepseek-jax experiment calibration       # 10 runs of about 5 minutes of one core, of which five are other studies'
 """
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import NoWorse
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 
-VARIANTS = {"base": {}, "null": {"recipe.init_std": MICRO.recipe.init_std * (1 + 1e-6)}}
+
+def variants(base: Setup) -> dict:
+    """The base, and the null variant."""
+    return {"base": {}, "null": {"recipe.init_std": base.recipe.init_std * (1 + 1e-6)}}
+
 
 STUDY = Study(
     stem="calibration",
     question="how far apart do runs end that differ by rounding alone?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
+    scales={"cpu": Scale(MICRO, variants(MICRO)), "gpu": Scale(GPU, variants(GPU))},
     minutes=5,
     claims=(
         Claim(

@@ -8,29 +8,38 @@ The base chooses 4 of 16 routed experts beside a shared one, all of width 64. Th
 parameters, in all and for a token, but for the router's: 2 of 8 experts of width 128 and 8 of 32 of width 32, both
 beside a shared one of 64; 5 of 17 of width 64, none of them shared; and a dense network of width 320, which is what a
 token activates, in place of experts. Three of them are measured without single experts at their end: a probe, by which
-the base's runs are others than calibration's.
+the base's runs are others than calibration's. At scale gpu there are as many experts, the base's of width 768: 286M
+parameters, 116M of them for a token.
 """
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import Beyond, Ordering, Separation, Trend
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study, changed
 
 PROBED = {"probes": ("knock_outs",)}
-VARIANTS = {
-    "16k4": PROBED,
-    "8k2": PROBED
-    | {"model.moe.shared_dim": 64, "model.moe.top_k": 2, "model.moe.n_experts": 8, "model.moe.expert_dim": 128},
-    "32k8": PROBED
-    | {"model.moe.shared_dim": 64, "model.moe.n_experts": 32, "model.moe.top_k": 8, "model.moe.expert_dim": 32},
-    "no-shared": {"model.moe.n_experts": 17, "model.moe.top_k": 5, "model.moe.n_shared": 0},
-    "dense": {"model.n_dense_layers": 4},
-}
+WIDER = {"model.dim": 768, "model.ffn_dim": 5 * 768, "recipe.micro_rows": 32}
+EXPERTS = {"model.moe.n_experts": 16, "model.moe.top_k": 4, "model.moe.expert_dim": 768}
+LARGE = changed(GPU, WIDER | EXPERTS)
+
+
+def variants(base: Setup) -> dict:
+    """The base, and others at its cost."""
+    width = base.model.moe.expert_dim
+    coarse = {"model.moe.top_k": 2, "model.moe.n_experts": 8, "model.moe.expert_dim": width * 2}
+    fine = {"model.moe.n_experts": 32, "model.moe.top_k": 8, "model.moe.expert_dim": width // 2}
+    return {
+        "16k4": PROBED,
+        "8k2": PROBED | {"model.moe.shared_dim": width} | coarse,
+        "32k8": PROBED | {"model.moe.shared_dim": width} | fine,
+        "no-shared": {"model.moe.n_experts": 17, "model.moe.top_k": 5, "model.moe.n_shared": 0},
+        "dense": {"model.n_dense_layers": base.model.n_layers},
+    }
+
 
 STUDY = Study(
     stem="v1_moe",
     question="what do shared and fine experts hold, and what do they bring at equal cost?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
+    scales={"cpu": Scale(MICRO, variants(MICRO)), "gpu": Scale(LARGE, variants(LARGE))},
     minutes=7,
     claims=(
         Claim(

@@ -7,36 +7,40 @@ paper_notes/v2_attention.md.
 
 The model is the base with a dense network in every layer, as the paper's table 8 has it. All variants have four query
 heads of 32 dimensions, 16 of them rotated with the latent and all 32 otherwise. Parameters are matched layer by layer,
-to a tenth of a percent, by the width of the dense network: what a variant saves in attention it has there.
+to a tenth of a percent, by the width of the dense network: what a variant saves in attention it has there. At scale gpu
+there are twelve heads of 64 dimensions, in proportion, and 106M parameters.
 """
 
-from deepseek_jax.configs.schema import GQA, Rope
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.configs.schema import GQA, MLA, Rope
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import NoWorse, Ordering, Trend
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study, changed
 
-DENSE = {"model.n_dense_layers": 4}
 MMLU = "MMLU, a line a table (8: 7B; 9: small)"
+LATENT = MLA(n_heads=12, q_rank=None, kv_rank=64, nope_dim=32, rope_dim=32, v_dim=64, rope=Rope(10000.0))
+WIDER = {"model.dim": 768, "model.n_layers": 14, "model.ffn_dim": 1920, "model.attention": LATENT}
+LARGE = changed(GPU, WIDER | {"recipe.micro_rows": 32})
 
 
-def grouped(n_kv_heads: int, ffn_dim: int) -> dict:
-    """Four query heads that share so many key heads."""
-    attention = GQA(n_heads=4, n_kv_heads=n_kv_heads, head_dim=32, rope=Rope(10000.0, interleaved=False))
-    return DENSE | {"model.attention": attention, "model.ffn_dim": ffn_dim}
+def variants(base: Setup, mha: int, gqa: int, mqa: int) -> dict:
+    """Attention in four forms, three of them beside dense networks so wide."""
+    mla, dense = base.model.attention, {"model.n_dense_layers": base.model.n_layers}
 
+    def grouped(n_kv_heads: int, ffn_dim: int) -> dict:
+        """The latent's query heads, which share so many key heads."""
+        attention = GQA(mla.n_heads, n_kv_heads, head_dim=mla.v_dim, rope=Rope(10000.0, interleaved=False))
+        return dense | {"model.attention": attention, "model.ffn_dim": ffn_dim}
 
-VARIANTS = {
-    "mha": grouped(4, ffn_dim=267),
-    "gqa": grouped(2, ffn_dim=309),
-    "mqa": grouped(1, ffn_dim=331),
-    "mla": DENSE,
-}
+    return {"mha": grouped(mla.n_heads, mha), "gqa": grouped(2, gqa), "mqa": grouped(1, mqa), "mla": dense}
+
 
 STUDY = Study(
     stem="v2_attention",
     question="what does a smaller cache cost at equal parameters?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
+    scales={
+        "cpu": Scale(MICRO, variants(MICRO, mha=267, gqa=309, mqa=331)),
+        "gpu": Scale(LARGE, variants(LARGE, mha=1472, gqa=1899, mqa=1941)),
+    },
     minutes=5,
     claims=(
         Claim(

@@ -9,52 +9,52 @@ In the paper's three stages: a model is trained with attention to all keys, 400 
 divergence from attention, 60 steps at the paper's rate; then everything, with the 32 keys of 512 that the indexers
 choose, 150 steps, in which the indexers go on learning. "dense" goes on with all keys instead, its indexers learning as
 well; "unwarmed" leaves out the second stage. What the stages before make is kept on the machine for a seed's variants.
+At scale gpu they choose 128 keys of 2,048, and the stages have 1,000, 150 and 375 steps of 65,536 tokens.
 """
 
 from dataclasses import replace
 
-from deepseek_jax.configs.schema import Indexer
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.configs.schema import Indexer, ModelConfig
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import Beyond, NoWorse, Ordering
-from deepseek_jax.lab.study import Claim, Setup, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 from deepseek_jax.train.recipe import LearningRate, Recipe
 
-ROWS, LENGTH, KEYS = 4, 512, 32
-PEAK, LATER, WARM = 2e-3, 3e-4, 1e-3
-TEXT = replace(MICRO.text, held_out_bytes=250_000)
-INDEXED = replace(
-    MICRO.model,
-    name="indexed",
-    attention=replace(MICRO.model.attention, q_rank=64, indexer=Indexer(8, 16, LENGTH)),
-    max_length=LENGTH,
-    model_type="deepseek_v32",
-)
-SPARSE = replace(
-    INDEXED, attention=replace(INDEXED.attention, indexer=replace(INDEXED.attention.indexer, index_top_k=KEYS))
-)
+WARM = 1e-3
 
 
-def recipe(steps: int, peak: float, index: float) -> Recipe:
-    """So many steps of AdamW, a tenth of them warm-up, with a cosine down to a twentieth of the peak."""
-    tokens = steps * ROWS * LENGTH
-    rate = LearningRate(
-        peak, warmup_steps=steps // 10, decay_from=tokens // 10, decay_until=tokens, decay_to=peak / 20, drops=()
-    )
-    weights = replace(MICRO.recipe.weights, index=index)
-    return replace(
-        MICRO.recipe, tokens=tokens, batch_rows=ROWS, length=LENGTH, rate=rate, weights=weights, bias_until=None
-    )
+def staged(size: Setup, rows: int, length: int, steps: tuple[int, int, int], peak: float, later: float) -> Scale:
+    """A model of this size on rows so long: steps of each stage, rates of the first and of the last."""
+    text = replace(size.text, held_out_bytes=size.text.held_out_bytes // 3)
+    mla, dim = size.model.attention, size.model.dim
 
+    def model(keys: int) -> ModelConfig:
+        attention = replace(mla, q_rank=dim // 2, indexer=Indexer(8, mla.rope_dim, keys))
+        return replace(size.model, name="indexed", attention=attention, max_length=length, model_type="deepseek_v32")
 
-BEGUN = Setup(INDEXED, recipe(400, PEAK, 0.0), TEXT)
-WARMED = Setup(INDEXED, recipe(60, WARM, 1.0), TEXT, first=BEGUN, trained=("layers.*.attn.indexer.*",))
-BASE = Setup(SPARSE, recipe(150, LATER, 1.0), TEXT, first=WARMED, probes=("indexers",))
+    def recipe(stage: int, peak: float, index: float) -> Recipe:
+        """AdamW, a tenth of the steps warm-up, with a cosine down to a twentieth of the peak."""
+        tokens = steps[stage] * rows * length
+        rate = LearningRate(peak, steps[stage] // 10, tokens // 10, tokens, decay_to=peak / 20, drops=())
+        weights = replace(size.recipe.weights, index=index)
+        return replace(
+            size.recipe, tokens=tokens, batch_rows=rows, length=length, rate=rate, weights=weights, bias_until=None
+        )
+
+    dense, sparse = model(length), model(length // 16)
+    begun = Setup(dense, recipe(0, peak, 0.0), text)
+    warmed = Setup(dense, recipe(1, WARM, 1.0), text, first=begun, trained=("layers.*.attn.indexer.*",))
+    base = Setup(sparse, recipe(2, later, 1.0), text, first=warmed, probes=("indexers",))
+    return Scale(base, {"sparse": {}, "dense": {"model": dense}, "unwarmed": {"first": begun}})
+
 
 STUDY = Study(
     stem="v32_sparse_attention",
     question="does an indexer learn which keys are looked at, and what does it cost to look at these alone?",
-    scales={"cpu": BASE},
-    variants={"sparse": {}, "dense": {"model": INDEXED}, "unwarmed": {"first": BEGUN}},
+    scales={
+        "cpu": staged(MICRO, rows=4, length=512, steps=(400, 60, 150), peak=2e-3, later=3e-4),
+        "gpu": staged(GPU, rows=32, length=2048, steps=(1000, 150, 375), peak=6e-4, later=9e-5),
+    },
     minutes=5,
     claims=(
         Claim(

@@ -7,27 +7,33 @@ paper_notes/v3_fp8.md. What FP8 loses without training is measured by errors.py,
 
 Products are emulated, forward and backward, with sums in float32; held-out text is measured in FP8 too. The model is
 128 wide: V3's tiles of 128 and blocks of 128 x 128 would be one scale a token and one a matrix, so that both are 32
-here. Of the paper's two comparisons, tiles beside blocks of gradients and fine scales beside one a tensor, it reports
-the first as a divergence at 16B parameters after 300B tokens and gives no number for the second.
+here. At scale gpu it is 512 wide and has V3's, beside float32 as well. Of the paper's two comparisons, tiles beside
+blocks of gradients and fine scales beside one a tensor, it reports the first as a divergence at 16B parameters after
+300B tokens and gives no number for the second.
 """
 
 from deepseek_jax.configs.fp8 import Fp8
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import NoWorse, Ordering
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Study, changed
 
-VARIANTS = {
-    "float32": {},
-    "fine": {"fp8": Fp8(tile=32, block=32)},
-    "tensor": {"fp8": Fp8(tile=None, block=None)},
-    "blocks": {"fp8": Fp8(tile=32, block=32, gradient_blocks=True)},
-}
+EXACT = changed(GPU, {"recipe.dtype": "float32", "recipe.micro_rows": 32})
+
+
+def variants(size: int) -> dict:
+    """Of tiles and blocks of this size."""
+    return {
+        "float32": {},
+        "fine": {"fp8": Fp8(tile=size, block=size)},
+        "tensor": {"fp8": Fp8(tile=None, block=None)},
+        "blocks": {"fp8": Fp8(tile=size, block=size, gradient_blocks=True)},
+    }
+
 
 STUDY = Study(
     stem="v3_fp8",
     question="does a small model train as well when its products are in FP8?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
+    scales={"cpu": Scale(MICRO, variants(32)), "gpu": Scale(EXACT, variants(128))},
     minutes=12,
     claims=(
         Claim(

@@ -10,22 +10,22 @@ the main head alone, on held-out text. How often the module's drafts would be ac
 speaks of it, since nothing without a module drafts.
 """
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import NoWorse, Ordering
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 
 
-def module(tokens: int) -> dict:
-    """One module, weighted as V3's over a run of so many tokens."""
-    weights = {"recipe.weights.mtp": 0.3, "recipe.mtp_change": tokens * 68 // 100, "recipe.mtp_later": 0.1}
-    return {"model.mtp_depth": 1} | weights
+def variants(base: Setup) -> dict:
+    """The base, and one module more, weighted as V3's over the base's tokens."""
+    change = base.recipe.tokens * 68 // 100
+    weights = {"recipe.weights.mtp": 0.3, "recipe.mtp_change": change, "recipe.mtp_later": 0.1}
+    return {"base": {}, "mtp": {"model.mtp_depth": 1} | weights}
 
 
 STUDY = Study(
     stem="v3_mtp",
     question="what does predicting a second token do to the first?",
-    scales={"cpu": MICRO},
-    variants={"base": {}, "mtp": module(MICRO.recipe.tokens)},
+    scales={"cpu": Scale(MICRO, variants(MICRO)), "gpu": Scale(GPU, variants(GPU))},
     minutes=6,
     claims=(
         Claim(

@@ -8,11 +8,12 @@ The base balances by its bias alone; the other variants' bias stands still, and 
 tokens of a step, or over each row of 256, by one weight and by ten times that. A row is cut from one or two files, so
 that it is of one domain nearly always: the parts of the standard library, as held-out text names them. What is compared
 is how far the domains' use of experts lies apart: the Jensen-Shannon divergence of their loads, the mean over layers.
+At scale gpu a step has 65,536 tokens, and a row 1,024.
 """
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import NoWorse, Ordering, Separation
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Study
 
 FIXED = {"recipe.bias_speed": 0.0}
 VARIANTS = {
@@ -25,8 +26,7 @@ VARIANTS = {
 STUDY = Study(
     stem="v3_specialisation",
     question="does balance within every sequence keep experts from specialising by domain?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
+    scales={"cpu": Scale(MICRO, VARIANTS), "gpu": Scale(GPU, VARIANTS)},
     minutes=6,
     claims=(
         Claim(

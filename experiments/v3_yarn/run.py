@@ -8,44 +8,48 @@ paper_notes/v3_yarn.md.
 A model is trained on rows of 256 tokens, 400 steps. Three ways on from it, 60 steps of 2,048 tokens each: "yarn" on
 rows of 1,024 with YaRN of factor 4, "rope" on the same rows with RoPE as it was, "short" on rows of 256. What is
 compared is held-out text in windows of 1,024, and of 256. The papers show retrieval (a needle in a haystack) at 128K
-tokens, which a model of this size does not learn in so many steps.
+tokens, which a model of this size does not learn in so many steps. At scale gpu rows are as long, and steps are 1,000
+and 150 of 65,536 tokens.
 """
 
 from dataclasses import replace
 
 from deepseek_jax.configs.schema import Yarn
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import Beyond, NoWorse, Ordering
-from deepseek_jax.lab.study import Claim, Setup, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 from deepseek_jax.train.recipe import LearningRate, Recipe
 
-SHORT, LONG, A_STEP = 256, 1024, 2048
-PEAK, LATER = 2e-3, 3e-4
-MODEL = replace(MICRO.model, max_length=LONG)
-ROPE = replace(MODEL.attention.rope, yarn=Yarn(factor=LONG / SHORT, original_length=SHORT))
-YARN = replace(MODEL, attention=replace(MODEL.attention, rope=ROPE))
-TEXT = replace(MICRO.text, held_out_bytes=250_000)
+SHORT, LONG = 256, 1024
 
 
-def recipe(steps: int, length: int, peak: float) -> Recipe:
-    """So many steps of AdamW, a tenth of them warm-up, with a cosine down to a twentieth of the peak."""
-    tokens = steps * A_STEP
-    rate = LearningRate(
-        peak, warmup_steps=steps // 10, decay_from=tokens // 10, decay_until=tokens, decay_to=peak / 20, drops=()
-    )
-    return replace(
-        MICRO.recipe, tokens=tokens, batch_rows=A_STEP // length, length=length, rate=rate, bias_until=tokens * 9 // 10
-    )
+def extended(size: Setup, steps: tuple[int, int], peaks: tuple[float, float]) -> Scale:
+    """A model of this size, whose steps have as many tokens: steps and rates of the first stage and of the second."""
+    model, text = replace(size.model, max_length=LONG), replace(size.text, held_out_bytes=size.text.held_out_bytes // 3)
+    rope = replace(model.attention.rope, yarn=Yarn(factor=LONG / SHORT, original_length=SHORT))
+    yarn = replace(model, attention=replace(model.attention, rope=rope))
 
+    def recipe(stage: int, length: int) -> Recipe:
+        """AdamW, a tenth of the steps warm-up, with a cosine down to a twentieth of the peak."""
+        rows, peak = size.recipe.batch_rows * size.recipe.length // length, peaks[stage]
+        tokens = steps[stage] * rows * length
+        rate = LearningRate(peak, steps[stage] // 10, tokens // 10, tokens, decay_to=peak / 20, drops=())
+        return replace(
+            size.recipe, tokens=tokens, batch_rows=rows, length=length, rate=rate, bias_until=tokens * 9 // 10
+        )
 
-BEGUN = Setup(MODEL, recipe(400, SHORT, PEAK), TEXT)
-BASE = Setup(MODEL, recipe(60, LONG, LATER), TEXT, first=BEGUN, probes=("lengths",))
+    begun = Setup(model, recipe(0, SHORT), text)
+    base = Setup(model, recipe(1, LONG), text, first=begun, probes=("lengths",))
+    return Scale(base, {"yarn": {"model": yarn}, "rope": {}, "short": {"recipe": recipe(1, SHORT)}})
+
 
 STUDY = Study(
     stem="v3_yarn",
     question="do a few steps with YaRN let a small model read a context four times as long?",
-    scales={"cpu": BASE},
-    variants={"yarn": {"model": YARN}, "rope": {}, "short": {"recipe": recipe(60, SHORT, LATER)}},
+    scales={
+        "cpu": extended(MICRO, steps=(400, 60), peaks=(2e-3, 3e-4)),
+        "gpu": extended(GPU, steps=(1000, 150), peaks=(6e-4, 9e-5)),
+    },
     minutes=3,
     claims=(
         Claim(

@@ -8,49 +8,59 @@ beside this file, without training.
 
 Dense models, 64 wide, of 8, 16 and 32 layers, on 300,000 tokens. What is compared of the trained models is the
 largest gain of a product of mixing matrices (the probe `streams`), on held-out text. The plain residual is there at the
-largest depth alone, for the loss.
+largest depth alone, for the loss. At scale gpu the same depths are 1,152 wide: 101M to 297M parameters.
 """
 
 from dataclasses import replace
 
 from deepseek_jax.configs.schema import MLA, HyperConnections, ModelConfig, Rope
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import Ordering, Separation, Trend
-from deepseek_jax.lab.study import Claim, Setup, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study, changed
 from deepseek_jax.train.recipe import LearningRate
 
-TOKENS, ROWS, LENGTH, PEAK = 300 * 8 * 128, 8, 128, 2e-3
-MODEL = ModelConfig(
-    name="streams",
-    vocab_size=2048,
-    dim=64,
-    n_layers=32,
-    n_dense_layers=32,
-    ffn_dim=160,
-    attention=MLA(n_heads=4, q_rank=None, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=16, rope=Rope(10000.0)),
-    moe=None,
-    max_length=LENGTH,
-    init_std=0.02,
-)
-RATE = LearningRate(PEAK, warmup_steps=15, decay_from=TOKENS // 20, decay_until=TOKENS, decay_to=PEAK / 20, drops=())
-RECIPE = replace(
-    MICRO.recipe, tokens=TOKENS, batch_rows=ROWS, length=LENGTH, rate=RATE, bias_speed=0.0, bias_until=None
-)
+SMALL = MLA(n_heads=4, q_rank=None, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=16, rope=Rope(10000.0))
+LARGE = changed(GPU, {"recipe.micro_rows": 4})
 KINDS = {"hc": HyperConnections(constrained=False), "mhc": HyperConnections()}
 DEPTHS = (8, 16, 32)
 
 
-def streams(kind: str, depth: int) -> dict:
-    """A model of so many layers, with its streams measured at the end."""
-    model = replace(MODEL, n_layers=depth, n_dense_layers=depth, residual=KINDS[kind])
-    return {"model": model, "probes": ("streams",)}
+def deep(size: Setup, dim: int, ffn_dim: int, attention: MLA, rows: int, length: int, steps: int) -> Scale:
+    """Dense models with the vocabulary and the rate of this size, trained on so many rows a step."""
+    model = ModelConfig(
+        name="streams",
+        vocab_size=size.model.vocab_size,
+        dim=dim,
+        n_layers=32,
+        n_dense_layers=32,
+        ffn_dim=ffn_dim,
+        attention=attention,
+        moe=None,
+        max_length=length,
+        init_std=0.02,
+    )
+    tokens, peak = steps * rows * length, size.recipe.rate.peak
+    rate = LearningRate(peak, steps // 20, tokens // 20, tokens, decay_to=peak / 20, drops=())
+    recipe = replace(
+        size.recipe, tokens=tokens, batch_rows=rows, length=length, rate=rate, bias_speed=0.0, bias_until=None
+    )
+
+    def streams(kind: str, depth: int) -> dict:
+        """A model of so many layers, with its streams measured at the end."""
+        own = replace(model, n_layers=depth, n_dense_layers=depth, residual=KINDS[kind])
+        return {"model": own, "probes": ("streams",)}
+
+    variants = {f"{kind}-{depth}": streams(kind, depth) for kind in KINDS for depth in DEPTHS}
+    return Scale(Setup(model, recipe, replace(size.text, held_out_bytes=100_000)), variants | {"plain-32": {}})
 
 
 STUDY = Study(
     stem="v4_hyper_connections",
     question="do mixed streams run away in depth, and does the constraint hold them?",
-    scales={"cpu": Setup(MODEL, RECIPE, replace(MICRO.text, held_out_bytes=100_000))},
-    variants={f"{kind}-{depth}": streams(kind, depth) for kind in KINDS for depth in DEPTHS} | {"plain-32": {}},
+    scales={
+        "cpu": deep(MICRO, dim=64, ffn_dim=160, attention=SMALL, rows=8, length=128, steps=300),
+        "gpu": deep(LARGE, dim=1152, ffn_dim=1760, attention=GPU.model.attention, rows=64, length=1024, steps=750),
+    },
     minutes=4,
     seeds=(0, 1, 2),
     claims=(

@@ -7,24 +7,27 @@ others, and stands with the claims in paper_notes/v4_muon.md.
 
 The base is AdamW at 2e-3; its rate and Muon's take three values each, with the cosine's end at a twentieth of each.
 Both are tuned alike: one run a value on a seed of its own, of which the best goes on to the seeds of the verdict. All
-else is one: weight decay, warm-up, batch, clip, first weights.
+else is one: weight decay, warm-up, batch, clip, first weights. At scale gpu the base's rate is 6e-4, and the three are
+in proportion.
 """
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import FewerSteps, Ordering
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 
-PEAKS = {"2e-3": 2e-3, "4e-3": 4e-3, "8e-3": 8e-3}
-RATES = {name: {"recipe.rate.peak": peak, "recipe.rate.decay_to": peak / 20} for name, peak in PEAKS.items()}
-VARIANTS = {f"adamw-{name}": rate for name, rate in RATES.items()}
-VARIANTS |= {f"muon-{name}": rate | {"recipe.optimizer.muon": True} for name, rate in RATES.items()}
+
+def tuned(base: Setup, *peaks: str) -> Scale:
+    """Both optimizers at each of these rates."""
+    rates = {peak: {"recipe.rate.peak": float(peak), "recipe.rate.decay_to": float(peak) / 20} for peak in peaks}
+    sides = {"adamw": {}, "muon": {"recipe.optimizer.muon": True}}
+    variants = {f"{side}-{peak}": rate | change for side, change in sides.items() for peak, rate in rates.items()}
+    return Scale(base, variants, tuned={side: tuple(f"{side}-{peak}" for peak in peaks) for side in sides})
+
 
 STUDY = Study(
     stem="v4_muon",
     question="how many of AdamW's steps does Muon need?",
-    scales={"cpu": MICRO},
-    variants=VARIANTS,
-    tuned={side: tuple(f"{side}-{name}" for name in RATES) for side in ("adamw", "muon")},
+    scales={"cpu": tuned(MICRO, "2e-3", "4e-3", "8e-3"), "gpu": tuned(GPU, "6e-4", "1.2e-3", "2.4e-3")},
     minutes=7,
     claims=(
         Claim(

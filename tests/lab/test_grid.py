@@ -12,7 +12,7 @@ from deepseek_jax.lab.records import Runs, spec, text
 from deepseek_jax.lab.study import load
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-BASE = load(EXPERIMENTS, "v3_balance").base()
+BASE = load(EXPERIMENTS, "v3_balance").base
 
 
 def test_a_grid_has_every_combination():

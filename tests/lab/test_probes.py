@@ -138,7 +138,7 @@ INDEXED = tiny_config(
 
 
 def test_indexers_are_measured_beside_drawn_ones(monkeypatch):
-    monkeypatch.setattr(probes, "KEYS", 4)
+    monkeypatch.setattr(probes, "FEWER", 4)
     model = init(INDEXED, jax.random.key(0))
 
     def other(path, variable):

@@ -1,4 +1,5 @@
-"""Every study: its variants build and take a step in shapes, one of each compiles, and its registration holds."""
+"""Every study: its variants build and take a step in shapes at each scale, one of each compiles, and its registration
+holds."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.configs.fp8 import Fp8
+from deepseek_jax.lab.probes import chosen
 from deepseek_jax.lab.records import MEASURES
 from deepseek_jax.lab.rules import Ordering
 from deepseek_jax.lab.stages import context, parameters
-from deepseek_jax.lab.study import Claim, Setup, Study, changed, described, digest, load, stems
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study, changed, described, digest, load, stems
 from deepseek_jax.runs.options import Options
 from deepseek_jax.runs.prepare import check_fit
 from deepseek_jax.train.begin import fresh, prepared
@@ -22,7 +24,30 @@ from deepseek_jax.train.step import start
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = {stem: load(EXPERIMENTS, stem) for stem in stems(EXPERIMENTS)}
-SETUPS = [(s, scale, v) for s, study in STUDIES.items() for scale in study.scales for v in study.variants]
+SCALED = {(stem, scale): study.at(scale) for stem, study in STUDIES.items() for scale in study.scales}
+
+
+def stages() -> dict[str, Setup]:
+    """All that any variant trains at any scale, its earlier stages too."""
+    found = {}
+    for (stem, scale), study in SCALED.items():
+        for variant in study.variants:
+            setup, name = study.setup(variant), f"{stem}-{scale}-{variant}"
+            while setup is not None:
+                found[name], setup, name = setup, setup.first, f"{name}-first"
+    return found
+
+
+def program(setup: Setup) -> tuple:
+    """What the shapes of a step follow from: a setup without its rates, weights and budget."""
+    recipe = setup.recipe
+    sizes = (recipe.length, recipe.batch_rows, recipe.micro_rows, recipe.dtype, recipe.optimizer)
+    terms = tuple(bool(value) for value in vars(recipe.weights).values())
+    return setup.model, setup.fp8, setup.trained, sizes, terms, recipe.bias_speed > 0
+
+
+STAGES = stages()
+PROGRAMS = {program(setup): name for name, setup in STAGES.items()}
 
 
 def step_of(setup: Setup):
@@ -37,11 +62,16 @@ def step_of(setup: Setup):
     return step, (state, {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}, Knobs.of(setting(recipe, 0, 0)))
 
 
-@pytest.mark.parametrize(("stem", "scale", "variant"), SETUPS)
-def test_every_variant_takes_a_step_in_shapes(stem, scale, variant):
-    setup = STUDIES[stem].setup(variant, scale)
-    check_fit(setup.model, setup.recipe, Options())
-    step, arguments = step_of(setup)
+def test_every_variant_fits_its_recipe_and_its_probes():
+    for setup in STAGES.values():
+        check_fit(setup.model, setup.recipe, Options())
+        chosen(setup)
+
+
+@pytest.mark.parametrize("name", PROGRAMS.values())
+def test_every_variant_takes_a_step_in_shapes(name):
+    """Those of one program but for numbers take it once."""
+    step, arguments = step_of(STAGES[name])
     state, metrics = jax.eval_shape(step, *arguments)
     assert [a.shape for a in jax.tree.leaves(state)] == [a.shape for a in jax.tree.leaves(arguments[0])]
     assert {"main", "skipped"} <= set(metrics)
@@ -54,9 +84,9 @@ def test_a_variant_of_each_compiles(stem):
     assert jax.jit(step, donate_argnums=0).lower(*arguments).compile().memory_analysis() is not None
 
 
-@pytest.mark.parametrize("stem", STUDIES)
-def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(stem):
-    study = STUDIES[stem]
+@pytest.mark.parametrize(("stem", "scale"), SCALED)
+def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(stem, scale):
+    study = SCALED[stem, scale]
     assert study.stem == stem
     assert len(study.rule_hash) == 12
     assert {claim.rule.measure for claim in study.claims} <= set(MEASURES)
@@ -66,7 +96,7 @@ def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(ste
 
 
 def test_a_change_is_of_a_field_that_there_is():
-    base = STUDIES["v3_balance"].scales["cpu"]
+    base = STUDIES["v3_balance"].base
     other = changed(base, {"recipe.rate.peak": 1e-3, "model.moe.top_k": 2})
     assert (other.recipe.rate.peak, other.model.moe.top_k) == (1e-3, 2)
     assert replace(other, model=base.model, recipe=base.recipe) == base
@@ -79,7 +109,7 @@ def test_a_change_is_of_a_field_that_there_is():
 
 
 def test_a_hash_is_of_what_a_run_computes_and_of_nothing_else():
-    base = STUDIES["v3_balance"].scales["cpu"]
+    base = STUDIES["v3_balance"].base
     same = {"model.name": "x", "recipe.log_every": 3, "recipe.evaluate_every": 3, "text.workers": 0}
     assert digest(described(changed(base, same))) == digest(described(base))
     others = [base, base.seeded(1), changed(base, {"recipe.bias_speed": 0.1}), changed(base, {"model.moe.scale": 2.0})]
@@ -92,20 +122,27 @@ def test_a_hash_is_of_what_a_run_computes_and_of_nothing_else():
 
 def test_a_rules_hash_is_of_whole_parts_of_a_setup_as_well():
     study = STUDIES["v3_fp8"]
-    other = replace(study, variants=study.variants | {"tensor": {"fp8": Fp8(tile=None)}})
+    variants = study.variants | {"tensor": {"fp8": Fp8(tile=None)}}
+    other = replace(study, scales={"cpu": replace(study.scales["cpu"], variants=variants)})
     assert len({study.rule_hash, replace(study).rule_hash, other.rule_hash}) == 2
     assert [context(study.setup(name)).fp8 for name in ("float32", "tensor")] == [None, Fp8(tile=None, block=None)]
 
 
 def test_a_study_that_does_not_fit_is_refused():
-    base = STUDIES["v3_balance"].scales["cpu"]
+    base = STUDIES["v3_balance"].base
     claim = Claim("C1", "s", "s", "e", Ordering("bits_per_byte", low="a", high="b"))
     with pytest.raises(ValueError, match="claim C1 of x compares b: no such variant"):
-        Study("x", "q", {"cpu": base}, {"a": {}}, (claim,), 1)
+        Study("x", "q", {"cpu": Scale(base, {"a": {}})}, (claim,), 1)
     with pytest.raises(ValueError, match="must learn from the same tokens"):
-        Study("x", "q", {"cpu": base}, {"a": {}, "b": {"model.vocab_size": 512}}, (claim,), 1)
+        Study("x", "q", {"cpu": Scale(base, {"a": {}, "b": {"model.vocab_size": 512}})}, (claim,), 1)
+    whole = Scale(base, {"a": {}, "b": {}})
     with pytest.raises(ValueError, match="x has no variant 'c'; choose one of a, b"):
-        Study("x", "q", {"cpu": base}, {"a": {}, "b": {}}, (claim,), 1).setup("c")
+        Study("x", "q", {"cpu": whole}, (claim,), 1).setup("c")
+    # What claims compare is there at every scale, of which "cpu" is one.
+    with pytest.raises(ValueError, match="claim C1 of x compares b: no such variant"):
+        Study("x", "q", {"cpu": whole, "gpu": Scale(base, {"a": {}, "c": {}})}, (claim,), 1)
+    with pytest.raises(ValueError, match="x has no scale 'cpu'; choose one of gpu"):
+        Study("x", "q", {"gpu": whole}, (claim,), 1)
 
 
 def test_what_is_no_study_says_how_it_is_run():

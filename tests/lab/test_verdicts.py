@@ -11,7 +11,7 @@ from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
 from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
-from deepseek_jax.lab.study import TUNING_SEED, load
+from deepseek_jax.lab.study import TUNING_SEED, Study, load
 from deepseek_jax.lab.verdicts import best, judge, ledger, spread, table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -36,6 +36,11 @@ def record(variant: str, seed: int, corpus: str = "aaaa", bits: float = 1.5) -> 
         "cpu_seconds": 60.0,
         "date": "2027-01-02",
     }
+
+
+def at_cpu(study: Study, **fields) -> Study:
+    """A study with other fields of its scale "cpu"."""
+    return replace(study, scales={"cpu": replace(study.scales["cpu"], **fields)}, registered_with=())
 
 
 def write(folder: Path, *records: dict) -> Runs:
@@ -73,28 +78,28 @@ def test_corpora_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match="of 2 corpora, aaaa, bbbb, which must not be compared"):
         runs.of(STUDY)
     (tmp_path / "runs" / runs.path(STUDY.setup("sign-3e-3"), 0, "bbbb").name).unlink()
-    check_corpus(STUDY, Runs(runs.folder), {"hash": "aaaa", "python": "3.11.0"}, "cpu")
+    check_corpus(STUDY, Runs(runs.folder), {"hash": "aaaa", "python": "3.11.0"})
     with pytest.raises(
         ValueError, match=r"made on the corpus aaaa of Python 3.11.0, and the text here, of Python 3.12"
     ):
-        check_corpus(STUDY, Runs(runs.folder), {"hash": "bbbb", "python": "3.12.0"}, "cpu")
+        check_corpus(STUDY, Runs(runs.folder), {"hash": "bbbb", "python": "3.12.0"})
 
 
 def test_only_what_is_missing_is_made_seed_by_seed(tmp_path):
     runs = write(tmp_path / "runs", record("none", 0), record("sign-3e-3", 1))
-    wanted = asked(STUDY, ("none", "sign-3e-3"), 2, "cpu")
+    wanted = asked(STUDY, ("none", "sign-3e-3"), 2)
     found = tasks(wanted, runs, "aaaa", {"study": "v3_balance"}, "v3_balance")
     assert [(task.label, task.about["asked"]["variant"]) for task in found] == [
         ("v3_balance, sign-3e-3, seed 0", "sign-3e-3"),
         ("v3_balance, none, seed 1", "none"),
     ]
     assert len(tasks(wanted, runs, "bbbb", {}, "x")) == 4
-    assert len(asked(STUDY, (), None, "cpu")) == 25
-    assert asked(STUDY, (), 0, "cpu") == []
+    assert len(asked(STUDY, (), None)) == 25
+    assert asked(STUDY, (), 0) == []
     with pytest.raises(ValueError, match="registered with 5 seeds, and --seeds 6"):
-        asked(STUDY, (), 6, "cpu")
+        asked(STUDY, (), 6)
     with pytest.raises(ValueError, match="no variant 'nun'; choose one of none, aux"):
-        asked(STUDY, ("nun",), None, "cpu")
+        asked(STUDY, ("nun",), None)
 
 
 def test_a_study_is_judged_when_its_runs_are_there(whole):
@@ -155,16 +160,22 @@ def test_tables_and_ledger_say_what_there_is(whole):
 def test_the_hash_of_a_rule_is_of_all_that_a_verdict_follows_from():
     words = replace(STUDY, question="?", minutes=9)
     assert words.rule_hash == STUDY.rule_hash
+    # Of another scale's base only where it was registered with that.
+    alone, gpu = replace(STUDY, registered_with=()), STUDY.at("gpu")
+    assert alone.rule_hash == at_cpu(STUDY).rule_hash
     others = [
+        alone,
+        gpu,
+        replace(gpu, registered_with=("cpu",)),
         replace(STUDY, seeds=(0, 1, 2)),
         replace(STUDY, claims=STUDY.claims[1:]),
         replace(STUDY, claims=(replace(STUDY.claims[0], mechanism_only="?"), *STUDY.claims[1:])),
         replace(
             STUDY, claims=(replace(STUDY.claims[0], rule=replace(STUDY.claims[0].rule, factor=3.0)), *STUDY.claims[1:])
         ),
-        replace(STUDY, variants=STUDY.variants | {"more": {"recipe.bias_speed": 0.5}}),
+        at_cpu(STUDY, variants=STUDY.variants | {"more": {"recipe.bias_speed": 0.5}}),
     ]
-    assert len({study.rule_hash for study in (STUDY, *others)}) == 6
+    assert len({study.rule_hash for study in (STUDY, *others)}) == 9
 
 
 TUNED = load(EXPERIMENTS, "v4_muon")
@@ -188,7 +199,7 @@ def tuned(variant: str, seed: int) -> dict:
 
 
 def pairs(runs: Runs, *variants: str, seeds: int | None = None) -> list[tuple[str, int]]:
-    return [(v, seed) for v, seed, _ in asked(TUNED, variants, seeds, "cpu", runs.of(TUNED))]
+    return [(v, seed) for v, seed, _ in asked(TUNED, variants, seeds, runs.of(TUNED))]
 
 
 def test_sides_are_tuned_on_a_seed_of_its_own_and_the_best_of_each_is_compared(tmp_path):
@@ -232,15 +243,15 @@ def test_the_command_goes_on_with_what_was_tuned(tmp_path, capsys, monkeypatch):
 
 def test_what_is_tuned_is_tuned_alike():
     with pytest.raises(ValueError, match="must tune each side with as many variants as the others"):
-        replace(TUNED, tuned=TUNED.tuned | {"muon": ("muon-2e-3",)})
+        at_cpu(TUNED, tuned=TUNED.tuned | {"muon": ("muon-2e-3",)})
     with pytest.raises(ValueError, match="on a seed, 100, that no verdict has"):
         replace(TUNED, seeds=(0, TUNING_SEED))
     with pytest.raises(ValueError, match="tunes nun: no such variant"):
-        replace(TUNED, tuned={"adamw": ("nun",)}, claims=())
+        at_cpu(replace(TUNED, claims=()), tuned={"adamw": ("nun",)})
     with pytest.raises(ValueError, match="claim C4 of v4_muon compares muon: no such variant"):
-        replace(TUNED, tuned={"adamw": TUNED.tuned["adamw"]})
+        at_cpu(TUNED, tuned={"adamw": TUNED.tuned["adamw"]})
     turned = {side: names[::-1] for side, names in TUNED.tuned.items()}
-    assert replace(TUNED, tuned=turned).rule_hash != TUNED.rule_hash
+    assert at_cpu(TUNED, tuned=turned).rule_hash != at_cpu(TUNED).rule_hash == TUNED.rule_hash
 
 
 def test_a_rule_that_is_not_committed_is_for_trials_only(tmp_path):
@@ -276,7 +287,6 @@ def test_the_command_judges_and_draws_what_is_there(whole, tmp_path, capsys):
         (["v3_balance", "--seeds", "7"], "registered with 5 seeds"),
         (["v3_balance", "--variants", "nun"], "no variant 'nun'"),
         (["v3_mtp_targets"], "is run by itself"),
-        (["calibration", "--scale", "gpu"], "calibration has no scale 'gpu'; choose one of cpu."),
     ],
 )
 def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
@@ -287,6 +297,14 @@ def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path, capsys, m
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_scale_that_a_study_has_not_is_refused(tmp_path, capsys):
+    source = (EXPERIMENTS / "v3_specialisation" / "run.py").read_text().replace(', "gpu": Scale(GPU, VARIANTS)', "")
+    (tmp_path / "v3_specialisation").mkdir()
+    (tmp_path / "v3_specialisation" / "run.py").write_text(source)
+    assert main(["experiment", "v3_specialisation", "--scale", "gpu", "--folder", str(tmp_path)]) == 1
+    assert "v3_specialisation has no scale 'gpu'; choose one of cpu." in capsys.readouterr().err
 
 
 def test_the_list_is_the_ledger(capsys, tmp_path):

@@ -20,7 +20,7 @@ STUDY = """
     from deepseek_jax.configs.schema import MLA, ModelConfig, MoE
     from deepseek_jax.data.config import DataConfig
     from deepseek_jax.lab.rules import Separation
-    from deepseek_jax.lab.study import Claim, Setup, Study
+    from deepseek_jax.lab.study import Claim, Scale, Setup, Study
     from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
     from deepseek_jax.train.weights import LossWeights
 
@@ -36,8 +36,10 @@ STUDY = """
     )
     TEXT = DataConfig(data=("toy=" + str(Path(__file__).parent / "text"),), held_out_share=0.3)
     STUDY = Study(
-        stem="toy", question="?", scales={"cpu": Setup(MODEL, RECIPE, TEXT)}, minutes=1, seeds=(0, 1),
-        variants={"base": {}, "none": {"recipe.bias_speed": 0.0, "probes": ("knock_outs",)}},
+        stem="toy", question="?", minutes=1, seeds=(0, 1),
+        scales={"cpu": Scale(
+            Setup(MODEL, RECIPE, TEXT), {"base": {}, "none": {"recipe.bias_speed": 0.0, "probes": ("knock_outs",)}}
+        )},
         claims=(Claim("C1", "s", "s", "e", Separation("max_violation_global", low="base", high="none")),),
     )
 """

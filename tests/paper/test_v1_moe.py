@@ -71,8 +71,9 @@ def test_shared_experts_see_every_token():
     assert (jnp.abs(out.captured["ffn"][cfg.n_dense_layers :]).max(-1) > 0).all()
 
 
-def test_the_studys_variants_cost_the_same_but_for_their_routers():
-    study, without_router = load(EXPERIMENTS, "v1_moe"), {}
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_studys_variants_cost_the_same_but_for_their_routers(scale):
+    study, without_router = load(EXPERIMENTS, "v1_moe").at(scale), {}
     for name in study.variants:
         cfg = study.setup(name).model
         # A row of the router's matrix for each expert; its bias is not counted among the parameters.
