@@ -32,8 +32,8 @@ class Experiment:
     """Make the runs of these variants, or of a side of a comparison that is tuned, whose best is known once the runs
     that tune it are there; by default all."""
     scale: Literal["cpu", "gpu"] = "cpu"
-    """The size: minutes on a core, or 100 to 300M parameters for an accelerator, where runs come one after the other.
-    The ledger and the figure are of cpu."""
+    """The size: minutes on a core, or 100 to 300M parameters for an accelerator, where runs come one after the other,
+    and only once all claims have their verdicts at cpu. The ledger and the figure are of cpu."""
     processes: int | None = None
     """Runs at a time; by default 2 where there are as many cores."""
     folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("experiments")
@@ -67,12 +67,13 @@ class Experiment:
 
     def _make(self, study, runs) -> None:
         from deepseek_jax.cli.running import make
-        from deepseek_jax.lab.asked import asked, check_corpus, rule
+        from deepseek_jax.lab.asked import asked, check_corpus, check_gate, rule
         from deepseek_jax.lab.records import Runs
 
         before = []
         # Runs that tune a side say which come next.
         while (wanted := asked(study, self.variants, self.seeds, runs.of(study))) != before:
+            check_gate(study, Runs(self.folder / "runs"), runs)
             about = rule(study, self.folder, trial=self.runs is not None) | {"scale": self.scale}
             same = partial(check_corpus, study, runs)
             make(study.stem, wanted, runs, about, scale=self.scale, processes=self.processes, check=same)

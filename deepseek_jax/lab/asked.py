@@ -6,7 +6,7 @@ from pathlib import Path
 from deepseek_jax.analysis.provenance import committed
 from deepseek_jax.lab.records import Runs
 from deepseek_jax.lab.study import TUNING_SEED, Setup, Study
-from deepseek_jax.lab.verdicts import best
+from deepseek_jax.lab.verdicts import best, judge
 from deepseek_jax.lab.workers import Task
 
 
@@ -49,6 +49,20 @@ def tasks(wanted: Iterable[tuple[str, int, Setup]], runs: Runs, corpus: str, abo
             Task(setup, seed, path, f"{stem}, {variant}, seed {seed}", {"asked": about | {"variant": variant}})
         )
     return found
+
+
+def check_gate(study: Study, *places: Runs) -> None:
+    """Raises ValueError at a larger scale than "cpu" while in none of ``places`` all the runs are there that the
+    study's claims need at "cpu"."""
+    if study.scale == "cpu":
+        return
+    first = study.at("cpu")
+    waiting = [[one.claim.id for one in judge(first, runs.of(first)) if one.there < one.needed] for runs in places]
+    if fewest := min(waiting, key=len):
+        raise ValueError(
+            f"{study.stem} at scale {study.scale} comes after its verdicts at scale cpu, and without one there are "
+            f"{', '.join(fewest)}: make their runs first, deepseek-jax experiment {study.stem}."
+        )
 
 
 def check_corpus(study: Study, runs: Runs, corpus: dict) -> None:

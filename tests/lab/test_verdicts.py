@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.cli.main import main
-from deepseek_jax.lab.asked import asked, check_corpus, rule, tasks
+from deepseek_jax.lab.asked import asked, check_corpus, check_gate, rule, tasks
 from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import TUNING_SEED, Study, load
@@ -305,6 +305,31 @@ def test_a_scale_that_a_study_has_not_is_refused(tmp_path, capsys):
     (tmp_path / "v3_specialisation" / "run.py").write_text(source)
     assert main(["experiment", "v3_specialisation", "--scale", "gpu", "--folder", str(tmp_path)]) == 1
     assert "v3_specialisation has no scale 'gpu'; choose one of cpu." in capsys.readouterr().err
+
+
+def test_a_larger_scale_comes_after_the_verdicts_of_cpu(whole, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr("deepseek_jax.cli.running.make", lambda title, wanted, *_, **__: made.append(wanted))
+    (tmp_path / "v3_balance").mkdir()
+    (tmp_path / "v3_balance" / "run.py").write_text((EXPERIMENTS / "v3_balance" / "run.py").read_text())
+    command = ["experiment", "v3_balance", "--scale", "gpu", "--folder", str(tmp_path), "--runs"]
+    # The runs of the folder of experiments count, and those of a trial, each by themselves.
+    for place in (whole.folder, tmp_path / "trial"):
+        assert main([*command, str(place)]) == 0
+    gone = whole.path(STUDY.setup("aux-1e-2"), 4, "aaaa")
+    moved = tmp_path / "trial" / gone.name
+    moved.parent.mkdir(exist_ok=True)
+    gone.rename(moved)
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "trial")]) == 1
+    # C3 and C4 have the runs that they need.
+    message = "and without one there are C5, C6, C7: make their runs first, deepseek-jax experiment v3_balance."
+    assert message in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "trial"), "--seeds", "0"]) == 0
+    assert [len(wanted) for wanted in made] == [25, 25]
+    assert made[0][3][:2] == ("sign-3e-3", 0)
+    assert made[0][3][2] == STUDY.at("gpu").setup("sign-3e-3")
+    check_gate(STUDY, Runs(tmp_path / "none"))
 
 
 def test_the_list_is_the_ledger(capsys, tmp_path):
