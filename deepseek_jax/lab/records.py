@@ -1,7 +1,8 @@
 """Runs as files: one JSON a run, written whole at its end, found again by what it trained. Loads no JAX.
 
 A file is called SPEC-CORPUS.json: a hash of model, recipe, text, seed and `CODE`, and one of the tokens that the text
-became. All studies keep their runs in one folder, so that a run that two of them ask for is made once.
+became. All studies keep their runs in one folder, so that a run that two of them ask for is made once. `CODE` is raised
+by hand: no hash notices by itself that the package computes something else than before.
 """
 
 import json
