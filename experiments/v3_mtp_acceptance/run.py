@@ -12,20 +12,21 @@ most often there.
 
 from dataclasses import replace
 
-from deepseek_jax.lab.bases import MICRO
+from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.rules import Beyond
-from deepseek_jax.lab.study import Claim, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study
 
-TOKENS = MICRO.recipe.tokens
-# V3's weights of the loss, over this run.
-MODULE = {"model.mtp_depth": 1, "recipe.weights.mtp": 0.3, "recipe.mtp_change": TOKENS * 68 // 100}
-MODULE |= {"recipe.mtp_later": 0.1}
+
+def drafting(size: Setup) -> Scale:
+    """A model of this size with one module, whose loss weighs what V3's does over such a run."""
+    weights = {"recipe.weights.mtp": 0.3, "recipe.mtp_change": size.recipe.tokens * 68 // 100, "recipe.mtp_later": 0.1}
+    return Scale(replace(size, probes=("drafts",)), {"mtp": {"model.mtp_depth": 1} | weights})
+
 
 STUDY = Study(
     stem="v3_mtp_acceptance",
     question="are an MTP module's drafts accepted on code and on prose alike?",
-    scales={"cpu": replace(MICRO, probes=("drafts",))},
-    variants={"mtp": MODULE},
+    scales={"cpu": drafting(MICRO), "gpu": drafting(GPU)},
     minutes=6,
     claims=(
         Claim(
