@@ -4,7 +4,7 @@ Legend: D held-out documents, n tokens of a stream.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,12 @@ class Data:
     weights: tuple[float, ...]
     fim: Fim
     bytes_V: np.ndarray
+
+    def of(self, labels: tuple[str, ...]) -> "Data":
+        """Those of its sources alone; of none, all of them."""
+        kept = [i for i, label in enumerate(self.labels) if not labels or label in labels]
+        parts = {name: tuple(getattr(self, name)[i] for i in kept) for name in ("labels", "files", "weights")}
+        return replace(self, **parts)
 
     def batches(self, *, length: int, rows: int, seed: int, shard: Shard = (0, 1)) -> "Batches":
         """Micro-batches of ``rows`` rows of ``length`` tokens over all hosts, without end.

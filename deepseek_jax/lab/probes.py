@@ -17,11 +17,13 @@ from deepseek_jax.configs.schema import ModelConfig, Yarn
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import map_variables
 from deepseek_jax.data.held_out import HeldOut
+from deepseek_jax.data.tasks import Passkey
 from deepseek_jax.lab.prose import by_kind
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
 from deepseek_jax.model.transformer import Transformer, init
+from deepseek_jax.runs.answers import score_answers
 from deepseek_jax.runs.evaluate import evaluate
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -35,6 +37,8 @@ WINDOWS = 8
 FEWER = 16
 # Windows in which text is measured at several lengths: as long as rows at first, and four times as long.
 LENGTHS = (256, 1024)
+# Passkeys that a model is asked for; tokens of a vocabulary that is learnt of such texts; tokens of a short one in it.
+ITEMS, VOCABULARY, SHORTEST = 500, 380, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,12 +160,37 @@ def lengths(model: Transformer, of: Callable[[int], HeldOut]) -> dict:
     def bits(model: Transformer) -> dict[str, float]:
         return {str(length): evaluate(model, thinned(of(length), EVERY)).bits_per_byte for length in LENGTHS}
 
+    extended = _extended(model, first, last)
+    return {"as it is": bits(model)} | ({} if extended is None else {"yarn": bits(extended)})
+
+
+def _extended(model: Transformer, first: int, last: int) -> Transformer | None:
+    """The model with YaRN from one length to another; None where something extends its RoPE already."""
     attention = model.cfg.attention
-    found = {"as it is": bits(model)}
-    if attention.rope.yarn is None and attention.rope.llama3 is None:
-        rope = replace(attention.rope, yarn=Yarn(factor=last / first, original_length=first))
-        found["yarn"] = bits(with_config(model, replace(model.cfg, attention=replace(attention, rope=rope))))
-    return found
+    if attention.rope.yarn is not None or attention.rope.llama3 is not None:
+        return None
+    rope = replace(attention.rope, yarn=Yarn(factor=last / first, original_length=first))
+    return with_config(model, replace(model.cfg, attention=replace(attention, rope=rope)))
+
+
+def passkey(tokens: int) -> Passkey:
+    """The task whose items fit a row of so many tokens, of the `VOCABULARY` that is learnt of such texts: the first 430
+    characters are 127 of them, and 90 more are 23 more."""
+    return Passkey(length=430 + (tokens - SHORTEST) // 23 * 90)
+
+
+def passkeys(model: Transformer, tokenizer: Tokenizer) -> dict:
+    """The share of `ITEMS` held-out passkeys (`data.tasks`) that greedy decoding would write, in rows of a quarter of
+    ``max_length`` ("short") and of all of it ("long"): "as it is", and "yarn" as in `lengths`."""
+    last = model.cfg.max_length
+    first = last // 4
+
+    def right(model: Transformer) -> dict[str, float]:
+        sides = {"short": passkey(first), "long": passkey(last)}
+        return {side: score_answers(model, task, tokenizer, ITEMS).exact for side, task in sides.items()}
+
+    extended = _extended(model, first, last)
+    return {"as it is": right(model)} | ({} if extended is None else {"yarn": right(extended)})
 
 
 def drafts(model: Transformer, held_out: HeldOut) -> dict:
@@ -205,6 +234,7 @@ PROBES: dict[str, Probe] = {
     "indexers": lambda model, text: indexers(model, text.held_out),
     "lengths": lambda model, text: lengths(model, text.of),
     "drafts": lambda model, text: drafts(model, by_kind(text.held_out, text.tokenizer)),
+    "passkeys": lambda model, text: passkeys(model, text.tokenizer),
 }
 
 
@@ -225,6 +255,10 @@ def chosen(setup: Setup) -> dict[str, Probe]:
         raise ValueError(f"probe lengths: {setup.model.name} has a max_length of less than {LENGTHS[-1]}.")
     if "drafts" in setup.probes and not setup.model.mtp_depth:
         raise ValueError(f"probe drafts: {setup.model.name} has no MTP module that drafts.")
+    if "passkeys" in setup.probes and setup.model.max_length < 4 * SHORTEST:
+        raise ValueError(
+            f"probe passkeys: {setup.model.name} has a max_length of less than {4 * SHORTEST}: a quarter holds no key."
+        )
     return {name: PROBES[name] for name in setup.probes}
 
 

@@ -114,6 +114,21 @@ OF_LENGTHS: dict[str, Callable[[dict], float]] = {
     "bits_long": _probed("lengths", lambda found: found["as it is"]["1024"], math.inf),
     "untrained_yarn": _probed("lengths", _untrained_yarn, math.inf),
 }
+
+
+def _found_with_yarn(found: dict) -> float:
+    return found["yarn"]["long"] / max(found["as it is"]["long"], 10**-DIGITS) if "yarn" in found else math.nan
+
+
+# Of the probe `probes.passkeys`: the shares that are found in long rows and missed in short ones; and how many times as
+# many as without are found in long ones with YaRN, untrained, NaN where RoPE is extended already.
+OF_PASSKEYS: dict[str, Callable[[dict], float]] = {
+    "passkey_long": _probed("passkeys", lambda found: found["as it is"]["long"], 0.0),
+    "passkey_missed": _probed("passkeys", lambda found: 1 - found["as it is"]["short"], 1.0),
+    "passkey_untrained": _probed("passkeys", _found_with_yarn),
+}
+
+
 # Of the probe `probes.drafts`: how many times as often greedy decoding accepts a draft as one that is always the same
 # token, of code or of prose, where that is least; and how many times as often of code as of prose.
 OF_DRAFTS: dict[str, Callable[[dict], float]] = {
@@ -129,7 +144,7 @@ OF_PRACTICE: dict[str, Callable[[dict], float]] = {
     "clipped": lambda run: _over_steps(run, "clipped_low", "clipped_high"),
     "mismatch": lambda run: _over_steps(run, "mismatch"),
 }
-MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_LENGTHS | OF_DRAFTS | OF_PRACTICE
+MEASURES = OF_TRAINING | OF_EXPERTS | OF_STREAMS | OF_INDEXERS | OF_LENGTHS | OF_PASSKEYS | OF_DRAFTS | OF_PRACTICE
 LABELS = {
     "bits_per_byte": "held-out bits per byte",
     "max_violation_global": "MaxVio, held-out text",
@@ -146,6 +161,9 @@ LABELS = {
     "bits_short": "bits per byte in windows of 256",
     "bits_long": "bits per byte in windows of 1024",
     "untrained_yarn": "long bits per byte, over those with YaRN",
+    "passkey_long": "passkeys found in long rows",
+    "passkey_missed": "passkeys missed in short rows",
+    "passkey_untrained": "found with YaRN, untrained, over those without",
     "draft_over_constant": "drafts accepted, over one constant token's",
     "draft_code_over_prose": "drafts accepted of code, over prose's",
     "pass_at_1": "pass@1",

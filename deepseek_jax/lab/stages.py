@@ -66,7 +66,7 @@ def stepping(setup: Setup, corpus: Corpus, waiting: Callable[[], None]) -> Itera
     recipe, ctx = setup.recipe, context(setup)
     model = beginning(setup, corpus, waiting)
     state, step = begin(model, recipe, ctx, parameters(setup, model))
-    batches = corpus.data.batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.order_seed)
+    batches = corpus.data.of(setup.reads).batches(length=recipe.length, rows=recipe.pass_rows, seed=recipe.order_seed)
     with closing(batches), Feed(batches, recipe, 0, 0) as feed:
         for fed in feed:
             state, metrics = step(state, fed.batch, Knobs.of(fed.setting))

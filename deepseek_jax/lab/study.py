@@ -36,9 +36,10 @@ class Setup:
 
     ``first``: what trains the model before; this setup goes on with its weights, under a config and an optimizer of its
     own, on the same text. None: the model is a fresh one. ``trained``: which of its parameters, as
-    `train.patterns.select` takes them; none are all.
+    `train.patterns.select` takes them; none are all. ``reads``: labels of the sources of ``text`` that its steps read;
+    none are all.
 
-    Raises ValueError for a ``first`` that reads other tokens.
+    Raises ValueError for a ``first`` that is of other tokens, and for a label that the text has not.
     """
 
     model: ModelConfig
@@ -48,8 +49,12 @@ class Setup:
     probes: tuple[str, ...] = ()
     first: "Setup | None" = None
     trained: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     def __post_init__(self):
+        labels = [source.label for source in self.text.sources()]
+        if unknown := [label for label in self.reads if label not in labels]:
+            raise ValueError(f"a setup reads {unknown[0]!r}, which its text has not: choose of {', '.join(labels)}.")
         if self.first is not None and self.first._read() != self._read():
             raise ValueError(
                 "a setup goes on with what its first one trained: text, vocabulary, fill in the middle and sample "

@@ -1,6 +1,7 @@
 """Probes on a tiny model of random weights, beside models that were changed by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from deepseek_jax.lab import probes
 from deepseek_jax.lab.bases import MICRO
 from deepseek_jax.lab.probes import (
     EVERY,
+    ITEMS,
     WINDOWS,
     chosen,
     drafts,
     indexers,
     knock_outs,
     lengths,
+    passkeys,
     thinned,
     without_shared,
 )
@@ -186,8 +189,25 @@ def test_drafts_are_measured_by_domain_beside_a_constant_one():
         assert one["share"] == len(tokens) / len(best_n)
 
 
+def test_passkeys_are_asked_for_in_short_and_in_long_rows(monkeypatch):
+    def scored(model, task, tokenizer, items):
+        """Half of them are right with YaRN, a quarter without, and a tenth less in longer texts."""
+        yarn = model.cfg.attention.rope.yarn
+        assert (tokenizer, items, yarn is None or yarn.original_length) == ("tokenizer", ITEMS, yarn is None or 128)
+        right = {None: 0.25, 4.0: 0.5}[yarn and yarn.factor] - {430: 0, 1870: 0.1}[task.length]
+        return SimpleNamespace(exact=right)
+
+    monkeypatch.setattr(probes, "score_answers", scored)
+    model = random_model(replace(CFG, max_length=512, attention=replace(CFG.attention, rope=Rope(100.0))))
+    found = passkeys(model, "tokenizer")
+    assert found == {"as it is": {"short": 0.25, "long": 0.15}, "yarn": {"short": 0.5, "long": 0.4}}
+    rope = Rope(100.0, Yarn(factor=4.0, original_length=128))
+    extended = with_config(model, replace(model.cfg, attention=replace(CFG.attention, rope=rope)))
+    assert passkeys(extended, "tokenizer") == {"as it is": {"short": 0.5, "long": 0.4}}
+
+
 REFUSED = [("streams", "one residual stream"), ("indexers", "micro has none"), ("lengths", "max_length of less than")]
-REFUSED += [("drafts", "no MTP module")]
+REFUSED += [("drafts", "no MTP module"), ("passkeys", "max_length of less than 512")]
 
 
 @pytest.mark.parametrize(("probe", "message"), REFUSED)

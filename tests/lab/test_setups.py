@@ -13,6 +13,7 @@ from deepseek_jax.lab.lean import carry_out
 from deepseek_jax.lab.records import spec
 from deepseek_jax.lab.stages import beginning, stepping
 from deepseek_jax.lab.study import Setup
+from deepseek_jax.text.tokenizer import load_tokenizer
 from deepseek_jax.train.recipe import LearningRate, Optimizer, Recipe
 from deepseek_jax.train.weights import LossWeights
 
@@ -109,6 +110,28 @@ def test_the_order_of_the_text_has_a_seed_of_its_own(setup, text):
     one, same, other = first(1), first(2), first(1, seed=4)
     assert all((one[name] == same[name]).all() for name in one)
     assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_a_stage_reads_those_sources_alone_that_it_names(setup, tmp_path):
+    data = ("sums=task:addition,documents=300", "words=task:copy,documents=300")
+    both = replace(setup, text=DataConfig(data=data, held_out_share=0.3))
+    text = corpus(both, tmp_path)
+    tokenizer = load_tokenizer(text.folder / "tokenizer")
+
+    def read(setup: Setup) -> str:
+        rows = [np.asarray(stepped.fed.batch["tokens"]) for stepped in stepping(setup, text, lambda: None)]
+        return tokenizer.backend.decode(np.stack(rows).reshape(-1).tolist())
+
+    sums, words = (read(replace(both, reads=(label,))) for label in ("sums", "words"))
+    assert "=" in sums
+    assert "|" not in sums
+    assert "|" in words
+    assert "=" not in words
+    assert "=" in (all_of_it := read(both))
+    assert "|" in all_of_it
+    assert spec(replace(both, reads=("sums",)), 0) != spec(both, 0)
+    with pytest.raises(ValueError, match="reads 'letters', which its text has not: choose of sums, words"):
+        replace(both, reads=("letters",))
 
 
 def test_a_run_whose_first_setup_diverges_has_diverged(setup, text):

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, check_gate, rule, tasks
-from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_TRAINING, Runs, spec, text
+from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_PASSKEYS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import TUNING_SEED, Study, load
 from deepseek_jax.lab.verdicts import best, judge, ledger, spread, table
@@ -146,6 +146,17 @@ def test_figures_of_drafts_are_of_the_worse_kind_and_of_one_beside_the_other():
     run = record("none", 0) | {"probes": {"drafts": kinds}}
     found = {name: measure(run) for name, measure in OF_DRAFTS.items()}
     assert found == pytest.approx({"draft_over_constant": 2.0, "draft_code_over_prose": 1.5})
+
+
+def test_figures_of_passkeys_are_of_the_rows_that_they_name():
+    found = {"as it is": {"short": 0.8, "long": 0.2}, "yarn": {"short": 0.7, "long": 0.5}}
+    run = record("none", 0) | {"probes": {"passkeys": found}}
+    measured = {name: measure(run) for name, measure in OF_PASSKEYS.items()}
+    assert measured == pytest.approx({"passkey_long": 0.2, "passkey_missed": 0.2, "passkey_untrained": 2.5})
+    extended = record("none", 0) | {"probes": {"passkeys": {"as it is": {"short": 0.8, "long": 0.0}}}}
+    assert math.isnan(OF_PASSKEYS["passkey_untrained"](extended))
+    gone = record("none", 0) | {"probes": {}}
+    assert [measure(gone) for measure in OF_PASSKEYS.values()][:2] == [0, 1]
 
 
 def test_tables_and_ledger_say_what_there_is(whole):
