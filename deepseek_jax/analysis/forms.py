@@ -101,11 +101,12 @@ def _(a: Compressed, length: int, heads: int | None = None) -> int:
 @dataclass(frozen=True)
 class Reads:
     """Keys that a token reads: one in ``step`` earlier tokens, at most ``most`` (None: all), with ``products``
-    multiply-adds each."""
+    multiply-adds each. ``chooses``: an indexer's scores, which choose what is read."""
 
     products: int
     step: int = 1
     most: int | None = None
+    chooses: bool = False
 
     def after(self, length: int) -> int:
         """Multiply-adds of one more token after ``length``."""
@@ -135,7 +136,7 @@ def _(a: MLA, cached: bool = False) -> tuple[Reads, ...]:
     products = a.n_heads * (2 * a.kv_rank + a.rope_dim if cached else a.nope_dim + a.rope_dim + a.v_dim)
     if a.indexer is None:
         return (Reads(products),)
-    return Reads(products, most=a.indexer.index_top_k), Reads(_score(a.indexer))
+    return Reads(products, most=a.indexer.index_top_k), Reads(_score(a.indexer), chooses=True)
 
 
 @reads.register
@@ -151,7 +152,7 @@ def _(a: Compressed, cached: bool = False) -> tuple[Reads, ...]:
         return (recent,)
     if not a.sparse:
         return recent, Reads(products, a.ratio)
-    return recent, Reads(products, a.ratio, a.indexer.index_top_k), Reads(_score(a.indexer), a.ratio)
+    return recent, Reads(products, a.ratio, a.indexer.index_top_k), Reads(_score(a.indexer), a.ratio, chooses=True)
 
 
 def _score(indexer) -> int:

@@ -16,8 +16,6 @@ from deepseek_jax.convert.names import layout
 DIFFERING = {
     "janus-pro-1b-parameters": ("1B", "2.08B"),
     "janus-pro-1b-language": ("1.5B", "1.653B"),
-    "v4-flash-flops": ("10%", "12.10%"),
-    "v4-pro-flops": ("27%", "26.09%"),
     "v2-lite-activated": ("2.4B", "2.451B"),
     "v3-activated-first": ("36.7B", "36.626B"),
     "v3-mtp-files": ("14B", "13.46B"),

@@ -1,15 +1,20 @@
-"""Published FLOPs: of DeepSeekMoE's models by its own convention, and a token in training."""
+"""Published FLOPs: of DeepSeekMoE's models by its own convention, a token in training, and V4's beside V3.2's."""
 
 from fractions import Fraction
 
 from deepseek_jax.analysis.counts import counts
+from deepseek_jax.analysis.forms import reads
 from deepseek_jax.analysis.published.cache import LLAMA_405B, QWEN_72B
 from deepseek_jax.analysis.published.figure import CONTEXT, Figure, counted
 from deepseek_jax.configs.releases.dense import dense
+from deepseek_jax.configs.schema import MLA, Compressed, ModelConfig
 from deepseek_jax.configs.zoo import zoo
 
-_MOE, _INSIGHTS, _V4 = "2401.06066", "2505.09343 table 2", "2606.19348"
-_ALIKE = "every operation counts alike here; how theirs weighs FP4, FP8 and bfloat16 is not published"
+_MOE, _INSIGHTS, _V4 = "2401.06066", "2505.09343 table 2", "2606.19348 §1"
+_FP8 = (
+    "the paper counts in FP8's FLOPs; that attention and what the files keep in bfloat16 count two there, and the "
+    "indexer's FP4 half, is our reading, and every multiply-add alike it is "
+)
 
 
 def moe_flops(layers: int, width: int, networks: Fraction | int, vocabulary: int, tokens: int) -> Fraction:
@@ -52,17 +57,45 @@ def _dense_token(attention, layers: int, sizes: tuple[int, int, int]) -> int:
     return counts(dense("other", (vocabulary, width, layers, inner), attention), CONTEXT).flops_per_token
 
 
+def bfloat16_matrices(cfg: ModelConfig) -> int:
+    """Elements of the matrices of V3.2's and V4's files that are not in FP8 or FP4, lookups left out: head, routers,
+    the indexer's weights of its heads, what makes V4's entries, and the maps of its streams."""
+    total = cfg.vocab_size * cfg.dim
+    for layer in cfg.layers:
+        a = layer.attention
+        indexed = a.sparse if isinstance(a, Compressed) else a.indexer is not None
+        width = layer.ffn.n_experts if layer.is_moe else 0
+        width += a.indexer.index_heads if indexed else 0
+        if isinstance(a, Compressed) and a.ratio:
+            width += 2 * (2 * a.head_dim + 2 * a.indexer.index_dim if indexed else a.head_dim)
+        total += width * cfg.dim
+    if cfg.residual is not None:
+        H = cfg.residual.n_streams
+        total += (2 * cfg.n_layers * (2 * H + H * H) + H) * H * cfg.dim
+    return total
+
+
+def fp8_flops(cfg: ModelConfig, length: int) -> Fraction:
+    """FLOPs of one more token after ``length``, in those of FP8: a product in bfloat16 counts two, one of FP4 with FP8
+    one (V4 §1), one of FP4 with FP4 half. Attention is in bfloat16, the indexer in FP8 and V4's in FP4."""
+    matrices = counts(cfg, length).activated_no_embedding + bfloat16_matrices(cfg)
+    attention = Fraction(0)
+    for a in (layer.attention for layer in cfg.layers):
+        chosen = Fraction(1) if isinstance(a, MLA) else Fraction(1, 2)
+        attention += sum((chosen if read.chooses else 2) * read.after(length) for read in reads(a, cached=True))
+    return 2 * (matrices + attention)
+
+
 def _v4_share(release: str) -> Fraction:
-    """FLOPs of one more token after a million, to V3.2's."""
-    ours, v32 = (counts(zoo(name), 2**20).decode_flops_per_token for name in (release, "deepseek-v3.2"))
-    return Fraction(ours, v32)
+    """After a million tokens, to V3.2's."""
+    return fp8_flops(zoo(release), 2**20) / fp8_flops(zoo("deepseek-v3.2"), 2**20)
 
 
 FIGURES = (
     Figure("v4-flash-flops", "V4-Flash, FLOPs of a token at 1M to V3.2's", _V4, "10", "%",
-           lambda: _v4_share("deepseek-v4-flash"), _ALIKE, releases=("deepseek-v4-flash",)),
+           lambda: _v4_share("deepseek-v4-flash"), f"{_FP8}12.10%", releases=("deepseek-v4-flash",)),
     Figure("v4-pro-flops", "V4-Pro, FLOPs of a token at 1M to V3.2's", _V4, "27", "%",
-           lambda: _v4_share("deepseek-v4-pro"), _ALIKE, releases=("deepseek-v4-pro",)),
+           lambda: _v4_share("deepseek-v4-pro"), f"{_FP8}26.09%", releases=("deepseek-v4-pro",)),
     Figure("flops-dense-0.2b", "dense 0.2B, 2K tokens", f"{_MOE} table 1", "2.9", "TFLOPs", lambda: _small(1)),
     Figure("flops-moe-2b", "DeepSeekMoE and GShard 2B, 2K tokens", f"{_MOE} table 1", "4.3", "TFLOPs",
            lambda: _small(2)),
