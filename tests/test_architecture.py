@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "model": {"configs", "core", "kernels"},
     "parallel": {"configs", "core"},
     "convert": {"configs", "core", "model", "parallel", "text"},
-    "analysis": {"configs", "core", "model"},
+    "analysis": {"configs", "core", "model", "train"},
     "generation": {"core", "model", "parallel"},
     "multimodal": {"analysis", "configs", "core", "model", "convert", "generation", "parallel", "text", "train"},
     "train": {"configs", "core", "model", "convert", "parallel"},

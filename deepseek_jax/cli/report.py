@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """The papers' exact figures beside ours: parameters, cache, FLOPs, costs, serving, formulas. Nothing is trained.
+    """The papers' exact figures beside ours: parameters, cache, FLOPs, training, costs, serving, formulas.
 
-    Ours is equal to what is printed, rounds to it, or differs, with the reason as far as it is known. A figure that
-    differs is a finding and no failure. What is not stated here is listed at the end.
+    Nothing is trained. Ours is equal to what is printed, rounds to it, or differs, with the reason as far as it is
+    known. A figure that differs is a finding and no failure. What is not stated here is listed at the end.
     """
 
     what: Annotated[Literal["numbers"], tyro.conf.Positional]

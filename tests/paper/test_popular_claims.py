@@ -1,16 +1,21 @@
 """What articles repeat of V3 and R1, held to the exact figures: a test for each row of the note."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published.absent import ABSENT
 from deepseek_jax.analysis.published.costs import COSTS, R1_STAGES, r1_hours
 from deepseek_jax.analysis.published.figure import counted, outcome
 from deepseek_jax.analysis.published.parameters import fp8_scales
 from deepseek_jax.analysis.published.table import FIGURES
+from deepseek_jax.analysis.published.training import R1_SECOND_STAGE
 from deepseek_jax.configs.schema import GQA, MLA
 from deepseek_jax.configs.zoo import zoo
+from deepseek_jax.rl.recipe import Rewards
+from deepseek_jax.rl.rewards import answer_of, format_reward, same_integer
 
 V3, COST = zoo("deepseek-v3"), COSTS["deepseek-v3"]
 # The note's text, a space between any two words.
@@ -90,10 +95,26 @@ def test_128k_comes_from_two_short_phases():
     assert round(COST.stages[1].gpu_hours / COST.gpu_hours, 3) == 0.043
 
 
+def test_mtp_is_one_module_that_can_be_dropped():
+    assert V3.mtp_depth == 1
+    c, without = counted("deepseek-v3"), counts(zoo("deepseek-v3", mtp_depth=0))
+    assert c.mtp == 11_610_067_968
+    assert without == replace(
+        c, mtp=0, mtp_components=dict.fromkeys(c.mtp_components, 0), mtp_router_bias=0, mtp_stored=0,
+        stored=c.total + c.router_bias, kv_bytes_per_token_mtp=0, flops_per_token_mtp=0,
+    )  # fmt: skip
+    assert holds("v3-mtp")
+
+
 def test_preferences_took_part_in_a_quarter_of_one_stage():
-    last, steps = 400, 1700
-    assert last / steps == pytest.approx(0.25, abs=0.02)
-    # Beside it nothing of that run is computed here, and the table says whose figures they are.
+    # What a run is rewarded for by default are R1-Zero's two rules; a rule judges by the text alone.
+    assert {name for name, weight in asdict(Rewards()).items() if weight} == {"accuracy", "format"}
+    texts = ("<think>1 + 1</think><answer>2</answer>", "1 + 1 is 2")
+    assert [(format_reward(text), same_integer(answer_of(text), 2)) for text in texts] == [(1, 1), (0, 0)]
+    steps, last = R1_SECOND_STAGE
+    assert f"in the last {last} of {steps:,} steps of its second stage, {last / steps:.0%}." in NOTE
+    assert holds("r1-preferences", "r1-zero-batch", "r1-zero-rollout")
+    # How long it ran is not computed here, and the table says whose figure that is.
     assert {absent.kind for absent in ABSENT if absent.source == "2501.12948"} == {"measured"}
 
 

@@ -2,19 +2,15 @@
 
 from deepseek_jax.analysis.published.figure import Absent
 
-_V4, _MHC, _R1, _V2 = "2606.19348", "2512.24880", "2501.12948", "2405.04434"
+_MHC, _R1, _V2 = "2512.24880", "2501.12948", "2405.04434"
 _SERVERS = "their servers"
 _RUN = "their run, which it was set for"
 
 ABSENT = (
-    Absent("v4-flash-batch", "V4-Flash, largest batch in tokens", _V4, "75.5M", "not built", "V4's recipe"),
-    Absent("v4-pro-batch", "V4-Pro, largest batch in tokens", _V4, "94.4M", "not built", "V4's recipe"),
     Absent("mhc-traffic", "mHC, reads and writes of a layer's streams", f"{_MHC} table 2", "formulas", "not built",
            "counts of memory traffic"),
     Absent("mhc-overhead", "mHC, time added with 4 streams at 27B", _MHC, "6.7%", "measured", "their cluster"),
-    Absent("r1-zero-batch", "R1-Zero, samples of a step", _R1, "512", "measured", _RUN),
     Absent("r1-zero-steps", "R1-Zero, steps", _R1, "10,400", "measured", _RUN),
-    Absent("r1-zero-rollout", "R1-Zero, samples of a rollout", _R1, "8,192", "measured", _RUN),
     Absent("eplb-example", "replicas of the load balancer's example", "EPLB's README", "16 replicas", "not built",
            "serving with replicated experts"),
     Absent("v2-generation", "V2, generation to DeepSeek 67B's", f"{_V2} abstract", "5.76x", "measured", _SERVERS),
