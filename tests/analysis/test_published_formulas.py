@@ -7,6 +7,7 @@ import pytest
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published.computation import bfloat16_matrices, fp8_flops
 from deepseek_jax.analysis.published.table import FIGURES
+from deepseek_jax.analysis.published.traffic import APART, BACK, PLAIN, traffic
 from deepseek_jax.configs.zoo import zoo
 from deepseek_jax.convert.names import layout
 
@@ -70,3 +71,13 @@ def test_the_notes_say_what_every_product_alike_gives():
     for figure, release in (("v4-flash-flops", V4[0]), ("v4-pro-flops", V4[1])):
         share = weighed(release, 1, 1) / weighed(V32, 1, 1)
         assert FIGURES[figure].note.endswith(f"every multiply-add alike it is {share:.2%}")
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 64), (2, 2560), (4, 2560), (4, 7168), (8, 32)])
+def test_traffic_of_streams_is_mhcs_table(n, width):
+    """Table 2's sums; less is moved by a fused kernel (§4.3.1), where the paper leaves out the maps' n^2 + n."""
+    assert traffic([PLAIN], 1, width) == (2 * width, width)
+    small = n * n + 2 * n
+    assert traffic(APART, n, width) == ((5 * n + 1) * width + small, (3 * n + 1) * width + small)
+    assert traffic([("write",), ("mix",), ("add",)], n, width) == ((3 * n + 1) * width + n * n + n, 3 * n * width)
+    assert traffic([BACK], n, width) == ((n + 1) * width + n * n + n, n * width)

@@ -7,8 +7,6 @@ _SERVERS = "their servers"
 _RUN = "their run, which it was set for"
 
 ABSENT = (
-    Absent("mhc-traffic", "mHC, reads and writes of a layer's streams", f"{_MHC} table 2", "formulas", "not built",
-           "counts of memory traffic"),
     Absent("mhc-overhead", "mHC, time added with 4 streams at 27B", _MHC, "6.7%", "measured", "their cluster"),
     Absent("r1-zero-steps", "R1-Zero, steps", _R1, "10,400", "measured", _RUN),
     Absent("eplb-example", "replicas of the load balancer's example", "EPLB's README", "16 replicas", "not built",

@@ -1,6 +1,16 @@
 """All published figures in one table, which `deepseek-jax report numbers` prints and the tests hold."""
 
-from deepseek_jax.analysis.published import cache, computation, costs, formulas, janus, parameters, serving, training
+from deepseek_jax.analysis.published import (
+    cache,
+    computation,
+    costs,
+    formulas,
+    janus,
+    parameters,
+    serving,
+    traffic,
+    training,
+)
 from deepseek_jax.analysis.published.figure import Figure
 from deepseek_jax.configs.multimodal import JanusConfig
 from deepseek_jax.configs.schema import ModelConfig
@@ -11,6 +21,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Janus-Pro": janus.FIGURES,
     "Key-value cache": cache.FIGURES,
     "Computation": computation.FIGURES,
+    "Memory traffic of streams": traffic.FIGURES,
     "Training steps": training.FIGURES,
     "Cost of training": costs.FIGURES,
     "Serving": serving.FIGURES,
