@@ -6,6 +6,7 @@ import pytest
 
 from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.published.computation import bfloat16_matrices, fp8_flops
+from deepseek_jax.analysis.published.formulas import expert_choice_leak
 from deepseek_jax.analysis.published.table import FIGURES
 from deepseek_jax.analysis.published.traffic import APART, BACK, PLAIN, traffic
 from deepseek_jax.configs.zoo import zoo
@@ -81,3 +82,17 @@ def test_traffic_of_streams_is_mhcs_table(n, width):
     assert traffic(APART, n, width) == ((5 * n + 1) * width + small, (3 * n + 1) * width + small)
     assert traffic([("write",), ("mix",), ("add",)], n, width) == ((3 * n + 1) * width + n * n + n, 3 * n * width)
     assert traffic([BACK], n, width) == ((n + 1) * width + n * n + n, n * width)
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(16, 2), (64, 6), (256, 8)])
+def test_experts_that_choose_tokens_leak_more_than_the_bound(n_experts, top_k):
+    """Each expert takes its share of a sequence's tokens in one of so many ways. The longer the sequence, the nearer
+    are the bits a token to the entropy of being chosen, of which the bound lacks -log2(1 - R) for each expert."""
+    bound, share = expert_choice_leak(n_experts, top_k), top_k / n_experts
+    for tokens in (n_experts, 16 * n_experts, 1024 * n_experts):
+        ways = math.comb(tokens, tokens * top_k // n_experts)
+        leaked = n_experts * math.log2(ways) / tokens
+        assert bound < leaked
+    entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+    assert leaked == pytest.approx(n_experts * entropy, rel=1e-2)
+    assert bound == pytest.approx(n_experts * (entropy + math.log2(1 - share)))

@@ -25,6 +25,7 @@ UNITS = {
     "$": Fraction(1),
     "$K": Fraction(10**3),
     "$M": Fraction(10**6),
+    "bits": Fraction(1),
     "bytes": Fraction(1),
     "KB": Fraction(10**3),
     "GiB": Fraction(2**30),

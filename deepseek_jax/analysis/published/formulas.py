@@ -31,7 +31,16 @@ def nsa_reads(context: int) -> int:
     return context // 16 + 16 * 64 + 512
 
 
+def expert_choice_leak(n_experts: int, top_k: int) -> float:
+    """Bits a token and layer that are leaked at least where experts choose their tokens, ``top_k`` experts a token on
+    average: which of a sequence's tokens are chosen depends on the later ones (2408.15664 appendix D.1)."""
+    return top_k * math.log2((n_experts - top_k) / top_k)
+
+
 FIGURES = (
+    Figure("expert-choice-leak", "experts choose tokens, leak of 9 layers, 2 of 16", "2408.15664 appendix D.1", "50",
+           "bits", lambda: 9 * expert_choice_leak(16, 2),
+           "more than 50, as the paper says: 50.53, cut and not rounded"),
     Figure("experts-2-of-16", "ways to choose 2 experts of 16", "2401.06066 §3.1", "120", "", lambda: math.comb(16, 2)),
     Figure("experts-8-of-64", "ways to choose 8 experts of 64", "2401.06066 §3.1", "4,426,165,368", "",
            lambda: math.comb(64, 8)),
