@@ -1,8 +1,10 @@
-"""Published figures of serving V3: the shortest time a token, and what a day of production costs."""
+"""Published figures of serving V3: the shortest time a token, what a day of production costs, and where copies of
+experts are placed."""
 
 from fractions import Fraction
 
 from deepseek_jax.analysis.published.figure import Figure
+from deepseek_jax.analysis.replicas import placed
 from deepseek_jax.configs.zoo import zoo
 
 _INSIGHTS, _INDEX = "2505.09343 §2.3.2", "open-infra-index"
@@ -14,6 +16,17 @@ _PRICES = (Fraction("0.14"), Fraction("0.55"), Fraction("2.19"))
 _REVENUE = 562_027
 # Tokens a second of a node that reads and of one that writes.
 _READING, _WRITING = 73_700, 14_800
+# The load balancer's example: loads of 12 experts in two layers, and the experts in 16 slots of 8 GPUs, as printed.
+EXAMPLE = (
+    (
+        (90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86),
+        (5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1),
+    ),
+    (
+        (20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27),
+        (7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1),
+    ),
+)
 
 
 def exchange_seconds(bytes_a_second: int) -> Fraction:
@@ -40,6 +53,15 @@ def _nodes() -> Fraction:
     return Fraction(_HIT + _MISS, 86400 * _READING) + Fraction(_WRITTEN, 86400 * _WRITING)
 
 
+def _placed_as_printed() -> int:
+    """Slots of the example with the printed expert."""
+    return sum(
+        ours == theirs
+        for loads, printed in EXAMPLE
+        for ours, theirs in zip(placed(loads, len(printed), groups=4, nodes=2, devices=8), printed, strict=True)
+    )
+
+
 INFINIBAND, NVLINK = 50 * 10**9, 900 * 10**9  # bytes a second of a GPU
 FIGURES = (
     Figure("exchange-ib", "V3, one exchange over InfiniBand", _INSIGHTS, "120.96", "us",
@@ -61,4 +83,6 @@ FIGURES = (
            "from the printed revenue"),
     Figure("day-nodes", "production, nodes, from tokens and rates", _INDEX, "226.75", "nodes", _nodes,
            "226.86: 95.48 that read and 131.38 that write; tokens and rates are published rounded"),
+    Figure("eplb-example", "load balancer's example, slots with the printed expert", "EPLB's README", "32", "",
+           _placed_as_printed, "of 32, in two layers"),
 )  # fmt: skip
