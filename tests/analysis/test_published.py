@@ -25,7 +25,6 @@ DIFFERING = {
     "qwen-72b-training": ("394 GFLOPs", "444.87 GFLOPs"),
     "llama-405b-training": ("2448 GFLOPs", "2,473.25 GFLOPs"),
     "expert-choice-leak": ("50 bits", "50.53 bits"),
-    "v3-mfu": ("38.94%", "39.0805%"),
     "rate-ib": ("67 tokens/s", "67.76 tokens/s"),
     "day-revenue": ("$562,027", "$562,100.00"),
     "day-nodes": ("226.75 nodes", "226.8636 nodes"),

@@ -70,6 +70,7 @@ def test_the_final_run_cost_5_576_million_at_an_assumed_price():
 def test_54_days_are_pre_training_alone():
     assert round(COST.days, 1) == 54.2
     assert round(COST.gpu_hours / COST.n_gpus / 24, 1) == 56.7
+    assert holds("v3-days", "v3-all-days", "v3-day")
 
 
 def test_2048_gpus_agree_with_the_hours():

@@ -31,6 +31,7 @@ UNITS = {
     "GiB": Fraction(2**30),
     "GFLOPs": Fraction(10**9),
     "TFLOPs": Fraction(10**12),
+    "TFLOPs/s": Fraction(10**12),
     "days": Fraction(1),
     "K hours": Fraction(10**3),
     "ms": Fraction(1, 10**3),
