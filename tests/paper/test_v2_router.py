@@ -76,7 +76,9 @@ def test_cache():
     assert counts(V2).kv_bytes_per_token / (counts(V2).kv_bytes_per_token_gqa8 / 8) == 2.25
     # The abstract's 93.3% less than DeepSeek 67B holds in bits: 6 for each of V2's numbers, 16 for each of the other's.
     dense = counts(zoo("deepseek-llm-67b")).kv_bytes_per_token // 2
+    assert dense == 2 * 8 * 128 * 95
     assert round(1 - 34_560 * 6 / (dense * 16), 3) == 0.933
+    assert round(1 - 34_560 / dense, 3) == 0.822
 
 
 def test_parameters():

@@ -50,25 +50,45 @@ def _v32_layer_bytes() -> int:
     return _fp8_bytes() + zoo("deepseek-v3.2").attention.indexer.index_dim + 4
 
 
-def _v4_bytes(release: str) -> int:
+def _v4_bytes(release: str, scales: bool = True) -> int:
     """Of a million tokens, as its release stores them: entries and recent tokens in FP8 with a byte of scale for each
-    64 and one of padding, the rotated part in bfloat16; the indexer's keys in FP4 with a byte of scale for each 32."""
+    64 and one of padding, the rotated part in bfloat16; the indexer's keys in FP4 with a byte of scale for each 32.
+    ``scales``: whether scales and padding count."""
     cfg, total = zoo(release), 0
     for a in (layer.attention for layer in cfg.layers):
         plain = a.head_dim - a.rope_dim
-        entry = plain + plain // 64 + 1 + a.rope_dim * BF16_BYTES
-        index = a.indexer.index_dim // 2 + a.indexer.index_dim // 32
+        entry = plain + a.rope_dim * BF16_BYTES + (plain // 64 + 1 if scales else 0)
+        index = a.indexer.index_dim // 2 + (a.indexer.index_dim // 32 if scales else 0)
         total += a.window * entry
         if a.ratio:
             total += MILLION // a.ratio * (entry + (index if a.sparse else 0))
     return total
 
 
+def _v32_bytes() -> int:
+    return zoo("deepseek-v3.2").n_layers * _v32_layer_bytes()
+
+
 def _v4_share(release: str) -> Fraction:
-    return Fraction(_v4_bytes(release), MILLION * zoo("deepseek-v3.2").n_layers * _v32_layer_bytes())
+    return Fraction(_v4_bytes(release), MILLION * _v32_bytes())
+
+
+def _v4_token(name: str, published: str, least: str) -> tuple[Figure, Figure]:
+    """Bytes of a token at a million, with scales and without."""
+    release, label, source = f"deepseek-{name.lower()}", f"{name}, cache a token at 1M", f"{_V4} §2.3.4, from"
+    return (
+        Figure(f"{name.lower()}-cache-token", label, source, published, "bytes",
+               lambda: Fraction(_v4_bytes(release), MILLION), _STORED, releases=(release,)),
+        Figure(f"{name.lower()}-cache-values", f"{label}, values alone", source, least, "bytes",
+               lambda: Fraction(_v4_bytes(release, scales=False), MILLION), f"{_STORED}; scales and padding left out"),
+    )  # fmt: skip
 
 
 FIGURES = (
+    Figure("v3.2-cache-token", "V3.2, cache a token in FP8", "V3.2-Exp's inference, from", "48,068", "bytes",
+           _v32_bytes, _STORED, releases=("deepseek-v3.2",)),
+    *_v4_token("V4-Flash", "3,517", "3,453"),
+    *_v4_token("V4-Pro", "5,036", "4,944"),
     Figure("v4-flash-cache", "V4-Flash, cache at 1M tokens to V3.2's", _V4, "7", "%",
            lambda: _v4_share("deepseek-v4-flash"), _STORED, releases=("deepseek-v4-flash",)),
     Figure("v4-pro-cache", "V4-Pro, cache at 1M tokens to V3.2's", _V4, "10", "%",
@@ -93,7 +113,10 @@ FIGURES = (
            lambda: Fraction(_values("deepseek-v2"), _large_mha())),
     Figure("v2-cache-saved", "V2, cache saved against DeepSeek 67B", f"{_V2} abstract", "93.3", "%",
            lambda: 1 - Fraction(6 * _values("deepseek-v2"), 16 * _values("deepseek-llm-67b")),
-           "in bits: V2's numbers stored in 6, the 67B's in 16; in numbers alone it is 82.2%"),
+           "in bits: V2's numbers stored in 6, the 67B's in 16"),
+    Figure("v2-numbers-saved", "the same in numbers, however stored", f"{_V2} §2.1.4, from", "82.2", "%",
+           lambda: 1 - Fraction(_values("deepseek-v2"), _values("deepseek-llm-67b")),
+           "the abstract's 93.3% is in bits"),
     Figure("v3-cache", "V3, cache a token", _INSIGHTS, "70.272", "KB", _v3_bytes, releases=("deepseek-v3",)),
     Figure("qwen-72b-cache", "Qwen2.5 72B, cache a token", _INSIGHTS, "327.680", "KB", lambda: _bytes(*QWEN_72B)),
     Figure("qwen-72b-cache-ratio", "Qwen2.5 72B, cache to V3's", _INSIGHTS, "4.66", "x",

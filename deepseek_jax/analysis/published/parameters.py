@@ -11,6 +11,7 @@ _MOE, _V2, _V3, _V4 = "2401.06066", "2405.04434", "2412.19437", "2606.19348"
 _LLM, _KIMI, _MOONLIGHT = "2401.02954", "2507.20534", "2502.16982 table 4"
 _PAGE = "the release's page"
 _COUNTED = "transformers' class, counted"
+_CONFIG = "config.json, from"
 _V2S = ("deepseek-v2", "deepseek-v2.5", "deepseek-coder-v2")
 _V3S = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1")
 # Rows and columns of one FP8 scale in V3's published files.
@@ -49,6 +50,13 @@ def _activated(release: str) -> Callable[[], int]:
     return lambda: counted(release).activated_no_embedding
 
 
+def _with_both(name: str, published: str) -> Figure:
+    """Activated parameters as papers that leave nothing out would count them."""
+    release = f"deepseek-{name.lower()}"
+    return Figure(f"{name.lower()}-activated-both", f"{name}, activated, with both embeddings", _CONFIG, published, "B",
+                  lambda: counted(release).activated)  # fmt: skip
+
+
 def _mtp_layer() -> int:
     c = counted("deepseek-v3")
     return c.mtp - c.mtp_components["projection"]
@@ -84,6 +92,15 @@ FIGURES = (
            "MTP and hash tables left out", releases=("deepseek-v4-pro",)),
     Figure("v4-pro-activated", "V4-Pro, activated", _V4, "49", "B", _activated("deepseek-v4-pro"),
            "without the input embedding; 49.78B with it", releases=("deepseek-v4-pro",)),
+    Figure("v4-flash-mtp", "V4-Flash, MTP module", _CONFIG, "6.61", "B", lambda: counted("deepseek-v4-flash").mtp,
+           "which has no copies of embedding and head"),
+    Figure("v4-pro-mtp", "V4-Pro, MTP module", _CONFIG, "25.84", "B", lambda: counted("deepseek-v4-pro").mtp,
+           "which has no copies of embedding and head"),
+    Figure("v4-pro-with-mtp", "V4-Pro, parameters, MTP module included", _CONFIG, "1.5988", "T",
+           lambda: counted("deepseek-v4-pro").total + counted("deepseek-v4-pro").mtp,
+           "the paper's 1.6T either way: 1.5730T without the module", releases=("deepseek-v4-pro",)),
+    *(_with_both(*row) for row in (("V2-Lite", "2.661"), ("V2", "21.376"), ("V3", "37.552"), ("V3.2", "38.404"),
+                                   ("V4-Flash", "13.800"), ("V4-Pro", "49.779"))),
     Figure("v3.2-parameters", "V3.2, parameters", _COUNTED, "671.88", "B", _total("deepseek-v3.2"),
            releases=("deepseek-v3.2",)),
     Figure("v3.2-activated", "V3.2, activated, without embedding", _COUNTED, "37.48", "B",
