@@ -68,7 +68,11 @@ def test_every_variant_fits_its_recipe_and_its_probes():
         chosen(setup)
 
 
-@pytest.mark.parametrize("name", PROGRAMS.values())
+# Those of an accelerator's scale are as many again.
+NAMED = [pytest.param(name, marks=[pytest.mark.slow] if "-gpu-" in name else []) for name in PROGRAMS.values()]
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_every_variant_takes_a_step_in_shapes(name):
     """Those of one program but for numbers take it once."""
     step, arguments = step_of(STAGES[name])
