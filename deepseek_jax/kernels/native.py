@@ -31,7 +31,7 @@ from deepseek_jax.kept import cpu, home
 
 EXPERTS = 'Context(experts="native")'
 ATTENTION = 'Context(attention="native")'
-HEADERS = [Path(__file__).with_name(name) for name in ("native_tiles.h", "native_attention.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("native_tiles.h", "native_products.h", "native_attention.h")]
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cc", "native_attention.cc", "native_gradients.cc")]
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")

@@ -1,5 +1,4 @@
-// What attention's passes on a CPU share: which tokens see which keys, the exponential function, and how XLA calls them.
-// See native.py.
+// What attention's passes on a CPU share: which tokens see which keys, and how XLA calls them. See native.py.
 
 #pragma once
 
@@ -13,9 +12,6 @@ namespace {
 constexpr int64_t kTogether = 8 * kRows;  // queries that go over the keys together, unless more heads share these
 constexpr int64_t kKeys = 64;             // of a tile
 static_assert(kKeys % kPanel == 0);
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
 
 // Which tokens see which keys: those of their own segment, unless that is 0, at their own and earlier positions.
 struct Places {
@@ -46,21 +42,6 @@ inline void Gather(const float* from, int64_t token, int64_t rows, int64_t N, in
                    float scale, float* to) {
   for (int64_t t = 0; t < rows / J; ++t)
     for (int64_t i = 0; i < J * width; ++i) to[t * J * width + i] = from[((token + t) * N + g * J) * width + i] * scale;
-}
-
-// e^x for x <= 0; 0 below e^-87. A Taylor polynomial on half a unit of log 2 either way.
-inline Vector Exp(Vector x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
-  const auto small = x < -87.0f;
-  x = small ? Vector{} : x;
-  const Vector shifted = x * 1.442695041f + kRound;
-  const Vector whole = shifted - kRound;
-  // log 2 in two parts, of which the first times an integer is exact.
-  const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vector y = r * (1.0f / 5040) + 1.0f / 720;
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
-  const Words power = (((Words)shifted - 0x4B400000u) + 127u) << 23;
-  return small ? Vector{} : y * (Vector)power;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What compiled products on a CPU are made of: vectors of float32, tiles of a product in registers, packed matrices, and
-// work for all threads. See native.py.
+// What compiled code for a CPU is made of: vectors of float32, the exponential function, tiles of a product in registers,
+// packed matrices, and work for all threads. See native.py.
 
 #pragma once
 
@@ -19,6 +19,9 @@
 namespace ffi = xla::ffi;
 
 namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
 
 #ifdef __AVX512F__
 constexpr int kLanes = 16, kRows = 12;
@@ -47,6 +50,21 @@ inline float Value(Bfloat16 x) {
   float value;
   std::memcpy(&value, &word, sizeof value);
   return value;
+}
+
+// e^x for x <= 0; 0 below e^-87. A Taylor polynomial on half a unit of log 2 either way.
+inline Vector Exp(Vector x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the lowest bits
+  const auto small = x < -87.0f;
+  x = small ? Vector{} : x;
+  const Vector shifted = x * 1.442695041f + kRound;
+  const Vector whole = shifted - kRound;
+  // log 2 in two parts, of which the first times an integer is exact.
+  const Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vector y = r * (1.0f / 5040) + 1.0f / 720;
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
+  const Words power = (((Words)shifted - 0x4B400000u) + 127u) << 23;
+  return small ? Vector{} : y * (Vector)power;
 }
 
 // C[i, j] (+)= sum over k of A(i, k) B(k, j), with i < R and j < V * kLanes.
