@@ -95,14 +95,23 @@ def hopper_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
 
 
 def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
+    return native.grouped_matmul(x_MD, _as_it_lies(w_EDZ, x_MD.dtype), sizes_E, transpose)
+
+
+def native_routed(x_ND, index_NK, weight_NK, gate_up, down, limit: float | None) -> jax.Array:
+    """`native.routed` of experts' weights as `grouped_matmul` takes them, both held alike."""
+    gate_up, down = (_as_it_lies(w, x_ND.dtype) for w in (gate_up, down))
+    return native.routed(x_ND, index_NK, weight_NK, gate_up, down, limit)
+
+
+def _as_it_lies(w_EDZ, dtype) -> jax.Array | Bits:
+    """`_fused`, but for bits, which compiled code reads."""
     if isinstance(w_EDZ, Quantized):
         raise ValueError(
             f"{native.EXPERTS}: the experts are stored quantised; load the model in float32 or bfloat16 (--dtype), or "
             'choose "auto".'
         )
-    # Bits are read as they lie.
-    fused = Bits(w_EDZ.values.reshape(*w_EDZ.shape[:2], -1)) if isinstance(w_EDZ, Bits) else _fused(w_EDZ, x_MD.dtype)
-    return native.grouped_matmul(x_MD, fused, sizes_E, transpose)
+    return Bits(w_EDZ.values.reshape(*w_EDZ.shape[:2], -1)) if isinstance(w_EDZ, Bits) else _fused(w_EDZ, dtype)
 
 
 def block_rows(rows: int, groups: int, limits: tuple[int, int] = CPU_BLOCK_ROWS) -> int:

@@ -1,13 +1,14 @@
-"""On a CPU, the experts' grouped matmul (`native.cc`) and attention (`native_attention.cc`, `native_gradients.cc`) as
-compiled C++, built where it is first asked for.
+"""On a CPU, the experts' networks (`native_experts.cc`), their grouped matmul alone (`native.cc`) and attention
+(`native_attention.cc`, `native_gradients.cc`) as compiled C++, built where it is first asked for.
 
 XLA calls them as custom calls and lends them its own threads. All cores work on a grouped matmul, and a group's matrix
-is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Attention
+is read where it lies; the block form copies it out of the stack first, and takes one block after the other. Without a
+gradient, rows go through both products of an expert in one call, and stay in a core's cache between these. Attention
 keeps a tile of keys and its scores in a core's cache, and reads no keys that no query sees. Needs a C++ compiler at
 hand; JAX brings the headers. Numbers are of float32 or bfloat16, sums float32.
 
-Suffixes: M rows sorted by group, E groups, D and Z widths; B batch, T queries, S keys, N heads, G key heads, K key dim,
-V value dim.
+Suffixes: M rows sorted by group, E groups, D and Z widths; of experts, N tokens, K assignments of each, F inner width;
+of attention, B batch, T queries, S keys, N heads, G key heads, K key dim, V value dim.
 """
 
 import ctypes
@@ -32,14 +33,21 @@ from deepseek_jax.kept import cpu, home
 EXPERTS = 'Context(experts="native")'
 ATTENTION = 'Context(attention="native")'
 HEADERS = [Path(__file__).with_name(name) for name in ("native_tiles.h", "native_products.h", "native_attention.h")]
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cc", "native_attention.cc", "native_gradients.cc")]
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("native.cc", "native_experts.cc", "native_attention.cc", "native_gradients.cc")
+]
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 # A matrix' dtype as it lies in memory -> the function for it.
 ROWS = {"float32": "GroupedRowsFloat32", "bfloat16": "GroupedRowsBfloat16", "uint16": "GroupedRowsBits"}
+ROUTED = {"float32": "RoutedFloat32", "bfloat16": "RoutedBfloat16", "uint16": "RoutedBits"}
 OUTER = "GroupedOuter"
 ATTEND = {"float32": "AttendFloat32", "bfloat16": "AttendBfloat16"}
 ATTEND_GRADIENTS = {"float32": "AttendGradientsFloat32", "bfloat16": "AttendGradientsBfloat16"}
+# Most assignments whose experts are parted, and fewest of an expert's inner numbers in a part: a strip of them is read
+# slower than a matrix in the order of memory.
+FEW, PART = 128, 256
 LATENTS = {"float32": "AttendLatentsFloat32", "bfloat16": "AttendLatentsBfloat16"}
 
 
@@ -63,6 +71,24 @@ def grouped_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     x_MD, y_MZ = x_MD.astype(jnp.float32), y_MZ.astype(jnp.float32)
     out = jax.ShapeDtypeStruct((sizes_E.size, x_MD.shape[1], y_MZ.shape[1]), jnp.float32)
     return jax.ffi.ffi_call(_target(OUTER), out)(x_MD, y_MZ, sizes_E.astype(jnp.int32)).astype(dtype)
+
+
+def routed(x_ND, index_NK, weight_NK, gate_up_EDZ: jax.Array | Bits, down_EFD: jax.Array | Bits, limit) -> jax.Array:
+    """[N, D] in x's dtype, without a gradient: the sum over K of weight times down(`ffn.swiglu`(gate_up(x), limit)),
+    where -1 and what else is no expert adds nothing.
+
+    Inputs and weights are rounded to x's dtype, the sum is, and nothing between: that is float32.
+    Errors: `grouped_matmul`.
+    """
+    _check(x_ND, gate_up_EDZ, down_EFD)
+    gate_up, down = (w.values if isinstance(w, Bits) else w for w in (gate_up_EDZ, down_EFD))
+    M, F = index_NK.size, down.shape[1]
+    # Room for what threads add up apart where there are fewer experts than threads.
+    parts = max(1, F // PART) if M <= FEW else 1
+    outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_ND.shape, (parts * M, x_ND.shape[1]))]
+    call = jax.ffi.ffi_call(_target(ROUTED[down.dtype.name]), outs)
+    operands = (x_ND.astype(jnp.float32), index_NK.astype(jnp.int32), weight_NK.astype(jnp.float32), gate_up, down)
+    return call(*operands, limit=np.float32(np.inf if limit is None else limit))[0].astype(x_ND.dtype)
 
 
 def attention(q_BTNK, k_BSGK, v_BSGV, places: Sequence[jax.Array], scale: float) -> jax.Array:
@@ -141,8 +167,8 @@ def _target(symbol: str) -> str:
 @cache
 def _register() -> None:
     library = ctypes.CDLL(str(built()))
-    attending = (symbol for by_dtype in (ATTEND, ATTEND_GRADIENTS, LATENTS) for symbol in by_dtype.values())
-    for symbol in (*ROWS.values(), OUTER, *attending):
+    by_dtype = (ROWS, ROUTED, ATTEND, ATTEND_GRADIENTS, LATENTS)
+    for symbol in (OUTER, *(symbol for symbols in by_dtype for symbol in symbols.values())):
         jax.ffi.register_ffi_target(_target(symbol), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.core.lowrank import LowRank, dense, held
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer
+from deepseek_jax.kernels.grouped import grouped_matmul, grouped_outer, native_routed
 from deepseek_jax.kernels.grouped_fp8 import fp8_matmul, fp8_outer, fp8_transposed
 from deepseek_jax.model.ffn import swiglu
 
@@ -75,7 +75,12 @@ def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.
 def sorted_experts(
     x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str, limit: float | None = None, fp8: Fp8 | None = None
 ) -> jax.Array:
-    """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters."""
+    """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters.
+
+    This is what runs where no gradient is asked for: natively, all of it is one call."""
+    adapted = isinstance(gate_up_ED2F, LowRank) or isinstance(down_EFD, LowRank)
+    if form == "native" and fp8 is None and not adapted:
+        return native_routed(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, limit)
     return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit, fp8)[0]
 
 
