@@ -20,13 +20,13 @@ def print_numbers(
     console = console or Output(highlight=False)
     outcomes = [found for section in sections.values() for found in section]
     tables = [_section(name, section) for name, section in sections.items()]
-    for table in [*tables, _differing(outcomes), _assumed(outcomes), *_absent(absent)]:
+    for table in [*tables, _differing(outcomes), _assumed(outcomes), _absent(absent)]:
         show(console, table)
         console.print()
-    tally = Counter(found.verdict for found in outcomes) + Counter(one.kind for one in absent)
+    tally = Counter(found.verdict for found in outcomes)
     console.print(
         f"{len(outcomes)} figures: {', '.join(f'{tally[verdict]} {verb}' for verdict, verb in VERBS.items())}. "
-        f"Besides: {tally['not built']} not built, {tally['measured']} measured by the authors."
+        f"Besides: {len(absent)} measured by the authors."
     )
 
 
@@ -64,11 +64,9 @@ def _assumed(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def _absent(absent: tuple[Absent, ...]) -> list[Table]:
-    unbuilt = _table("Not built", ("figure", "left"), ("published", "right"), ("needs", "left"), ("source", "left"))
-    measured = _table(
-        "Measured by the authors", ("figure", "left"), ("published", "right"), ("on", "left"), ("source", "left")
-    )
+def _absent(absent: tuple[Absent, ...]) -> Table:
+    columns = ("figure", "left"), ("published", "right"), ("on", "left"), ("source", "left")
+    table = _table("Measured by the authors", *columns)
     for one in absent:
-        (unbuilt if one.kind == "not built" else measured).add_row(one.name, one.published, one.needs, one.source)
-    return [unbuilt, measured]
+        table.add_row(one.name, one.published, one.on, one.source)
+    return table

@@ -51,7 +51,7 @@ def test_figures_are_told_apart_and_have_a_source():
     for figure in everything:
         assert figure.source
         assert re.fullmatch(r"[a-z0-9.-]+", figure.id), figure.id
-    assert all(absent.needs for absent in ABSENT)
+    assert all(absent.on for absent in ABSENT)
 
 
 @pytest.mark.parametrize(

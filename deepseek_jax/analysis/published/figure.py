@@ -80,14 +80,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Absent:
-    """A published figure that is not stated here: a part that it ``needs`` is not built, or it was measured there."""
+    """A published figure that is not stated here: it was measured there. ``on``: what it was measured on."""
 
     id: str
     name: str
     source: str
     published: str
-    kind: Literal["not built", "measured"]
-    needs: str
+    on: str
 
 
 @dataclass(frozen=True)
