@@ -8,7 +8,7 @@ paper_notes/v3_yarn_passkey.md. The same question of ordinary text: `v3_yarn`.
 A dense model is trained on pass keys in rows of 128 tokens, 800 steps of 4,096 tokens. Three ways on from it, 60 steps
 each: "yarn" on rows of 512 with YaRN of factor 4, "rope" on the same rows with RoPE as it was, "short" on rows of 128.
 What is compared is the share of 500 held-out keys that a model says without a fault, in rows of 512 and of 128. At
-scale gpu rows are of 1,024 and 4,096 tokens.
+scale gpu rows are of 1,024 and 4,096 tokens, and the model has 103M parameters.
 """
 
 from dataclasses import replace
@@ -18,8 +18,10 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.lab.bases import GPU, MICRO
 from deepseek_jax.lab.probes import VOCABULARY, passkey
 from deepseek_jax.lab.rules import Beyond, NoWorse, Ordering, Separation
-from deepseek_jax.lab.study import Claim, Scale, Setup, Study
+from deepseek_jax.lab.study import Claim, Scale, Setup, Study, changed
 from deepseek_jax.train.recipe import LearningRate, Recipe
+
+WIDER = {"model.dim": 1024, "model.n_layers": 10, "model.ffn_dim": 2816, "recipe.micro_rows": 32}
 
 
 def extended(size: Setup, short: int, rows: int, steps: tuple[int, int], peaks: tuple[float, float]) -> Scale:
@@ -39,13 +41,14 @@ def extended(size: Setup, short: int, rows: int, steps: tuple[int, int], peaks: 
 
     def recipe(stage: int, length: int) -> Recipe:
         """AdamW, a tenth of the steps warm-up, half of them at the peak, with a cosine down to a twentieth of it."""
-        tokens, peak = steps[stage] * rows * short, peaks[stage]
+        tokens, peak, passed = steps[stage] * rows * short, peaks[stage], size.recipe.micro_rows
         rate = LearningRate(peak, steps[stage] // 10, tokens // 2, tokens, decay_to=peak / 20, drops=())
         return replace(
             size.recipe,
             tokens=tokens,
             batch_rows=rows * short // length,
             length=length,
+            micro_rows=None if passed is None else passed * short // length,
             rate=rate,
             bias_speed=0.0,
             bias_until=None,
@@ -64,7 +67,7 @@ STUDY = Study(
     question="do a few steps with YaRN let a small model find a pass key four times as far away?",
     scales={
         "cpu": extended(MICRO, short=128, rows=32, steps=(800, 60), peaks=(2e-3, 3e-4)),
-        "gpu": extended(GPU, short=1024, rows=64, steps=(1000, 150), peaks=(6e-4, 9e-5)),
+        "gpu": extended(changed(GPU, WIDER), short=1024, rows=64, steps=(1000, 150), peaks=(6e-4, 9e-5)),
     },
     minutes=3,
     claims=(
