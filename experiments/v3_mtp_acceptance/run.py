@@ -42,7 +42,6 @@ STUDY = Study(
             says="they are accepted more often of code than of prose",
             expected="the paper gives one range for all topics, 85 to 90%; code repeats itself more: a ratio over 1",
             rule=Beyond("draft_code_over_prose", "mtp", over=1.0, under=1.0),
-            paper={"mtp": 1.0},
         ),
     ),
 )
