@@ -193,21 +193,21 @@ def test_passkeys_are_asked_for_in_short_and_in_long_rows(monkeypatch):
     def scored(model, task, tokenizer, items):
         """Half of them are right with YaRN, a quarter without, and a tenth less in longer texts."""
         yarn = model.cfg.attention.rope.yarn
-        assert (tokenizer, items, yarn is None or yarn.original_length) == ("tokenizer", ITEMS, yarn is None or 128)
-        right = {None: 0.25, 4.0: 0.5}[yarn and yarn.factor] - {430: 0, 1870: 0.1}[task.length]
+        assert (tokenizer, items, yarn is None or yarn.original_length) == ("tokenizer", ITEMS, yarn is None or 144)
+        right = {None: 0.25, 4.0: 0.5}[yarn and yarn.factor] - {430: 0, 2050: 0.1}[task.length]
         return SimpleNamespace(exact=right)
 
     monkeypatch.setattr(probes, "score_answers", scored)
-    model = random_model(replace(CFG, max_length=512, attention=replace(CFG.attention, rope=Rope(100.0))))
+    model = random_model(replace(CFG, max_length=576, attention=replace(CFG.attention, rope=Rope(100.0))))
     found = passkeys(model, "tokenizer")
     assert found == {"as it is": {"short": 0.25, "long": 0.15}, "yarn": {"short": 0.5, "long": 0.4}}
-    rope = Rope(100.0, Yarn(factor=4.0, original_length=128))
+    rope = Rope(100.0, Yarn(factor=4.0, original_length=144))
     extended = with_config(model, replace(model.cfg, attention=replace(CFG.attention, rope=rope)))
     assert passkeys(extended, "tokenizer") == {"as it is": {"short": 0.5, "long": 0.4}}
 
 
 REFUSED = [("streams", "one residual stream"), ("indexers", "micro has none"), ("lengths", "max_length of less than")]
-REFUSED += [("drafts", "no MTP module"), ("passkeys", "max_length of less than 512")]
+REFUSED += [("drafts", "no MTP module"), ("passkeys", "max_length of less than 524")]
 
 
 @pytest.mark.parametrize(("probe", "message"), REFUSED)
