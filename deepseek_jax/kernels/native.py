@@ -45,10 +45,10 @@ ROUTED = {"float32": "RoutedFloat32", "bfloat16": "RoutedBfloat16", "uint16": "R
 OUTER = "GroupedOuter"
 ATTEND = {"float32": "AttendFloat32", "bfloat16": "AttendBfloat16"}
 ATTEND_GRADIENTS = {"float32": "AttendGradientsFloat32", "bfloat16": "AttendGradientsBfloat16"}
+LATENTS = {"float32": "AttendLatentsFloat32", "bfloat16": "AttendLatentsBfloat16"}
 # Most assignments whose experts are parted, and fewest of an expert's inner numbers in a part: a strip of them is read
 # slower than a matrix in the order of memory.
 FEW, PART = 128, 256
-LATENTS = {"float32": "AttendLatentsFloat32", "bfloat16": "AttendLatentsBfloat16"}
 
 
 def grouped_matmul(x_MD, w_EDZ: jax.Array | Bits, sizes_E, transpose: bool = False) -> jax.Array:

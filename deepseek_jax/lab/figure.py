@@ -91,12 +91,16 @@ def _papers(axis, names: list[str], claims: list[Claim]) -> list[float]:
 
 
 def _against(axis, study: Study, found: Mapping[tuple[str, int], dict]) -> None:
-    """Draws one measure over another: a dot a seed, a cross at a variant's mean."""
+    """Draws one measure over another: a dot a seed that has both, a cross at a variant's mean."""
     for at, variant in enumerate(study.variants):
-        across, up = (_values(study, found, variant, measure) for measure in study.against)
-        axis.plot(across, up, "o", color=f"C{at}", alpha=0.4, markersize=5)
-        axis.plot(np.mean(across), np.mean(up), "X", color=f"C{at}", markersize=9, label=variant)
+        runs = [found[variant, seed] for seed in study.seeds if (variant, seed) in found]
+        pairs = np.array([[MEASURES[measure](run) for measure in study.against] for run in runs]).reshape(-1, 2)
+        pairs = pairs[np.isfinite(pairs).all(1)]
+        if len(pairs):
+            axis.plot(*pairs.T, "o", color=f"C{at}", alpha=0.4, markersize=5)
+            axis.plot(*pairs.mean(0), "X", color=f"C{at}", markersize=9, label=variant)
     axis.set_xlabel(LABELS[study.against[0]])
     axis.set_ylabel(LABELS[study.against[1]])
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)

@@ -6,8 +6,8 @@ DeepSeek-V3 (2412.19437) section 2.2 and table 4; the claims with the paper's nu
 
 The base predicts one token; its main model begins with the same weights and reads the same text as the one beside it,
 which has one module more. The loss's weight is V3's: 0.3 for the first 68% of the tokens, then 0.1. What is compared is
-the main head alone, on held-out text. How often the module's drafts would be accepted stands in each run; no rule
-speaks of it, since nothing without a module drafts.
+the main head alone, on held-out text. How often the module's drafts would be accepted stands in each run; that is
+asked by `v3_mtp_acceptance`.
 """
 
 from deepseek_jax.lab.bases import GPU, MICRO

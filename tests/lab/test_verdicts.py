@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, check_gate, rule, tasks
+from deepseek_jax.lab.figure import draw
 from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_PASSKEYS, OF_TRAINING, Runs, spec, text
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import TUNING_SEED, Study, load
@@ -157,6 +158,16 @@ def test_figures_of_passkeys_are_of_the_rows_that_they_name():
     assert math.isnan(OF_PASSKEYS["passkey_untrained"](extended))
     gone = record("none", 0) | {"probes": {}}
     assert [measure(gone) for measure in OF_PASSKEYS.values()][:2] == [0, 1]
+
+
+def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path):
+    """None of a variant without runs, and none of a run that diverged."""
+    assert STUDY.against is not None
+    first, second = list(STUDY.variants)[:2]
+    gone = record(first, 1) | {"diverged": 17, "evaluations": [], "probes": {}}
+    some = {(first, 0): record(first, 0), (first, 1): gone, (second, 0): record(second, 0)}
+    for found in ({}, some):
+        assert draw(STUDY, found, judge(STUDY, found), tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_tables_and_ledger_say_what_there_is(whole):
