@@ -117,14 +117,15 @@ def test_layers_that_are_no_loop_change_no_gradient():
 
 
 def test_layers_are_a_loop_or_none():
-    cfg = replace(TINY, mtp_depth=0)
+    # Without experts, whose products are loops of their own on a CPU, as many as a version of JAX likes.
+    cfg, _ = CONFIGS["dense only, tied"]
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def loops(**options) -> int:
         run = jax.jit(lambda model, tokens: model(tokens, logits="none", ctx=Context(**options)).hidden)
         return run.lower(abstract(cfg), tokens).as_text().count("stablehlo.while")
 
-    assert loops() - loops(unrolled=True) == sum(len(stack.numbers) > 1 for stack in cfg.stacks)
+    assert (loops(), loops(unrolled=True)) == (1, 0)
 
 
 def test_remat_computes_again():
