@@ -10,7 +10,7 @@ but for those that balance by a loss or not at all, whose bias stands still. The
 on the same 250,000 held-out tokens after the bias has come to rest; MaxVio of perfectly even, independent routing would
 be about 0.01 there. The base at scale gpu has V3's speed of 1e-3, which no variant keeps.
 
-Variants with another rule than the sign (the paper's tables 3 and 4) and softmax gates are another study on this base.
+Other rules than the sign are the study `v3_balance_rules` on this base, softmax gates `v3_balance_gates`.
 """
 
 from deepseek_jax.lab.bases import GPU, MICRO
