@@ -90,19 +90,17 @@ def _deepseek_moe_145b() -> Recipe:
     return _moe("deepseek-moe-145b", rate, weights, tokens=13_000 * 4608 * 4096, batch_rows=4608)
 
 
-def _loss_free_1b() -> Recipe:
-    """2408.15664 §4.1: 100B tokens, a cosine from 1e-3 to 1e-4. Not stated: warm-up, optimizer (V2's here)."""
-    tokens = 100 * B
+def _loss_free(model: str, rate: LearningRate, tokens: int, batch_rows: int) -> Recipe:
     return Recipe(
-        model="loss-free-1b",
+        model=model,
         tokens=tokens,
         length=2048,
-        batch_rows=1152,
+        batch_rows=batch_rows,
         first_rows=None,
         ramp_tokens=0,
-        micro_rows=128,
+        micro_rows=batch_rows // 12,
         fim_rate=0.0,
-        rate=LearningRate(1e-3, 2000, decay_from=0, decay_until=tokens, decay_to=1e-4, drops=()),
+        rate=rate,
         optimizer=ADAMW,
         weights=LossWeights(mtp=0, balance=0),
         bias_speed=1e-3,
@@ -110,29 +108,23 @@ def _loss_free_1b() -> Recipe:
         ema_decay=0.0,
         **NO_MTP,
     )
+
+
+def _loss_free_1b() -> Recipe:
+    """2408.15664 §4.1 and appendix, as others quote it: 100B tokens (its 40,000 steps are 94.4B), a cosine from 1e-3 to
+    1e-4 after 1,000 steps of warm-up. Not stated in what was at hand: the optimizer (V2's here)."""
+    tokens = 100 * B
+    rate = LearningRate(1e-3, 1000, decay_from=0, decay_until=tokens, decay_to=1e-4, drops=())
+    return _loss_free("loss-free-1b", rate, tokens, batch_rows=1152)
 
 
 def _loss_free_3b() -> Recipe:
-    """2408.15664 §4.1: 200B tokens, a multi-step rate. Not stated in what was at hand: its steps (0.8 and 0.9 here, as
-    DeepSeekMoE's), its batch (1B's here), warm-up, optimizer."""
-    tokens = 200 * B
-    return Recipe(
-        model="loss-free-3b",
-        tokens=tokens,
-        length=2048,
-        batch_rows=1152,
-        first_rows=None,
-        ramp_tokens=0,
-        micro_rows=128,
-        fim_rate=0.0,
-        rate=_stepped(7.8e-4, tokens, 0.8),
-        optimizer=ADAMW,
-        weights=LossWeights(mtp=0, balance=0),
-        bias_speed=1e-3,
-        bias_until=None,
-        ema_decay=0.0,
-        **NO_MTP,
-    )
+    """2408.15664 §4.1 and appendix, as others quote it: 56,514 steps of 1,728 rows, 200B tokens; the rate falls after
+    45,211 and after 50,862. Not stated in what was at hand: by how much (DeepSeekMoE's 0.316 here), the optimizer."""
+    peak, step = 7.8e-4, 1728 * 2048
+    drops = ((45_211 * step, 0.316 * peak), (50_862 * step, 0.316**2 * peak))
+    rate = LearningRate(peak, 2000, decay_from=None, drops=drops)
+    return _loss_free("loss-free-3b", rate, 56_514 * step, batch_rows=1728)
 
 
 def _v4(model: str, tokens: int, batch_rows: int, peak: float) -> Recipe:

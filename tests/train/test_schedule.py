@@ -41,9 +41,15 @@ def test_v3_tail_is_333_and_167_billion_tokens():
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 1 / 2000), (999, 0.5), (1999, 1.0), (2000, 1.0)])
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "deepseek-moe-2b", "deepseek-v4-pro"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "deepseek-moe-2b", "loss-free-3b", "deepseek-v4-pro"])
 def test_warm_up_takes_2000_steps(name, step, share):
     assert lr(name, 0, step) == pytest.approx(recipe(name).rate.peak * share, rel=1e-9)
+
+
+def test_the_loss_free_recipes_count_in_steps():
+    assert [lr("loss-free-1b", 0, step) for step in (499, 999)] == pytest.approx([5e-4, 1e-3], rel=1e-9)
+    rates = [lr("loss-free-3b", step * 1728 * 2048, step) for step in (45_210, 45_211, 50_861, 50_862)]
+    assert rates == pytest.approx([7.8e-4, 2.4648e-4, 2.4648e-4, 7.788768e-5], rel=1e-9)
 
 
 def test_without_warm_up_the_first_step_has_the_peak():
