@@ -47,11 +47,7 @@ MAY_IMPORT = {
         "multimodal",
     },
 }
-# Files longer than `LONGEST` lines, and what they are allowed. Nothing is added here: they are to be parted.
 LONGEST = 300
-LONGER = {
-    "aot/hlo.py": 311,
-}
 # Where nothing may know of a mesh: what it asks of its devices is `ctx.ops`. The exceptions say where arrays may lie.
 MESHLESS = ("core", "kernels", "model")
 KNOW_THE_MESH = {"core/context.py", "core/layout.py"}
@@ -194,8 +190,7 @@ def test_no_files_import_one_another():
 
 def test_files_are_short():
     lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert {n: lines for n, lines in lengths.items() if lines > LONGER.get(n, LONGEST)} == {}
-    assert [n for n in LONGER if lengths.get(n, 0) <= LONGEST] == [], "these are short now: take them off the list"
+    assert {n: lines for n, lines in lengths.items() if lines > LONGEST} == {}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(PACKAGE).parts[0] in MESHLESS], ids=name)

@@ -20,12 +20,13 @@ import optax
 from architectures import ARCHITECTURES
 from jax.sharding import PartitionSpec
 from memory_maps import forget_programs
+from moves import collectives
 from tiny import fill_randomly, random_model, random_tokens, tiny_config
 from tiny_janus import IMAGE, pictures
 from tiny_janus import tiny_config as janus_config
 
 import deepseek_jax as dsj
-from deepseek_jax.aot.hlo import collectives, parse
+from deepseek_jax.aot.hlo import parse
 from deepseek_jax.configs.schema import Compressed, HyperConnections
 from deepseek_jax.convert import shards
 from deepseek_jax.convert.checkpoint import Checkpoint
