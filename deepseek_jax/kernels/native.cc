@@ -22,7 +22,7 @@ ffi::Error Rows(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, Ints sizes,
   const int32_t* size = sizes.typed_data();
   // Where a group has few rows, its matrix' rows are parted only as far as all threads need it to have work.
   const int64_t groups = std::max<int64_t>(1, std::count_if(size, size + E, [](int32_t n) { return n > 0; }));
-  const int64_t parts = (2 * pool.num_threads() + groups - 1) / groups;
+  const int64_t parts = (2 * Threads(pool) + groups - 1) / groups;
   const int64_t stretch = std::max(kChunk, (width / parts + kLanes - 1) / kLanes * kLanes);
   std::vector<Unit> units;
   int64_t first = 0;

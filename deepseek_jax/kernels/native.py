@@ -55,10 +55,11 @@ def grouped_matmul(x_MD, w_EDZ: jax.Array | Bits, sizes_E, transpose: bool = Fal
     """[M, Z] in x's dtype: rows of group e times w[e] (or its transpose), accumulated in float32; rows beyond the
     groups are zero.
 
-    Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
+    Raises ValueError for other dtypes, shapes that do not fit, where the platform is no CPU, or nothing can be built.
     """
     _check(x_MD, w_EDZ)
     w_EDZ = w_EDZ.values if isinstance(w_EDZ, Bits) else w_EDZ
+    _fit(x=("MZ" if transpose else "MD", x_MD), w=("EDZ", w_EDZ), sizes=("E", sizes_E))
     out = jax.ShapeDtypeStruct((x_MD.shape[0], w_EDZ.shape[1 if transpose else 2]), jnp.float32)
     call = jax.ffi.ffi_call(_target(ROWS[w_EDZ.dtype.name]), out)
     x_MD, dtype = x_MD.astype(jnp.float32), x_MD.dtype
@@ -68,6 +69,7 @@ def grouped_matmul(x_MD, w_EDZ: jax.Array | Bits, sizes_E, transpose: bool = Fal
 def grouped_outer(x_MD, y_MZ, sizes_E, dtype) -> jax.Array:
     """[E, D, Z] in ``dtype``: x[rows of e].T @ y[rows of e], zero for a group of no rows. Errors: `grouped_matmul`."""
     _check(x_MD, y_MZ)
+    _fit(x=("MD", x_MD), y=("MZ", y_MZ))
     x_MD, y_MZ = x_MD.astype(jnp.float32), y_MZ.astype(jnp.float32)
     out = jax.ShapeDtypeStruct((sizes_E.size, x_MD.shape[1], y_MZ.shape[1]), jnp.float32)
     return jax.ffi.ffi_call(_target(OUTER), out)(x_MD, y_MZ, sizes_E.astype(jnp.int32)).astype(dtype)
@@ -83,6 +85,10 @@ def routed(x_ND, index_NK, weight_NK, gate_up_EDZ: jax.Array | Bits, down_EFD: j
     _check(x_ND, gate_up_EDZ, down_EFD)
     gate_up, down = (w.values if isinstance(w, Bits) else w for w in (gate_up_EDZ, down_EFD))
     M, F = index_NK.size, down.shape[1]
+    # Of gate and up, 2F wide, a letter of its own.
+    _fit(x=("ND", x_ND), index=("NK", index_NK), weight=("NK", weight_NK), gate_up=("EDZ", gate_up), down=("EFD", down))
+    if gate_up.shape[2] != 2 * F:
+        raise ValueError(f"gate_up is {gate_up.shape[2]} wide, which is not twice the {F} of down.")
     # Room for what threads add up apart where there are fewer experts than threads.
     parts = max(1, F // PART) if M <= FEW else 1
     outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x_ND.shape, (parts * M, x_ND.shape[1]))]
@@ -101,6 +107,9 @@ def attention(q_BTNK, k_BSGK, v_BSGV, places: Sequence[jax.Array], scale: float)
     Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
     """
     _check(q_BTNK, k_BSGK, v_BSGV, what=ATTENTION)
+    _fit(q=("BTNK", q_BTNK), k=("BSGK", k_BSGK), v=("BSGV", v_BSGV), **_placed(places))
+    if q_BTNK.shape[2] % k_BSGK.shape[2]:
+        raise ValueError(f"{k_BSGK.shape[2]} heads of keys do not serve {q_BTNK.shape[2]} of queries alike.")
     return _attention(q_BTNK, k_BSGK, v_BSGV, tuple(a.astype(jnp.int32) for a in places), scale)
 
 
@@ -140,6 +149,9 @@ def latent_attention(q_BTNK, k_LBSK, layer, V: int, places: Sequence[jax.Array],
     Of the whole cache: XLA copies a part of it before it hands it on.
     """
     _check(q_BTNK, k_LBSK, what=ATTENTION)
+    _fit(q=("BTNK", q_BTNK), k=("LBSK", k_LBSK), **_placed(places))
+    if k_LBSK.shape[3] < V:
+        raise ValueError(f"values of {V} numbers are no part of keys of {k_LBSK.shape[3]}.")
     out = jax.ShapeDtypeStruct((*q_BTNK.shape[:3], V), jnp.float32)
     call = jax.ffi.ffi_call(_target(LATENTS[k_LBSK.dtype.name]), out)
     places = (a.astype(jnp.int32) for a in places)
@@ -157,6 +169,26 @@ def _check(*operands, what: str = EXPERTS) -> None:
             f'{what}: it is for CPUs, and the devices here are of the platform {platform!r}; choose "auto".'
         )
     _register()
+
+
+def _fit(**operands: tuple[str, jax.Array]) -> None:
+    """Raises ValueError for operands, each with a letter an axis, whose letters differ in size: the library reads and
+    writes as much memory as these say."""
+    seen: dict[str, tuple[str, int]] = {}
+    for name, (letters, array) in operands.items():
+        if len(letters) != array.ndim:
+            raise ValueError(f"{name} must have axes {letters}; its shape is {array.shape}.")
+        for letter, size in zip(letters, array.shape, strict=True):
+            first, known = seen.setdefault(letter, (name, size))
+            if size != known:
+                raise ValueError(
+                    f"{name} {array.shape} does not fit {first}: {letter} is {size} in it and {known} there."
+                )
+
+
+def _placed(places: Sequence[jax.Array]) -> dict[str, tuple[str, jax.Array]]:
+    names = ("positions", "segments", "positions of keys", "segments of keys")
+    return {name: (axes, place) for name, axes, place in zip(names, ("BT", "BT", "BS", "BS"), places, strict=True)}
 
 
 def _target(symbol: str) -> str:

@@ -142,7 +142,7 @@ ffi::Error Routed(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi
   const T* downs = reinterpret_cast<const T*>(down.untyped_data());
   float *ys = y->typed_data(), *outputs = apart->typed_data();
   const Sorted sorted(index.typed_data(), M, E);
-  const int64_t threads = pool.num_threads();
+  const int64_t threads = Threads(pool);
   const bool fits = Network<T>{gate_ups, downs, D, F, F, limit}.Fits();
   const int64_t most = std::clamp(M / (8 * threads), kFewest, fits ? kMost : kBlock);
   std::vector<Unit> units;

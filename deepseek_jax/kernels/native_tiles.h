@@ -140,6 +140,9 @@ void PackAll(const Matrix<T>& b, int64_t depth, int64_t width, float* panels) {
     Pack(Matrix<T>{b.at(0, j), b.row, b.column}, depth, std::min<int64_t>(kPanel, width - j), panels + j * depth);
 }
 
+// Those that units run on: the pool's, or where XLA has none this one alone.
+int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
 // Runs units 0 .. count - 1 on this thread and the pool's; returns when all are done.
 void ForAll(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> run) {
   struct State {
@@ -161,7 +164,7 @@ void ForAll(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> r
   auto state = std::make_shared<State>();
   state->run = std::move(run);
   state->count = count;
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  const int64_t helpers = std::min<int64_t>(Threads(pool), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->Work(); });
   state->Work();
   std::unique_lock<std::mutex> lock(state->mutex);

@@ -82,6 +82,7 @@ class Drill:
     model: ModelConfig = MODEL
     teacher: ModelConfig | None = None
     tuned: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    against: ClassVar[None] = None
 
     def __post_init__(self):
         for claim in self.claims:

@@ -19,6 +19,7 @@ from deepseek_jax.core.params import map_variables
 from deepseek_jax.data.held_out import HeldOut
 from deepseek_jax.data.tasks import Passkey
 from deepseek_jax.lab.prose import by_kind
+from deepseek_jax.lab.records import PASSKEYS
 from deepseek_jax.lab.study import Setup
 from deepseek_jax.model.arguments import check_knock_out
 from deepseek_jax.model.router import KnockOut
@@ -37,9 +38,9 @@ WINDOWS = 8
 FEWER = 16
 # Windows in which text is measured at several lengths: as long as rows at first, and four times as long.
 LENGTHS = (256, 1024)
-# Passkeys that a model is asked for; tokens of a vocabulary that is learnt of such texts; most tokens of a short one in
-# it, behind BOS and with every digit by itself.
-ITEMS, VOCABULARY, SHORTEST = 500, 380, 131
+# Tokens of a vocabulary that is learnt of texts with passkeys; most tokens of a short one in it, behind BOS and with
+# every digit by itself.
+VOCABULARY, SHORTEST = 380, 131
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +182,14 @@ def passkey(tokens: int) -> Passkey:
 
 
 def passkeys(model: Transformer, tokenizer: Tokenizer) -> dict:
-    """The share of `ITEMS` held-out passkeys (`data.tasks`) that greedy decoding would write, in rows of a quarter of
-    ``max_length`` ("short") and of all of it ("long"): "as it is", and "yarn" as in `lengths`."""
+    """The share of `PASSKEYS` held-out passkeys (`data.tasks`) that greedy decoding would write, in rows of a quarter
+    of ``max_length`` ("short") and of all of it ("long"): "as it is", and "yarn" as in `lengths`."""
     last = model.cfg.max_length
     first = last // 4
 
     def right(model: Transformer) -> dict[str, float]:
         sides = {"short": passkey(first), "long": passkey(last)}
-        return {side: score_answers(model, task, tokenizer, ITEMS).exact for side, task in sides.items()}
+        return {side: score_answers(model, task, tokenizer, PASSKEYS).exact for side, task in sides.items()}
 
     extended = _extended(model, first, last)
     return {"as it is": right(model)} | ({} if extended is None else {"yarn": right(extended)})
@@ -203,7 +204,8 @@ def drafts(model: Transformer, held_out: HeldOut) -> dict:
     """
     seen, windows = evaluate(model, held_out), held_out.windows_WT
     scored_WT1 = held_out.segments_WT[:, 1:] != 0
-    best_n = np.concatenate([_best(model, windows[i : i + EVERY])[:, :-1] for i in range(0, len(windows), EVERY)])
+    parts = [slice(i, i + EVERY) for i in range(0, len(windows), EVERY)]
+    best_n = np.concatenate([_best(model, windows[part], held_out.segments_WT[part])[:, :-1] for part in parts])
     best_n, domain_n = best_n[scored_WT1], held_out.domain_WT[:, 1:][scored_WT1]
     own = [best_n[domain_n == at] for at in range(len(held_out.domains))]
     return {
@@ -218,15 +220,15 @@ def drafts(model: Transformer, held_out: HeldOut) -> dict:
     }
 
 
-def _best(model: Transformer, windows_BT: np.ndarray) -> np.ndarray:
+def _best(model: Transformer, windows_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
     """int [B, T]: the model's best next token at each position of at most `EVERY` windows."""
-    padded = np.pad(windows_BT, ((0, EVERY - len(windows_BT)), (0, 0)))
-    return np.asarray(_argmax(model, padded))[: len(windows_BT)]
+    padded = [np.pad(a, ((0, EVERY - len(a)), (0, 0))) for a in (windows_BT, segments_BT)]
+    return np.asarray(_argmax(model, *padded))[: len(windows_BT)]
 
 
 @jax.jit
-def _argmax(model: Transformer, tokens_BT) -> jax.Array:
-    return jnp.argmax(model(tokens_BT, with_mtp=False).logits, -1)
+def _argmax(model: Transformer, tokens_BT, segments_BT) -> jax.Array:
+    return jnp.argmax(model(tokens_BT, segments=segments_BT, with_mtp=False).logits, -1)
 
 
 PROBES: dict[str, Probe] = {
@@ -246,6 +248,8 @@ def chosen(setup: Setup) -> dict[str, Probe]:
     """
     if unknown := [name for name in setup.probes if name not in PROBES]:
         raise ValueError(f"there is no probe {unknown[0]!r}; choose one of {', '.join(PROBES)}.")
+    if setup.probes and setup.fp8 is not None:
+        raise ValueError(f"probe {setup.probes[0]}: it measures without FP8, and {setup.model.name} is emulated in it.")
     if "knock_outs" in setup.probes:
         _check_knock_outs(setup.model)
     if "streams" in setup.probes and setup.model.residual is None:

@@ -20,6 +20,7 @@ from deepseek_jax.small_files import read_json
 # Raised where the package computes something else than before from the same setup: its runs are then others.
 CODE = 1
 DIGITS = 5  # after the point, of a run's figures
+PASSKEYS = 500  # that a model is asked for by `probes.passkeys`
 
 
 def spec(setup: Setup, seed: int) -> str:
@@ -117,11 +118,13 @@ OF_LENGTHS: dict[str, Callable[[dict], float]] = {
 
 
 def _found_with_yarn(found: dict) -> float:
-    return found["yarn"]["long"] / max(found["as it is"]["long"], 10**-DIGITS) if "yarn" in found else math.nan
+    without, extended = found["as it is"]["long"], found["yarn"]["long"] if "yarn" in found else 0.0
+    return extended / max(without, 1 / PASSKEYS) if "yarn" in found and without + extended > 0 else math.nan
 
 
 # Of the probe `probes.passkeys`: the shares that are found in long rows and missed in short ones; and how many times as
-# many as without are found in long ones with YaRN, untrained, NaN where RoPE is extended already.
+# many as without, one at least, are found in long ones with YaRN, untrained: NaN where none is found either way, or
+# RoPE is extended already.
 OF_PASSKEYS: dict[str, Callable[[dict], float]] = {
     "passkey_long": _probed("passkeys", lambda found: found["as it is"]["long"], 0.0),
     "passkey_missed": _probed("passkeys", lambda found: 1 - found["as it is"]["short"], 1.0),

@@ -214,7 +214,7 @@ class FewerSteps:
     geometric mean of the ratio lies under 1; opposite: the lower one over 1. ``measure`` is a curve.
 
     Where both need the same, at most 5% each way. Found in 80 of 100 studies of five seeds: a ratio whose logarithm is
-    1.38 deviations of a seed's. A seed that never comes there leaves it open.
+    1.38 deviations of a seed's. A seed that never comes there, or whose control diverged, leaves it open.
     """
 
     variant: str
@@ -227,7 +227,9 @@ class FewerSteps:
         return self.variant, self.control
 
     def judge(self, values: Values) -> Verdict:
-        pairs = zip(values[self.variant], values[self.control], strict=True)
+        pairs = list(zip(values[self.variant], values[self.control], strict=True))
+        if gone := sum(not math.isfinite(control[-1][1]) for _, control in pairs):
+            return Verdict(OPEN, f"{self.control} comes to no loss at {gone} of {len(pairs)} seeds")
         ratios = [steps_to(curve, control[-1][1]) / control[-1][0] for curve, control in pairs]
         if not all(map(math.isfinite, ratios)):
             return Verdict(OPEN, f"{sum(map(math.isinf, ratios))} of {len(ratios)} seeds never come to the loss")

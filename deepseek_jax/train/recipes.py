@@ -114,7 +114,7 @@ def _loss_free_1b() -> Recipe:
     """2408.15664 §4.1 and appendix, as others quote it: 100B tokens (its 40,000 steps are 94.4B), a cosine from 1e-3 to
     1e-4 after 1,000 steps of warm-up. Not stated in what was at hand: the optimizer (V2's here)."""
     tokens = 100 * B
-    rate = LearningRate(1e-3, 1000, decay_from=0, decay_until=tokens, decay_to=1e-4, drops=())
+    rate = LearningRate(1e-3, 1000, decay_from=1000 * 1152 * 2048, decay_until=tokens, decay_to=1e-4, drops=())
     return _loss_free("loss-free-1b", rate, tokens, batch_rows=1152)
 
 

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from deepseek_jax.lab.figure import draw
 from deepseek_jax.lab.practice import main, runs, told
 from deepseek_jax.lab.study import defined
+from deepseek_jax.lab.verdicts import judge
 
 STEMS = ("r1_distill", "r1_rft", "r1_v32_parts", "r1_variants")
 
@@ -38,6 +40,14 @@ def test_verdicts_follow_from_the_runs_of_one_rule(root, tmp_path):
     said = told(study, runs(study, tmp_path))
     assert [line.split(": ")[2] for line in said[len(study.variants) :]] == ["open"] * 4
     assert "11 of 12 runs are there" in said[-1]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_study_draws_its_committed_runs(root, tmp_path, stem):
+    study = drill(root, stem)
+    found = runs(study, root / "experiments" / stem / "results")
+    assert {name for name, _ in found} == set(study.variants)
+    assert draw(study, found, judge(study, found), tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_rules_are_of_all_that_decides(root):

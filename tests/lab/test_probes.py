@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import random_model, tiny_config
 
+from deepseek_jax.configs.fp8 import Fp8
 from deepseek_jax.configs.schema import Indexer, Rope, Yarn
 from deepseek_jax.convert.other_config import with_config
 from deepseek_jax.core.params import RouterBias, map_variables
@@ -17,7 +18,6 @@ from deepseek_jax.lab import probes
 from deepseek_jax.lab.bases import MICRO
 from deepseek_jax.lab.probes import (
     EVERY,
-    ITEMS,
     WINDOWS,
     chosen,
     drafts,
@@ -28,7 +28,7 @@ from deepseek_jax.lab.probes import (
     thinned,
     without_shared,
 )
-from deepseek_jax.lab.records import spec
+from deepseek_jax.lab.records import PASSKEYS, spec
 from deepseek_jax.lab.study import changed
 from deepseek_jax.model.transformer import init
 from deepseek_jax.runs.evaluate import evaluate
@@ -193,7 +193,7 @@ def test_passkeys_are_asked_for_in_short_and_in_long_rows(monkeypatch):
     def scored(model, task, tokenizer, items):
         """Half of them are right with YaRN, a quarter without, and a tenth less in longer texts."""
         yarn = model.cfg.attention.rope.yarn
-        assert (tokenizer, items, yarn is None or yarn.original_length) == ("tokenizer", ITEMS, yarn is None or 144)
+        assert (tokenizer, items, yarn is None or yarn.original_length) == ("tokenizer", PASSKEYS, yarn is None or 144)
         right = {None: 0.25, 4.0: 0.5}[yarn and yarn.factor] - {430: 0, 2050: 0.1}[task.length]
         return SimpleNamespace(exact=right)
 
@@ -214,3 +214,8 @@ REFUSED += [("drafts", "no MTP module"), ("passkeys", "max_length of less than 5
 def test_probes_of_parts_that_a_model_has_not_are_refused(probe, message):
     with pytest.raises(ValueError, match=message):
         chosen(changed(MICRO, {"probes": (probe,)}))
+
+
+def test_probes_of_a_model_in_fp8_are_refused():
+    with pytest.raises(ValueError, match="probe knock_outs: it measures without FP8, and micro is emulated in it"):
+        chosen(changed(MICRO, {"probes": ("knock_outs",), "fp8": Fp8()}))

@@ -178,6 +178,10 @@ def test_fewer_steps_are_found_by_their_ratio_and_hardly_ever_by_chance():
     assert rule.judge(faster).word == REPRODUCED
     assert "0.5" in rule.judge(faster).why
     assert rule.judge({"a": [curve(0.5)] * 3, "b": [curve(1.0)] * 3}).word == OPEN
+    # A run that diverged has this for its curve.
+    gone = rule.judge({"a": [curve(2.0)] * 3, "b": [curve(1.0), [(0.0, math.inf)], curve(1.0)]})
+    assert (gone.word, gone.why) == (OPEN, "b comes to no loss at 1 of 3 seeds")
+    assert rule.judge({"a": [curve(2.0), [(0.0, math.inf)], curve(2.0)], "b": [curve(1.0)] * 3}).word == OPEN
 
 
 @pytest.mark.parametrize(("size", "share"), [(0.0, 0.05), (1.38, 0.80)])

@@ -94,6 +94,11 @@ def test_a_study_is_named_as_its_folder_and_asks_for_measures_that_there_are(ste
     assert study.stem == stem
     assert len(study.rule_hash) == 12
     assert {claim.rule.measure for claim in study.claims} <= set(MEASURES)
+    # A curve is no number that a figure could show over another.
+    assert {*(study.against or ())} <= {*MEASURES} - {"curve"}
+    # A panel has one axis for the paper's values of another measure.
+    named = {(claim.rule.measure, claim.paper_as) for claim in study.claims if claim.paper_as is not None}
+    assert len(named) == len({measure for measure, _ in named})
     assert len({claim.id for claim in study.claims}) == len(study.claims)
     tokens = {study.setup(name).recipe.tokens for name in study.variants}
     assert len(tokens) == 1, "variants have other budgets than the base"

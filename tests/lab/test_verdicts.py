@@ -6,11 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from deepseek_jax.cli.main import main
 from deepseek_jax.lab.asked import asked, check_corpus, check_gate, rule, tasks
 from deepseek_jax.lab.figure import draw
-from deepseek_jax.lab.records import OF_DRAFTS, OF_EXPERTS, OF_PASSKEYS, OF_TRAINING, Runs, spec, text
+from deepseek_jax.lab.records import (
+    LABELS,
+    MEASURES,
+    OF_DRAFTS,
+    OF_EXPERTS,
+    OF_PASSKEYS,
+    OF_TRAINING,
+    Runs,
+    spec,
+    text,
+)
 from deepseek_jax.lab.rules import MECHANISM, OPEN, OPPOSITE, REPRODUCED
 from deepseek_jax.lab.study import TUNING_SEED, Study, load
 from deepseek_jax.lab.verdicts import best, judge, ledger, spread, table
@@ -156,18 +167,31 @@ def test_figures_of_passkeys_are_of_the_rows_that_they_name():
     assert measured == pytest.approx({"passkey_long": 0.2, "passkey_missed": 0.2, "passkey_untrained": 2.5})
     extended = record("none", 0) | {"probes": {"passkeys": {"as it is": {"short": 0.8, "long": 0.0}}}}
     assert math.isnan(OF_PASSKEYS["passkey_untrained"](extended))
+    # Without it none is found: one key is what they are compared with; nothing and nothing is no ratio.
+    for share, ratio in ((0.004, 2.0), (0.0, math.nan)):
+        found = {"as it is": {"short": 0.8, "long": 0.0}, "yarn": {"short": 0.7, "long": share}}
+        none = record("none", 0) | {"probes": {"passkeys": found}}
+        assert OF_PASSKEYS["passkey_untrained"](none) == pytest.approx(ratio, nan_ok=True)
     gone = record("none", 0) | {"probes": {}}
     assert [measure(gone) for measure in OF_PASSKEYS.values()][:2] == [0, 1]
 
 
-def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path):
+def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path, monkeypatch):
     """None of a variant without runs, and none of a run that diverged."""
     assert STUDY.against is not None
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure.axes), save(figure, *a, **k)))
     first, second = list(STUDY.variants)[:2]
     gone = record(first, 1) | {"diverged": 17, "evaluations": [], "probes": {}}
     some = {(first, 0): record(first, 0), (first, 1): gone, (second, 0): record(second, 0)}
     for found in ({}, some):
         assert draw(STUDY, found, judge(STUDY, found), tmp_path / "figure.png").stat().st_size > 1000
+    empty, panel = (next(a for a in axes if a.get_xlabel() == LABELS[STUDY.against[0]]) for axes in drawn)
+    assert len(empty.lines) == 0
+    # A dot for its one seed and a cross at the mean, which is the same.
+    values = [tuple(MEASURES[measure](some[name, 0]) for measure in STUDY.against) for name in (first, second)]
+    points = [list(zip(*line.get_data(), strict=True)) for line in panel.lines]
+    assert points == [[values[0]], [values[0]], [values[1]], [values[1]]]
 
 
 def test_tables_and_ledger_say_what_there_is(whole):

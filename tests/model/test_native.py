@@ -258,6 +258,29 @@ def test_what_it_does_not_multiply_is_refused():
         grouped_matmul(x, stored, sizes, "native")
 
 
+def test_shapes_that_do_not_fit_are_refused():
+    """The library goes by them through memory, and would read and write beyond its end."""
+    x, w = matrices((4, 8), (2, 8, 16))
+    sizes, q = np.array([2, 2], np.int32), jnp.zeros((2, 3, 4, 8))
+    places = [jnp.zeros(shape, jnp.int32) for shape in ((2, 3), (2, 3), (2, 5), (2, 5))]
+    k = jnp.zeros((2, 5, 2, 8))
+    refused = [
+        (lambda: native.grouped_matmul(x[:, :7], w, sizes), r"w \(2, 8, 16\) does not fit x: D is 8 in it and 7 there"),
+        (lambda: native.grouped_matmul(x, w, sizes, transpose=True), "w .* does not fit x: Z is 16 in it and 8 there"),
+        (lambda: native.grouped_matmul(x, w, sizes[:1]), r"sizes \(1,\) does not fit w: E is 1 in it and 2 there"),
+        (lambda: native.grouped_matmul(x, w[0], sizes), r"w must have axes EDZ; its shape is \(8, 16\)"),
+        (lambda: native.grouped_outer(x, x[:3], sizes, jnp.float32), "y .* does not fit x: M is 3 in it and 4 there"),
+        (lambda: native.attention(q, k, k[:, :4], places, 1.0), "v .* does not fit k: S is 4 in it and 5 there"),
+        (lambda: native.attention(q, k, k, places[:2] * 2, 1.0), "positions of keys .* does not fit k: S is 3"),
+        (lambda: native.attention(q[:, :, :3], k, k, places, 1.0), "2 heads of keys do not serve 3 of queries alike"),
+        (lambda: native.latent_attention(q, k[None, :, :, 0, :4], 0, 2, places, 1.0), "k .* does not fit q: K is 4"),
+        (lambda: native.latent_attention(q, k[None, :, :, 0], 0, 9, places, 1.0), "values of 9 numbers are no part of"),
+    ]
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_it_is_for_cpus(monkeypatch):
     q, places = jnp.zeros((1, 1, 1, 4), jnp.float16), [jnp.zeros((1, 1), jnp.int32)] * 4
     with pytest.raises(

@@ -140,6 +140,24 @@ def test_calls_agree_bit_for_bit(case):
         np.testing.assert_array_equal(together(*given)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda x, i, w, g, d: (x[:-1], i, w, g, d), r"index \(3, 2\) does not fit x: N is 3 in it and 2 there"),
+        (lambda x, i, w, g, d: (x, i, w[:, :1], g, d), "weight .* does not fit index: K is 1 in it and 2 there"),
+        (lambda x, i, w, g, d: (x, i, w, g[:, :-1], d), "gate_up .* does not fit x: D is 7 in it and 8 there"),
+        (lambda x, i, w, g, d: (x, i, w, g[:-1], d), "down .* does not fit gate_up: E is 2 in it and 1 there"),
+        (lambda x, i, w, g, d: (x, i, w, g, d[:, :, :-1]), "down .* does not fit x: D is 7 in it and 8 there"),
+        (lambda x, i, w, g, d: (x, i, w, g, d[:, :-1]), "gate_up is 32 wide, which is not twice the 15 of down"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(cut, message):
+    """The library goes by them through memory, and would read and write beyond its end."""
+    x, index, weight, gate_up, down = map(jnp.asarray, tensors([3, 2], 1, 2, 8, 16))
+    with pytest.raises(ValueError, match=message):
+        native.routed(*cut(x, index, weight, gate_up.reshape(2, 8, 32), down), None)
+
+
 def test_what_it_does_not_multiply_is_refused():
     x, index, weight, gate_up, down = tensors([2, 2], 0, 1, 8, 16)
     half = [jnp.asarray(a, jnp.float16) for a in (x, weight, gate_up, down)]

@@ -47,7 +47,8 @@ def test_warm_up_takes_2000_steps(name, step, share):
 
 
 def test_the_loss_free_recipes_count_in_steps():
-    assert [lr("loss-free-1b", 0, step) for step in (499, 999)] == pytest.approx([5e-4, 1e-3], rel=1e-9)
+    rates = [lr("loss-free-1b", step * 1152 * 2048, step) for step in (499, 999, 1000)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3], rel=1e-9)
     rates = [lr("loss-free-3b", step * 1728 * 2048, step) for step in (45_210, 45_211, 50_861, 50_862)]
     assert rates == pytest.approx([7.8e-4, 2.4648e-4, 2.4648e-4, 7.788768e-5], rel=1e-9)
 
@@ -65,7 +66,7 @@ def test_without_warm_up_the_first_step_has_the_peak():
         ("deepseek-moe-2b", {0.79: 1.08e-3, 0.8: 3.4128e-4, 0.9: 1.0784448e-4}),
         ("deepseek-moe-16b", {0.79: 4.2e-4, 0.8: 1.3272e-4, 0.9: 4.193952e-5}),
         ("deepseek-moe-145b", {0.0: 3e-4, 1.0: 3e-4}),
-        ("loss-free-1b", {0.0: 1e-3, 0.5: 5.5e-4, 1.0: 1e-4}),
+        ("loss-free-1b", {0.0: 1e-3, 0.51179648: 5.5e-4, 1.0: 1e-4}),
         ("loss-free-3b", {0.79: 7.8e-4, 0.8: 2.4648e-4, 0.9: 7.788768e-5}),
         ("deepseek-v4-flash", {0.5: 2.7e-4, 1.0: 2.7e-5}),
         ("deepseek-v4-pro", {0.5: 2.0e-4, 1.0: 2.0e-5}),
