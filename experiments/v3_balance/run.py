@@ -2,12 +2,12 @@
 
 2408.15664, and V3 section 4.5.3; the claims with the paper's numbers stand in paper_notes/v3_balance.md.
 
-    deepseek-jax experiment v3_balance        # 25 runs of about 5 minutes of one core, two at a time
+    deepseek-jax experiment v3_balance        # 25 runs of 5 to 7 minutes of one core, two at a time
 
 The base balances by the sign rule at u = 3e-3, with no balance loss at all; what differs is said below, one field each
 but for those that balance by a loss or not at all, whose bias stands still. The balance loss is the batch-wise one
 (`batch_balance`) over the 2,048 tokens of a step: the paper's baseline, whose alpha it states as 1e-3. Load is measured
-on the same 250,000 held-out tokens after the bias has come to rest; MaxVio of perfectly even, independent routing would
+on the same 185,000 held-out tokens after the bias has come to rest; MaxVio of perfectly even, independent routing would
 be about 0.01 there. The base at scale gpu has V3's speed of 1e-3, which no variant keeps.
 
 Other rules than the sign are the study `v3_balance_rules` on this base, softmax gates `v3_balance_gates`.
