@@ -35,6 +35,8 @@ STUDY = Study(
             says="drafts of the second token are accepted whatever the text is about",
             expected="the paper's 85 to 90%; here more than three times as often as a constant one, for either kind",
             rule=Beyond("draft_over_constant", "mtp", over=3.0, under=1.5),
+            paper={"mtp": 87.5},
+            paper_as="second tokens accepted, %",
         ),
         Claim(
             "C2",
