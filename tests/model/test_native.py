@@ -99,6 +99,27 @@ def test_a_model_is_trained_by_it(name):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+def test_a_model_is_trained_in_bfloat16_as_near_to_float32_as_by_xla():
+    """Its products round once, sums never; the other form rounds as often as XLA's operations do."""
+    params, rest = dsj.partition(random_model(tiny_config(n_layers=2, mtp_depth=0)))
+    batch = {"tokens": random_tokens(rest.cfg, 2, 18)}
+
+    @partial(jax.jit, static_argnums=1)
+    def gradient(params, ctx):
+        return jax.grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, ctx=ctx)[0])(params)
+
+    exact = jax.tree.leaves(gradient(params, dsj.Context()))
+
+    def distance(form: str) -> np.ndarray:
+        ctx = dsj.Context(dtype=jnp.bfloat16, experts=form, attention=form)
+        found = jax.tree.leaves(gradient(params, ctx))
+        return np.array([jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(found, exact, strict=True)])
+
+    ours, theirs = distance("native"), distance("auto")
+    assert 0 < ours.max() < 0.05
+    assert np.sqrt((ours**2).mean()) <= 1.1 * np.sqrt((theirs**2).mean())
+
+
 @pytest.mark.parametrize(("D", "Z"), WIDTHS)
 def test_products_of_bfloat16_are_those_of_its_values(D, Z):
     x, w, y = (jnp.asarray(a, jnp.bfloat16) for a in matrices((ROWS, D), (SIZES.size, D, Z), (ROWS, Z)))
