@@ -156,7 +156,8 @@ def indexers(model: Transformer, held_out: HeldOut) -> dict:
 
 def lengths(model: Transformer, of: Callable[[int], HeldOut]) -> dict:
     """Bits per byte in windows of each of `LENGTHS`, of every `EVERY`th window: "as it is"; and, of a model whose RoPE
-    nothing extends, "yarn": with YaRN from the first of them to the last and no training."""
+    nothing extends, "yarn": with YaRN from the first of them to the last and no training. To be compared between
+    models, not between lengths: these windows of one length are other text than those of another."""
     first, last = LENGTHS[0], LENGTHS[-1]
 
     def bits(model: Transformer) -> dict[str, float]:
