@@ -211,7 +211,8 @@ class Trend:
 @dataclass(frozen=True)
 class FewerSteps:
     """``variant`` needs fewer tokens than ``control`` to come to the control's last loss: the upper 95% bound of the
-    geometric mean of the ratio lies under 1; opposite: the lower one over 1. ``measure`` is a curve.
+    geometric mean of the ratio lies under 1; opposite: the lower one over 1. ``measure`` is a curve. Both are taken
+    where they first come there: text that is harder at the end holds the control up as well.
 
     Where both need the same, at most 5% each way. Found in 80 of 100 studies of five seeds: a ratio whose logarithm is
     1.38 deviations of a seed's. A seed that never comes there, or whose control diverged, leaves it open.
@@ -230,7 +231,7 @@ class FewerSteps:
         pairs = list(zip(values[self.variant], values[self.control], strict=True))
         if gone := sum(not math.isfinite(control[-1][1]) for _, control in pairs):
             return Verdict(OPEN, f"{self.control} comes to no loss at {gone} of {len(pairs)} seeds")
-        ratios = [steps_to(curve, control[-1][1]) / control[-1][0] for curve, control in pairs]
+        ratios = [steps_to(curve, control[-1][1]) / steps_to(control, control[-1][1]) for curve, control in pairs]
         if not all(map(math.isfinite, ratios)):
             return Verdict(OPEN, f"{sum(map(math.isinf, ratios))} of {len(ratios)} seeds never come to the loss")
         logs, n = np.log(ratios), len(ratios)

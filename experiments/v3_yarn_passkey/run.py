@@ -3,7 +3,7 @@
 DeepSeek-V2 (2405.04434) section 3.1.4, DeepSeek-V3 (2412.19437) section 4.3, YaRN (2309.00071); the claims stand in
 paper_notes/v3_yarn_passkey.md. The same question of ordinary text: `v3_yarn`.
 
-    deepseek-jax experiment v3_yarn_passkey     # 15 runs; 1 minute of one core each, and 5 more for each seed
+    deepseek-jax experiment v3_yarn_passkey     # 15 runs; 1 minute of one core each, and 6 more for each seed
 
 A dense model is trained on pass keys in rows of 144 tokens, 800 steps of 4,032 tokens. Three ways on from it, 60 steps
 each: "yarn" on rows of 576 with YaRN of factor 4, "rope" on the same rows with RoPE as it was, "short" on rows of 144.

@@ -178,6 +178,10 @@ def test_fewer_steps_are_found_by_their_ratio_and_hardly_ever_by_chance():
     assert rule.judge(faster).word == REPRODUCED
     assert "0.5" in rule.judge(faster).why
     assert rule.judge({"a": [curve(0.5)] * 3, "b": [curve(1.0)] * 3}).word == OPEN
+    # Where the last text is harder, both were down at the last loss before.
+    harder = [(tokens, loss + (0.3 if tokens == 20 else 0.0)) for tokens, loss in curve(1.0)]
+    assert rule.judge({"a": [harder] * 3, "b": [harder] * 3}).word == OPEN
+    assert "a needs 0.50 times" in rule.judge({"a": [curve(2.0)] * 3, "b": [harder] * 3}).why
     # A run that diverged has this for its curve.
     gone = rule.judge({"a": [curve(2.0)] * 3, "b": [curve(1.0), [(0.0, math.inf)], curve(1.0)]})
     assert (gone.word, gone.why) == (OPEN, "b comes to no loss at 1 of 3 seeds")

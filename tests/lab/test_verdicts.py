@@ -176,6 +176,21 @@ def test_figures_of_passkeys_are_of_the_rows_that_they_name():
     assert [measure(gone) for measure in OF_PASSKEYS.values()][:2] == [0, 1]
 
 
+def test_curves_and_the_seed_of_tuning_are_drawn(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.extend(figure.axes), save(figure, *a, **k)))
+    study = load(EXPERIMENTS, "v4_muon")
+    found = Runs(EXPERIMENTS / "runs").of(study)
+    draw(study, found, judge(study, found), tmp_path / "figure.png")
+    dots, curves = drawn
+    assert [line.get_label() for line in curves.lines] == ["adamw-2e-3", "adamw-4e-3", "muon-8e-3"]
+    tokens, losses = curves.lines[-1].get_data()
+    assert (len(tokens), tokens[-1]) == (16, study.base.recipe.tokens)
+    assert losses[-1] == pytest.approx(sum(found["muon-8e-3", seed]["curve"][-1][1] for seed in study.seeds) / 5)
+    rings = [line.get_ydata()[0] for line in dots.lines if line.get_fillstyle() == "none"]
+    assert rings == [MEASURES["bits_per_byte"](found[name, TUNING_SEED]) for name in study.variants]
+
+
 def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path, monkeypatch):
     """None of a variant without runs, and none of a run that diverged."""
     assert STUDY.against is not None
