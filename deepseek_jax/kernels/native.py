@@ -104,7 +104,7 @@ def attention(q_BTNK, k_BSGK, v_BSGV, places: Sequence[jax.Array], scale: float)
     keys of its own segment at its own and earlier positions; one of segment 0 sees none, and is zero. Has a gradient,
     which computes the probabilities again; a row's key head is one thread's there.
 
-    Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
+    Raises ValueError for other dtypes, shapes that do not fit, where the platform is no CPU, or nothing can be built.
     """
     _check(q_BTNK, k_BSGK, v_BSGV, what=ATTENTION)
     _fit(q=("BTNK", q_BTNK), k=("BSGK", k_BSGK), v=("BSGV", v_BSGV), **_placed(places))
