@@ -112,7 +112,7 @@ def _loss_free(model: str, rate: LearningRate, tokens: int, batch_rows: int) -> 
 
 def _loss_free_1b() -> Recipe:
     """2408.15664 §4.1 and appendix, as others quote it: 100B tokens (its 40,000 steps are 94.4B), a cosine from 1e-3 to
-    1e-4 after 1,000 steps of warm-up. Not stated in what was at hand: the optimizer (V2's here)."""
+    1e-4 after 1,000 steps of warm-up. Not stated in what was at hand: the optimizer (V2's here), the micro-batch."""
     tokens = 100 * B
     rate = LearningRate(1e-3, 1000, decay_from=1000 * 1152 * 2048, decay_until=tokens, decay_to=1e-4, drops=())
     return _loss_free("loss-free-1b", rate, tokens, batch_rows=1152)
@@ -120,7 +120,7 @@ def _loss_free_1b() -> Recipe:
 
 def _loss_free_3b() -> Recipe:
     """2408.15664 §4.1 and appendix, as others quote it: 56,514 steps of 1,728 rows, 200B tokens; the rate falls after
-    45,211 and after 50,862. Not stated in what was at hand: by how much (DeepSeekMoE's 0.316 here), the optimizer."""
+    45,211 and after 50,862. Not stated in what was at hand: by how much (DeepSeekMoE's 0.316 here), the rest as 1B."""
     peak, step = 7.8e-4, 1728 * 2048
     drops = ((45_211 * step, 0.316 * peak), (50_862 * step, 0.316**2 * peak))
     rate = LearningRate(peak, 2000, decay_from=None, drops=drops)

@@ -176,13 +176,19 @@ def test_figures_of_passkeys_are_of_the_rows_that_they_name():
     assert [measure(gone) for measure in OF_PASSKEYS.values()][:2] == [0, 1]
 
 
-def test_curves_and_the_seed_of_tuning_are_drawn(tmp_path, monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.extend(figure.axes), save(figure, *a, **k)))
+@pytest.fixture
+def drawn(monkeypatch) -> list[list]:
+    """The axes of each picture that is made."""
+    axes, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (axes.append(figure.axes), save(figure, *a, **k)))
+    return axes
+
+
+def test_curves_and_the_seed_of_tuning_are_drawn(tmp_path, drawn):
     study = load(EXPERIMENTS, "v4_muon")
     found = Runs(EXPERIMENTS / "runs").of(study)
     draw(study, found, judge(study, found), tmp_path / "figure.png")
-    dots, curves = drawn
+    ((dots, curves),) = drawn
     assert [line.get_label() for line in curves.lines] == ["adamw-2e-3", "adamw-4e-3", "muon-8e-3"]
     tokens, losses = curves.lines[-1].get_data()
     assert (len(tokens), tokens[-1]) == (16, study.base.recipe.tokens)
@@ -191,11 +197,9 @@ def test_curves_and_the_seed_of_tuning_are_drawn(tmp_path, monkeypatch):
     assert rings == [MEASURES["bits_per_byte"](found[name, TUNING_SEED]) for name in study.variants]
 
 
-def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path, monkeypatch):
+def test_one_measure_over_another_is_of_the_seeds_that_have_both(tmp_path, drawn):
     """None of a variant without runs, and none of a run that diverged."""
     assert STUDY.against is not None
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure.axes), save(figure, *a, **k)))
     first, second = list(STUDY.variants)[:2]
     gone = record(first, 1) | {"diverged": 17, "evaluations": [], "probes": {}}
     some = {(first, 0): record(first, 0), (first, 1): gone, (second, 0): record(second, 0)}
