@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from deepseek_jax.analysis.provenance import commit, provenance
-from deepseek_jax.kernels.native import compiler
+from deepseek_jax.kernels.native.library import compiler
 
 STEMS = (
     "bench_convert",

@@ -27,6 +27,7 @@ REMAT = {
 EXPERTS = ("auto", "dense", "blocks", "ragged", "kernel", "hopper", "native")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 ATTENTION = ("auto", "xla", "kernel", "hopper", "native")
+LINEAR = ("auto", "native")
 CACHES = ("compute", "served")
 
 
@@ -44,6 +45,8 @@ class Context:
     (`kernels.hopper_decode`), both in 16-bit dtypes; "native", for CPUs, is C++ (`kernels.native`) for calls on one
     device, over a cache too, but for an indexer's and compressed attention's; for other calls they take XLA's. A
     "kernel" that is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
+    ``linear``: what multiplies linear maps, "auto" for XLA; "native", for CPUs, is C++ (`kernels.native`) for maps of
+    64 rows or more on one device; those of weights that are quantised or have an adapter, and all others, are XLA's.
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`. ``unrolled``: a stack's layers one after the
@@ -68,6 +71,7 @@ class Context:
     experts: str = "auto"
     mla: str = "auto"
     attention: str = "auto"
+    linear: str = "auto"
     cache: str = "compute"
     remat: str = "none"
     unrolled: bool = False
@@ -97,7 +101,14 @@ class Context:
             raise ValueError(f"Context(expert_chunks={self.expert_chunks!r}): must be at least 1.")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"Context(loss_chunk={self.loss_chunk!r}): must be at least one token, or None.")
-        fields = {"experts": EXPERTS, "mla": MLA_FORMS, "attention": ATTENTION, "cache": CACHES, "remat": tuple(REMAT)}
+        fields = {
+            "experts": EXPERTS,
+            "mla": MLA_FORMS,
+            "attention": ATTENTION,
+            "linear": LINEAR,
+            "cache": CACHES,
+            "remat": tuple(REMAT),
+        }
         for name, choices in fields.items():
             value = getattr(self, name)
             if value not in choices:

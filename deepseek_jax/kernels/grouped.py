@@ -15,7 +15,9 @@ import numpy as np
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.lowrank import dense
 from deepseek_jax.core.quant import Quantized
-from deepseek_jax.kernels import hopper, megablox, native
+from deepseek_jax.kernels import hopper, megablox
+from deepseek_jax.kernels.native import experts as native_experts
+from deepseek_jax.kernels.native import grouped as native
 from deepseek_jax.kernels.platform import on_platform, one_pass
 
 # Fewest and most rows of a block. On a CPU, what a block has beyond its group's rows costs as much as they do; on a GPU
@@ -99,9 +101,9 @@ def native_matmul(x_MD, w_EDZ, sizes_E, transpose: bool) -> jax.Array:
 
 
 def native_routed(x_ND, index_NK, weight_NK, gate_up, down, limit: float | None) -> jax.Array:
-    """`native.routed` of experts' weights as `grouped_matmul` takes them, both held alike."""
+    """`native.experts.routed` of experts' weights as `grouped_matmul` takes them, both held alike."""
     gate_up, down = (_as_it_lies(w, x_ND.dtype) for w in (gate_up, down))
-    return native.routed(x_ND, index_NK, weight_NK, gate_up, down, limit)
+    return native_experts.routed(x_ND, index_NK, weight_NK, gate_up, down, limit)
 
 
 def _as_it_lies(w_EDZ, dtype) -> jax.Array | Bits:

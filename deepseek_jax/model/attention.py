@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.ops import ONE_DEVICE
 from deepseek_jax.core.product import product
-from deepseek_jax.kernels import cudnn, hopper_decode, native
+from deepseek_jax.kernels import cudnn, hopper_decode
 from deepseek_jax.kernels.attention import LANES, causal_attention
+from deepseek_jax.kernels.native import attention as native
 from deepseek_jax.kernels.platform import on_platform
 from deepseek_jax.model.indexer import Seeking, chosen_keys, only_chosen
 from deepseek_jax.model.tokens import Tokens

@@ -22,7 +22,6 @@ from deepseek_jax.configs import schema
 from deepseek_jax.core import cached
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.product import product
@@ -33,6 +32,7 @@ from deepseek_jax.model import ring
 from deepseek_jax.model.attention import KEPT_PROBABILITIES, in_blocks
 from deepseek_jax.model.compressor import Compressor
 from deepseek_jax.model.indexer import EntryIndexer, Seeking, chosen_keys, divergence_of, only_chosen
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.tokens import Tokens
 
 # Values of a key or an entry that share a scale where they are kept in FP8.

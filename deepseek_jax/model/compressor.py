@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import param
+from deepseek_jax.model.linear import linear
 
 
 class Compressor(nnx.Module):

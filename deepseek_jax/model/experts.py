@@ -40,6 +40,8 @@ def routed_experts(
     weight_NK = jnp.where(index_NK >= 0, weight_NK, 0)
     if form == "dense":
         return dense_experts(x_ND, index_NK, weight_NK, dense(gate_up, x_ND.dtype), dense(down, x_ND.dtype), limit)
+    if form == "native" and fp8 is None and not isinstance(gate_up, LowRank) and not isinstance(down, LowRank):
+        return native_routed(x_ND, index_NK, weight_NK, gate_up, down, limit)
     return sorted_experts(x_ND, index_NK, weight_NK.astype(x_ND.dtype), gate_up, down, form, limit, fp8)
 
 
@@ -75,12 +77,7 @@ def sort_by_expert(index_NK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.
 def sorted_experts(
     x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form: str, limit: float | None = None, fp8: Fp8 | None = None
 ) -> jax.Array:
-    """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters.
-
-    This is what runs where no gradient is asked for: natively, all of it is one call."""
-    adapted = isinstance(gate_up_ED2F, LowRank) or isinstance(down_EFD, LowRank)
-    if form == "native" and fp8 is None and not adapted:
-        return native_routed(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, limit)
+    """Sort, two grouped matmuls, gather back. Permutations are gathers in both directions, never scatters."""
     return _forward(x_ND, index_NK, weight_NK, gate_up_ED2F, down_EFD, form, limit, fp8)[0]
 
 

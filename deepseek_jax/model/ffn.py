@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param
+from deepseek_jax.model.linear import linear
 
 
 def swiglu(gate: jax.Array, up: jax.Array, limit: float | None = None) -> jax.Array:

@@ -11,9 +11,9 @@ from flax import nnx
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import param
 from deepseek_jax.model.attention import attend
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.tokens import Tokens
 
 

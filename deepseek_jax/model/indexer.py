@@ -18,11 +18,11 @@ from flax import nnx
 from deepseek_jax.configs import schema
 from deepseek_jax.core import served
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, LayerNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.core.product import product
 from deepseek_jax.model.compressor import Compressor
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.tokens import Tokens
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -20,7 +20,6 @@ from deepseek_jax.configs import schema
 from deepseek_jax.core.cached import empty, kept, put, taken
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LATENT_EPS, RMSNorm
 from deepseek_jax.core.ops import ONE_DEVICE
 from deepseek_jax.core.params import param
@@ -28,6 +27,7 @@ from deepseek_jax.core.rope import softmax_scale
 from deepseek_jax.core.served import Form, Served
 from deepseek_jax.model.attention import attend, attend_cache
 from deepseek_jax.model.indexer import Indexer, divergence
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.tokens import Tokens
 
 # Values of a latent or an indexer's key that share a scale where they are kept in FP8.

@@ -11,10 +11,10 @@ from flax import nnx
 
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.model.block import Block
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.outputs import Aux
 from deepseek_jax.model.residual import Collapse
 from deepseek_jax.model.tokens import Tokens

@@ -18,8 +18,8 @@ from deepseek_jax.configs.layers import HyperConnections
 from deepseek_jax.configs.schema import ModelConfig
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import declared, param
+from deepseek_jax.model.linear import linear
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # How much what depends on the token counts at first beside what is alike for all: the papers' value.

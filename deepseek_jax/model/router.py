@@ -13,8 +13,8 @@ from flax import nnx
 
 from deepseek_jax.configs import schema
 from deepseek_jax.core.context import DEFAULT, Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import hash_table, param, router_bias
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.tokens import Tokens
 
 # The reference adds this to the sum of the chosen scores; DeepSeek's own code adds nothing.

@@ -16,7 +16,6 @@ from deepseek_jax.configs.layers import Stack
 from deepseek_jax.configs.schema import Compressed, ModelConfig
 from deepseek_jax.core.context import DEFAULT, Context
 from deepseek_jax.core.layout import BATCH, SEQUENCE
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import RMSNorm
 from deepseek_jax.core.params import HashTable, drawn, drawn_table, map_variables, matrix_of, param, parameter_dtype
 from deepseek_jax.kernels.hopper_decode import KEYS
@@ -32,6 +31,7 @@ from deepseek_jax.model.arguments import (
 )
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.cache import Cache, make_cache, seen_tokens
+from deepseek_jax.model.linear import linear
 from deepseek_jax.model.mtp import MTP, shifted
 from deepseek_jax.model.outputs import Aux, Output
 from deepseek_jax.model.residual import Collapse, spread

@@ -11,8 +11,8 @@ from flax import nnx
 
 from deepseek_jax.configs.multimodal import GROUPS
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.params import gain, param
+from deepseek_jax.model.linear import linear
 
 
 class Linear(nnx.Module):

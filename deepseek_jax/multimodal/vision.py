@@ -10,10 +10,10 @@ from flax import nnx
 
 from deepseek_jax.configs import multimodal
 from deepseek_jax.core.context import Context
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.norm import LayerNorm
 from deepseek_jax.core.params import param
 from deepseek_jax.model.attention import attend_block
+from deepseek_jax.model.linear import linear
 from deepseek_jax.multimodal.layers import Linear, gelu
 
 COLOURS = 3

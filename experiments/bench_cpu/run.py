@@ -5,8 +5,8 @@ Both sides run the same weights and shapes in processes of their own that take t
 machine does meets both; figures are medians. PyTorch is taken at its best: the fastest of one and two threads and
 of its `eager` and `grouped_mm` experts, each task for itself. Times vary from machine to machine; the ratios are
 the result. Both sides run with malloc told to keep its memory, which spares each of them page faults. The cores that
-each side used are its CPU time over its wall time. This package runs twice: as it is, and with
-`Context(experts="native", attention="native", unrolled=True)` where there is a C++ compiler to build it.
+each side used are its CPU time over its wall time. This package runs twice: as it is, and, where there is a C++
+compiler to build it, with `Context(experts="native", attention="native", linear="native", unrolled=True)`.
 
 Beside them stands what the machine could do: useful FLOPs over the rate of a large product, and the bytes of the
 weights and cached keys that a decoding step reads, in float32, over the rate at which all cores read memory together,
@@ -37,7 +37,7 @@ from deepseek_jax.analysis.counts import counts
 from deepseek_jax.analysis.peaks import decoding_bytes
 from deepseek_jax.analysis.provenance import provenance
 from deepseek_jax.configs.schema import GQA, MLA, ModelConfig, MoE
-from deepseek_jax.kernels import native
+from deepseek_jax.kernels.native.library import compiler
 
 HERE = Path(__file__).parent
 
@@ -189,7 +189,7 @@ def jax_tasks(folder: str, size: Size, form: str) -> dict:
     import optax
 
     model = dsj.load_pretrained(folder, dtype=jnp.float32)
-    ctx = dsj.Context(experts=form, attention=form, unrolled=form == "native")
+    ctx = dsj.Context(experts=form, attention=form, linear=form, unrolled=form == "native")
     params, rest = dsj.partition(model)
     optimizer = optax.adamw(1e-4, 0.9, 0.95, weight_decay=0.1)
     state = [params, jax.jit(optimizer.init)(params)]
@@ -367,7 +367,7 @@ class Side:
 
 def compare(name: str, size: Size, repeats: int, smoke: bool, folder: str, rates: dict[str, float]) -> dict:
     """The figures of one model, both sides on the weights in ``folder``; ``rates`` are `machine`'s."""
-    forms = ["auto", "native"] if native.compiler() else ["auto"]
+    forms = ["auto", "native"] if compiler() else ["auto"]
     if len(forms) == 1:
         print("there is no C++ compiler here: the native form is left out", flush=True)
     sides = [Side("jax", folder, name, smoke, experts=form) for form in forms]

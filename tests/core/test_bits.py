@@ -9,10 +9,10 @@ from tiny import random_model, tiny_config
 from deepseek_jax.core import bits
 from deepseek_jax.core.bits import Bits, tiled_product
 from deepseek_jax.core.context import DEFAULT
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.lowrank import LowRank
 from deepseek_jax.core.params import Adapter, is_variable, map_variables, named_variables
 from deepseek_jax.generation.layers import unstacked
+from deepseek_jax.model.linear import linear
 from deepseek_jax.train.lora import adapt
 from deepseek_jax.train.tuning import LoRA
 

@@ -10,11 +10,11 @@ import pytest
 
 import deepseek_jax as dsj
 from deepseek_jax.core.fp8 import FORMATS, HIGHEST, Fp8, accumulated, fp8_product, rounded
-from deepseek_jax.core.linear import linear
 from deepseek_jax.core.lowrank import LowRank
 from deepseek_jax.core.quant import quantize_matrix
 from deepseek_jax.kernels.grouped_fp8 import fp8_matmul, fp8_outer, fp8_transposed
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.linear import linear
 from deepseek_jax.parallel.mesh import make_mesh
 from tests.tiny import random_model, tiny_config
 

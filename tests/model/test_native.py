@@ -1,5 +1,5 @@
 """The grouped matmul and the attention that are built for the CPU: every path through their tiles, in a model, and
-where they cannot be."""
+where the library cannot be built."""
 
 import os
 import subprocess
@@ -18,11 +18,13 @@ import deepseek_jax as dsj
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.quant import FP8, Quantized
 from deepseek_jax.generation.programs import keep_ready
-from deepseek_jax.kernels import native
-from deepseek_jax.kernels.grouped import grouped_matmul
+from deepseek_jax.kernels import grouped
+from deepseek_jax.kernels.native import library
+from deepseek_jax.kernels.native.attention import attention, latent_attention
+from deepseek_jax.kernels.native.grouped import grouped_matmul, grouped_outer
 from deepseek_jax.parallel.mesh import make_mesh
 
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="there is no C++ compiler here")
 
 # Of no row, of fewer than a tile has and of one more, of several blocks; the last rows are nobody's.
 SIZES = np.array([1, 0, 2, 3, 4, 6, 12, 13, 0, 25, 192, 401, 7], np.int32)
@@ -48,7 +50,7 @@ def test_products_equal_numpys(D, Z):
     ends = np.cumsum(SIZES)
     groups = [slice(end - size, end) for end, size in zip(ends, SIZES, strict=True)]
     wide = w.astype(np.float64)
-    forward = jax.jit(native.grouped_matmul, static_argnums=3)
+    forward = jax.jit(grouped_matmul, static_argnums=3)
     expected = np.concatenate([x[g] @ wide[e] for e, g in enumerate(groups)])
     found = np.asarray(forward(x, w, SIZES, False))
     close(found[:-9], expected, D)
@@ -56,14 +58,14 @@ def test_products_equal_numpys(D, Z):
     expected = np.concatenate([y[g] @ wide[e].T for e, g in enumerate(groups)])
     close(np.asarray(forward(y, w, SIZES, True))[:-9], expected, Z)
     expected = np.stack([x[g].astype(np.float64).T @ y[g] for g in groups])
-    found = np.asarray(jax.jit(native.grouped_outer, static_argnums=3)(x, y, SIZES, jnp.float32))
+    found = np.asarray(jax.jit(grouped_outer, static_argnums=3)(x, y, SIZES, jnp.float32))
     close(found, expected, 401)
     assert not found[SIZES == 0].any()
 
 
 def test_wide_rows_of_one_group_are_parted():
     x, w = matrices((3, 40), (4, 40, 1500))
-    found = jax.jit(native.grouped_matmul)(x, w, np.array([0, 0, 3, 0], np.int32))
+    found = jax.jit(grouped_matmul)(x, w, np.array([0, 0, 3, 0], np.int32))
     close(np.asarray(found), x @ w[2].astype(np.float64), 40)
 
 
@@ -71,8 +73,8 @@ def test_many_calls_at_once_give_what_one_gives():
     """Units of work are shared with XLA's threads; a call ends when all of its own are done."""
     x, w = matrices((ROWS, 64), (SIZES.size, 64, 96))
     inputs = [x * (1 + i) for i in range(16)]
-    once = jax.jit(lambda x: native.grouped_matmul(x, w, SIZES))
-    together = jax.jit(lambda inputs: [native.grouped_matmul(x, w, SIZES) for x in inputs])
+    once = jax.jit(lambda x: grouped_matmul(x, w, SIZES))
+    together = jax.jit(lambda inputs: [grouped_matmul(x, w, SIZES) for x in inputs])
     expected = [np.asarray(once(x)) for x in inputs]
     for _ in range(20):
         for found, alone in zip(together(inputs), expected, strict=True):
@@ -92,7 +94,7 @@ def test_a_model_is_trained_by_it(name):
     def gradient(params, ctx):
         return jax.value_and_grad(lambda p: dsj.loss(dsj.combine(p, rest), batch, ctx=ctx)[0])(params)
 
-    native_forms = dsj.Context(experts="native", attention="native", remat="core")
+    native_forms = dsj.Context(experts="native", attention="native", linear="native", remat="core")
     (ours, ours_by), (loss, by) = gradient(params, native_forms), gradient(params, dsj.Context())
     assert float(ours) == pytest.approx(float(loss), rel=1e-6)
     for a, b in zip(jax.tree.leaves(ours_by), jax.tree.leaves(by), strict=True):
@@ -111,7 +113,7 @@ def test_a_model_is_trained_in_bfloat16_as_near_to_float32_as_by_xla():
     exact = jax.tree.leaves(gradient(params, dsj.Context()))
 
     def distance(form: str) -> np.ndarray:
-        ctx = dsj.Context(dtype=jnp.bfloat16, experts=form, attention=form)
+        ctx = dsj.Context(dtype=jnp.bfloat16, experts=form, attention=form, linear=form)
         found = jax.tree.leaves(gradient(params, ctx))
         return np.array([jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(found, exact, strict=True)])
 
@@ -125,15 +127,15 @@ def test_products_of_bfloat16_are_those_of_its_values(D, Z):
     x, w, y = (jnp.asarray(a, jnp.bfloat16) for a in matrices((ROWS, D), (SIZES.size, D, Z), (ROWS, Z)))
     wide = [a.astype(jnp.float32) for a in (x, w, y)]
     for given, of, transpose in ((x, wide[0], False), (y, wide[2], True)):
-        expected = native.grouped_matmul(of, wide[1], SIZES, transpose)
+        expected = grouped_matmul(of, wide[1], SIZES, transpose)
         for matrix in (w, Bits.of(w)):
             # The output is rounded once; a sum may be rounded to the other side.
-            found = native.grouped_matmul(given, matrix, SIZES, transpose)
+            found = grouped_matmul(given, matrix, SIZES, transpose)
             assert found.dtype == jnp.bfloat16
             np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-5)
-            np.testing.assert_array_equal(native.grouped_matmul(of, matrix, SIZES, transpose), expected)
-    found = native.grouped_outer(x, y, SIZES, jnp.float32)
-    np.testing.assert_array_equal(found, native.grouped_outer(wide[0], wide[2], SIZES, jnp.float32))
+            np.testing.assert_array_equal(grouped_matmul(of, matrix, SIZES, transpose), expected)
+    found = grouped_outer(x, y, SIZES, jnp.float32)
+    np.testing.assert_array_equal(found, grouped_outer(wide[0], wide[2], SIZES, jnp.float32))
 
 
 # Shapes [B, T, S, N, G, K, V]: a step over shared keys; key heads apart, and shared by some; more queries than are
@@ -150,7 +152,7 @@ ATTENTION = [
 
 
 def chances(q, k, places, scale: float) -> np.ndarray:
-    """The softmax of `native.attention` in float64, [B, N, T, S]."""
+    """The softmax of `attention` in float64, [B, N, T, S]."""
     position, segment, key_position, key_segment = places
     seen = (key_segment[:, None] == segment[..., None]) & (segment[..., None] != 0)
     seen &= key_position[:, None] <= position[..., None]
@@ -166,7 +168,7 @@ def by_head(a, q) -> np.ndarray:
 
 
 def attended(q, k, v, places, scale: float) -> np.ndarray:
-    """`native.attention` in float64."""
+    """`attention` in float64."""
     return np.einsum("BNTS,BSNV->BTNV", chances(q, k, places, scale), by_head(v, q))
 
 
@@ -198,7 +200,7 @@ def test_attention_equals_numpys(shape, dtype):
 
     @jax.jit
     def both(*operands):
-        return jax.vjp(lambda *a: native.attention(*a, places, 0.3), *operands)
+        return jax.vjp(lambda *a: attention(*a, places, 0.3), *operands)
 
     found, vjp = both(q, *kept[:2])
     np.testing.assert_allclose(found, attended(q, k, v, places, 0.3), atol=5e-6)
@@ -212,7 +214,7 @@ def test_attention_equals_numpys(shape, dtype):
         np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=2e-5, rtol=rounded)
     if G == 1:
         layer = held[2][:, :, None]
-        found = jax.jit(native.latent_attention, static_argnums=(3, 5))(q, kept[2], 2, V, places, 0.3)
+        found = jax.jit(latent_attention, static_argnums=(3, 5))(q, kept[2], 2, V, places, 0.3)
         np.testing.assert_allclose(found, attended(q, layer, layer[..., :V], places, 0.3), atol=5e-6)
 
 
@@ -221,7 +223,7 @@ def test_large_scores_and_distant_ones():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, size, 2, 16)).astype(np.float32) for size in (9, 200, 200))
     places = (np.full((1, 9), 200, np.int32), *(np.ones((1, size), np.int32) for size in (9, 200, 200)))
-    found = native.attention(q * 40, k, v, places, 1.0)
+    found = attention(q * 40, k, v, places, 1.0)
     np.testing.assert_allclose(found, attended(q * 40, k, v, places, 1.0), atol=2e-5)
 
 
@@ -256,8 +258,8 @@ def test_a_model_decodes_by_it(name, dtype, cache):
     prompts = [row.tolist() for row in np.asarray(random_tokens(cfg, 2, 21))]
     prompts[1] = prompts[1][:3]
 
-    def run(attention: str):
-        ctx = dsj.Context(attention=attention, cache=cache)
+    def run(form: str):
+        ctx = dsj.Context(attention=form, cache=cache)
         how = {"max_new_tokens": 6, "stop_ids": (), "use_mtp": cfg.mtp_depth > 0, "chunk": 8}
         return dsj.generate(model, prompts, ctx=ctx, **how)
 
@@ -273,10 +275,10 @@ def test_what_it_does_not_multiply_is_refused():
     with pytest.raises(
         ValueError, match=r"multiplies float32 and bfloat16, and here are float16; choose another dtype"
     ):
-        grouped_matmul(jnp.asarray(x, jnp.float16), jnp.asarray(w, jnp.float16), sizes, "native")
+        grouped.grouped_matmul(jnp.asarray(x, jnp.float16), jnp.asarray(w, jnp.float16), sizes, "native")
     stored = Quantized(jnp.asarray(w, FP8), jnp.ones((2, 1, 1)), (1, 8, 16), w.shape)
     with pytest.raises(ValueError, match="the experts are stored quantised; load the model in float32 or bfloat16"):
-        grouped_matmul(x, stored, sizes, "native")
+        grouped.grouped_matmul(x, stored, sizes, "native")
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -286,16 +288,25 @@ def test_shapes_that_do_not_fit_are_refused():
     places = [jnp.zeros(shape, jnp.int32) for shape in ((2, 3), (2, 3), (2, 5), (2, 5))]
     k = jnp.zeros((2, 5, 2, 8))
     refused = [
-        (lambda: native.grouped_matmul(x[:, :7], w, sizes), r"w \(2, 8, 16\) does not fit x: D is 8 in it and 7 there"),
-        (lambda: native.grouped_matmul(x, w, sizes, transpose=True), "w .* does not fit x: Z is 16 in it and 8 there"),
-        (lambda: native.grouped_matmul(x, w, sizes[:1]), r"sizes \(1,\) does not fit w: E is 1 in it and 2 there"),
-        (lambda: native.grouped_matmul(x, w[0], sizes), r"w must have axes EDZ; its shape is \(8, 16\)"),
-        (lambda: native.grouped_outer(x, x[:3], sizes, jnp.float32), "y .* does not fit x: M is 3 in it and 4 there"),
-        (lambda: native.attention(q, k, k[:, :4], places, 1.0), "v .* does not fit k: S is 4 in it and 5 there"),
-        (lambda: native.attention(q, k, k, places[:2] * 2, 1.0), "positions of keys .* does not fit k: S is 3"),
-        (lambda: native.attention(q[:, :, :3], k, k, places, 1.0), "2 heads of keys do not serve 3 of queries alike"),
-        (lambda: native.latent_attention(q, k[None, :, :, 0, :4], 0, 2, places, 1.0), "k .* does not fit q: K is 4"),
-        (lambda: native.latent_attention(q, k[None, :, :, 0], 0, 9, places, 1.0), "values of 9 numbers are no part of"),
+        (
+            lambda: grouped_matmul(x[:, :7], w, sizes),
+            r"w \(2, 8, 16\) does not fit x: D is 8 in it and 7 there",
+        ),
+        (lambda: grouped_matmul(x, w, sizes, transpose=True), "w .* does not fit x: Z is 16 in it and 8 there"),
+        (lambda: grouped_matmul(x, w, sizes[:1]), r"sizes \(1,\) does not fit w: E is 1 in it and 2 there"),
+        (lambda: grouped_matmul(x, w[0], sizes), r"w must have axes EDZ; its shape is \(8, 16\)"),
+        (lambda: grouped_outer(x, x[:3], sizes, jnp.float32), "y .* does not fit x: M is 3 in it and 4 there"),
+        (lambda: attention(q, k, k[:, :4], places, 1.0), "v .* does not fit k: S is 4 in it and 5 there"),
+        (lambda: attention(q, k, k, places[:2] * 2, 1.0), "positions of keys .* does not fit k: S is 3"),
+        (
+            lambda: attention(q[:, :, :3], k, k, places, 1.0),
+            "2 heads of keys do not serve 3 of queries alike",
+        ),
+        (lambda: latent_attention(q, k[None, :, :, 0, :4], 0, 2, places, 1.0), "k .* does not fit q: K is 4"),
+        (
+            lambda: latent_attention(q, k[None, :, :, 0], 0, 9, places, 1.0),
+            "values of 9 numbers are no part of",
+        ),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -307,10 +318,10 @@ def test_it_is_for_cpus(monkeypatch):
     with pytest.raises(
         ValueError, match=r'Context\(attention="native"\): it multiplies float32 .* and here are float16'
     ):
-        native.attention(q, q, q, places, 1.0)
+        attention(q, q, q, places, 1.0)
     mesh = make_mesh(data=1)
     monkeypatch.setattr(dsj.Context, "platform", "tpu")
-    for form in ("experts", "attention"):
+    for form in ("experts", "attention", "linear"):
         with pytest.raises(ValueError, match=rf'Context\({form}="native"\): it is for CPUs, and the mesh is of tpu'):
             dsj.Context(mesh=mesh, **{form: "native"})
 
@@ -319,27 +330,27 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="CXX=no-such-compiler is not found; install one"):
-        native.built()
+        library.built()
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(ValueError, match=r"false .* failed"):
-        native.built()
+        library.built()
     assert list((tmp_path / "deepseek-jax" / "native").iterdir()) == []
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
     with pytest.raises(
         ValueError, match=r"built in /proc/deepseek-jax/native, which cannot be written: .*XDG_CACHE_HOME"
     ):
-        native.built()
+        library.built()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"there is no c\+\+, g\+\+ or clang\+\+ here"):
-        native.built()
+        library.built()
 
 
 def test_it_is_built_once(monkeypatch):
-    native.built()
+    library.built()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
-    native._register()
-    assert native.built().is_file()
+    library._register()
+    assert library.built().is_file()
 
 
 def test_another_compiler_of_the_same_name_builds_anew(monkeypatch, tmp_path):
@@ -348,11 +359,11 @@ def test_another_compiler_of_the_same_name_builds_anew(monkeypatch, tmp_path):
     by.write_text("")
     by.chmod(0o755)
     monkeypatch.setenv("CXX", str(by))
-    monkeypatch.setattr(native, "_compile", lambda _, path: path.touch())
-    first = native.built()
-    assert native.built() == first
+    monkeypatch.setattr(library, "_compile", lambda _, path: path.touch())
+    first = library.built()
+    assert library.built() == first
     os.utime(by, ns=(0, 0))
-    assert native.built() != first
+    assert library.built() != first
 
 
 def test_its_programs_are_not_among_those_kept_ready(tmp_path):

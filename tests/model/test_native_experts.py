@@ -12,10 +12,11 @@ from tiny import random_model, random_tokens, tiny_config
 import deepseek_jax as dsj
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.core.quant import FP8, Quantized
-from deepseek_jax.kernels import native
+from deepseek_jax.kernels.native import experts, grouped
+from deepseek_jax.kernels.native.library import compiler
 from deepseek_jax.model.experts import routed_experts
 
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler here")
 
 # Assignments of each expert: none, fewer than a tile has rows and one more, several blocks; and of nobody.
 MANY = [1, 0, 2, 3, 4, 6, 12, 13, 0, 25, 192, 401, 7]
@@ -23,6 +24,20 @@ NOBODY = 10
 # Narrower than a vector; whole panels and strips; an expert that is packed at once, and ones that are too large for it;
 # deeper than is packed at once.
 WIDTHS = [(1, 1), (7, 33), (64, 128), (600, 40), (40, 600), (320, 256), (1030, 130)]
+
+
+# One assignment; one expert, whose inner width the threads part; as many experts as assignments; one of one token; a
+# last part that is narrower; all of one expert; nobody's only; of no tokens.
+FEW = {
+    "one": ([0, 1], 0, 1, 40, 600),
+    "one expert": ([0, 3], 0, 3, 40, 1030),
+    "as many": ([1, 1, 1, 1], 0, 4, 33, 520),
+    "some of nobody": ([2, 0, 0, 1], 3, 2, 70, 515),
+    "more than a tile": ([0, 100, 0], 28, 2, 64, 512),
+    "all of one": ([0, 0, 700], 0, 1, 48, 36),
+    "nobody": ([0, 0], 4, 2, 8, 8),
+    "no tokens": ([0, 0], 0, 2, 8, 8),
+}
 
 
 @partial(jax.jit, static_argnums=5)
@@ -77,23 +92,87 @@ def test_sums_equal_numpys(D, F):
     cut = loop(*given, 0.5)
     close(run(*given, 0.5), cut, max(D, F))
     assert np.abs(cut - expected)[~nothing].max() > 0.1
-    # Where a gradient is asked for, two grouped matmuls do it.
-    value = jax.jit(lambda *given: jax.vjp(lambda x: run(x, *given[1:]), given[0])[0])(*given)
-    close(value, expected, max(D, F))
 
 
-# One assignment; one expert, whose inner width the threads part; as many experts as assignments; one of one token; a
-# last part that is narrower; all of one expert; nobody's only; of no tokens.
-FEW = {
-    "one": ([0, 1], 0, 1, 40, 600),
-    "one expert": ([0, 3], 0, 3, 40, 1030),
-    "as many": ([1, 1, 1, 1], 0, 4, 33, 520),
-    "some of nobody": ([2, 0, 0, 1], 3, 2, 70, 515),
-    "more than a tile": ([0, 100, 0], 28, 2, 64, 512),
-    "all of one": ([0, 0, 700], 0, 1, 48, 36),
-    "nobody": ([0, 0], 4, 2, 8, 8),
-    "no tokens": ([0, 0], 0, 2, 8, 8),
-}
+@partial(jax.jit, static_argnums=(6, 7))
+def gradients(x, index, weight, gate_up, down, dy, limit, form):
+    """The sums, and their gradients by x, weight and the matrices."""
+    floats = (x, weight, gate_up, down)
+    y, vjp = jax.vjp(lambda x, w, g, d: routed_experts(x, index, w, g, d, form, limit), *floats)
+    return y, *vjp(dy)
+
+
+def derived(x, index, weight, gate_up, down, dy, limit=np.inf) -> list[np.ndarray]:
+    """Those of `loop`, assignment by assignment, in float64."""
+    x, weight, gate_up, down, dy = (np.asarray(a, np.float64) for a in (x, weight, gate_up, down, dy))
+    dx, dweight, dgate_up, ddown = (np.zeros(a.shape) for a in (x, weight, gate_up, down))
+    for e in range(len(down)):
+        n, k = np.nonzero(index == e)
+        gate, up, w = x[n] @ gate_up[e, :, 0], x[n] @ gate_up[e, :, 1], weight[n, k, None]
+        inside = [gate <= limit, np.abs(up) <= limit]
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        sigmoid = 1 / (1 + np.exp(-gate))
+        da = dy[n] @ down[e].T
+        dweight[n, k] = (gate * sigmoid * up * da).sum(1)
+        d_gate = inside[0] * w * da * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_up = inside[1] * w * da * gate * sigmoid
+        np.add.at(dx, n, d_gate @ gate_up[e, :, 0].T + d_up @ gate_up[e, :, 1].T)
+        dgate_up[e] = np.stack([x[n].T @ d_gate, x[n].T @ d_up], axis=1)
+        ddown[e] = (w * gate * sigmoid * up).T @ dy[n]
+    return [dx, dweight, dgate_up, ddown]
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize(("D", "F"), WIDTHS)
+def test_gradients_equal_numpys(D, F, limit):
+    given = tensors(MANY, NOBODY, 2, D, F)
+    dy = np.random.default_rng(1).normal(size=given[0].shape).astype(np.float32)
+    dy[nobodys(given[1], len(MANY))] = np.nan
+    y, *found = gradients(*given, dy, limit, "native")
+    np.testing.assert_array_equal(y, run(*given, limit))
+    for ours, theirs in zip(found, derived(*given, dy, np.inf if limit is None else limit), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * max(D, F, 401) ** 0.5 * np.abs(theirs).max())
+    assert not found[0][nobodys(given[1], len(MANY))].any()
+    assert not found[1][(given[1] < 0) | (given[1] >= len(MANY))].any()
+    assert not found[2][np.array(MANY) == 0].any()
+    assert not found[3][np.array(MANY) == 0].any()
+
+
+@pytest.mark.parametrize("name", ["one", "some of nobody", "nobody", "no tokens"])
+def test_gradients_of_few_assignments(name):
+    given = tensors(*FEW[name])
+    dy = np.ones(given[0].shape, np.float32)
+    _, *found = gradients(*given, dy, None, "native")
+    for ours, theirs in zip(found, derived(*given, dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_gradients_agree_bit_for_bit():
+    """Whichever thread takes what; and with calls at the same time."""
+    given = tensors(MANY, NOBODY, 4, 320, 256)
+    dy = np.random.default_rng(1).normal(size=given[0].shape).astype(np.float32)
+    expected = gradients(*given, dy, None, "native")
+    together = jax.jit(lambda *given: [gradients(*given, dy * s, None, "native") for s in (1, 2, 4)])
+    for _ in range(20):
+        for ours, theirs in zip(together(*given)[0], expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gradients_of_bfloat16_are_those_of_its_values():
+    given = tensors(MANY, NOBODY, 2, 70, 40)
+    dy = np.random.default_rng(1).normal(size=given[0].shape).astype(np.float32)
+    index, (x, weight, *matrices, dy) = given[1], (jnp.asarray(a, jnp.bfloat16) for a in (given[0], *given[2:], dy))
+    wide = [a.astype(jnp.float32) for a in (x, weight, *matrices, dy)]
+    _, *expected = gradients(wide[0], index, *wide[1:], None, "native")
+    _, *found = gradients(x, index, weight, *matrices, dy, None, "native")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
+    # Bits have no gradient; what is before them has.
+    bits = [Bits.of(a) for a in matrices]
+    y, vjp = jax.vjp(lambda x, weight: run(x, index, weight, *bits), x, weight)
+    for ours, theirs in zip(vjp(dy.astype(y.dtype)), found[:2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -155,7 +234,7 @@ def test_shapes_that_do_not_fit_are_refused(cut, message):
     """The library goes by them through memory, and would read and write beyond its end."""
     x, index, weight, gate_up, down = map(jnp.asarray, tensors([3, 2], 1, 2, 8, 16))
     with pytest.raises(ValueError, match=message):
-        native.routed(*cut(x, index, weight, gate_up.reshape(2, 8, 32), down), None)
+        experts.routed(*cut(x, index, weight, gate_up.reshape(2, 8, 32), down), None)
 
 
 def test_what_it_does_not_multiply_is_refused():
@@ -180,7 +259,7 @@ def test_a_model_decodes_by_it(dtype, monkeypatch):
         return dsj.generate(model, prompts, ctx=dsj.Context(experts=form), **how)
 
     expected, by = generated("auto")
-    monkeypatch.setattr(native, "grouped_matmul", lambda *_: pytest.fail("a product by itself"))
+    monkeypatch.setattr(grouped, "grouped_matmul", lambda *_: pytest.fail("a product by itself"))
     tokens, info = generated("native")
     assert tokens == expected
     for ours, theirs in zip(info.logprobs, by.logprobs, strict=True):
@@ -192,7 +271,9 @@ def test_who_asks_for_a_gradient_keeps_what_it_needs():
 
     def calls(function) -> list[int]:
         text = jax.jit(function).lower(*given).as_text()
-        return [text.count(f"@deepseek_jax.{name}(") for name in ("RoutedFloat32", "GroupedRowsFloat32")]
+        names = ("RoutedFloat32", "RoutedGradientsFloat32", "GroupedRowsFloat32")
+        return [text.count(f"@deepseek_jax.{name}(") for name in names], "tensor<4x32xf32>" in text
 
-    assert calls(run) == [1, 0]
-    assert calls(jax.grad(lambda *given: run(*given).sum())) == [0, 3]
+    assert calls(run) == ([1, 0, 0], False)
+    # What the first product came to is kept for it.
+    assert calls(jax.grad(lambda *given: run(*given).sum())) == ([1, 1, 0], True)

@@ -10,7 +10,7 @@ import jax
 import pytest
 from measured import measured
 
-from deepseek_jax.kernels.native import compiler
+from deepseek_jax.kernels.native.library import compiler
 
 AXES = ("data=8", "fsdp=8", "expert=8", "tensor=4", "context=4")
 MIXED = (

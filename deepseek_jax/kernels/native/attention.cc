@@ -1,22 +1,27 @@
-// Attention on a CPU. See native.py.
+// Attention on a CPU.
 //
 // The queries of some tokens, with all heads that share keys, go over the keys tile by tile with a running softmax: what
 // they scored is in a core's cache until it is summed up. Tiles that none of these tokens sees cost a look at their
 // positions. Keys and values of float32 or bfloat16, all arithmetic float32.
 
-#include "native_attention.h"
+#include "attention.h"
+
+using namespace native;
 
 namespace {
 
 constexpr int64_t kPacked = 1 << 20;  // numbers that a thread keeps packed
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-inline float Most(Vector x) {
-  float most[kLanes];
-  *(Vector*)most = x;
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) most[i] = std::max(most[i], most[half + i]);
-  return most[0];
+// The largest number of a vector in all of its lanes: of halves, quarters and so on.
+template <int S = kLanes / 2, int... I>
+inline Vector Most(Vector x, std::integer_sequence<int, I...> lanes) {
+  const Vector other = __builtin_shufflevector(x, x, (I ^ S)...);
+  x = x > other ? x : other;
+  if constexpr (S > 1)
+    return Most<S / 2>(x, lanes);
+  else
+    return x;
 }
 
 inline float Sum(Vector x) {
@@ -42,7 +47,7 @@ struct Tiles {
   // Where the tile is or is to be, and whether it is to be packed.
   std::pair<float*, bool> At(int64_t start, int64_t numbers) {
     const int64_t slot = start / kKeys % starts.size();
-    return {room.data() + slot * numbers, std::exchange(starts[slot], start) != start};
+    return {Room(room, 0) + slot * numbers, std::exchange(starts[slot], start) != start};
   }
 };
 
@@ -66,17 +71,15 @@ ffi::Error Attend(ffi::ThreadPool& pool, const Floats& q, const Kept<Number>& ke
     thread_local std::vector<float> space;
     thread_local std::vector<int32_t> seen;
     thread_local Tiles tiles;
-    space.assign(rows * (K + kKeys + wide + 1 + kLanes), 0.0f);
     seen.resize(tokens * kKeys);
     if (std::exchange(tiles.call, call) != call | std::exchange(tiles.group, b * G + g) != b * G + g) {
-      tiles.room.resize(slots * numbers);
+      Room(tiles.room, slots * numbers);
       tiles.starts.assign(slots, -1);
     }
-    float* queries = space.data();
-    float* scores = queries + rows * K;
-    float* sums = scores + rows * kKeys;
-    float* top = sums + rows * wide;
-    float* total = top + rows;
+    float* scores = Room(space, rows * (kKeys + wide + kLanes + K + 1));
+    float *sums = scores + rows * kKeys, *total = sums + rows * wide, *queries = total + rows * kLanes;
+    float* top = queries + rows * K;
+    std::fill(sums, queries, 0.0f);
     std::fill(top, top + rows, kHidden);
     Gather(q.typed_data(), b * T + first, rows, N, g, J, K, scale, queries);
     for (int64_t start = 0; start < S; start += kKeys) {
@@ -99,10 +102,10 @@ ffi::Error Attend(ffi::ThreadPool& pool, const Floats& q, const Kept<Number>& ke
           *(Vector*)(score + j) = x;
           highest = x > highest ? x : highest;
         }
-        const float most = Most(highest), from = most == kHidden ? 0 : most;
+        const float most = Most(highest, std::make_integer_sequence<int, kLanes>())[0], from = most == kHidden ? 0 : most;
         Vector sum = Loaded(total + r * kLanes);
         if (most > top[r]) {
-          const float before = std::exp(top[r] - from);
+          const Vector before = Exp(Vector{} + (top[r] - from));
           sum *= before;
           for (int64_t j = 0; j < wide; j += kLanes) *(Vector*)(sums + r * wide + j) *= before;
           top[r] = most;

@@ -1,9 +1,12 @@
-// Grouped matmul on a CPU: rows sorted by group, each times its group's matrix. See native.py.
+// Grouped matmul on a CPU: rows sorted by group, each times its group's matrix.
 //
 // Units of work (some rows of a group, some columns) are taken by the calling thread and by those of XLA's pool, whoever is
 // free.
 
-#include "native_products.h"
+#include "calls.h"
+#include "products.h"
+
+using namespace native;
 
 namespace {
 

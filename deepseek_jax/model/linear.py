@@ -8,6 +8,9 @@ import jax
 
 from deepseek_jax.core.context import Context
 from deepseek_jax.core.fp8 import fp8_product, plain
+from deepseek_jax.core.lowrank import held
+from deepseek_jax.core.ops import ONE_DEVICE
+from deepseek_jax.kernels.native import linear as native
 
 
 def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=None) -> jax.Array:
@@ -22,4 +25,6 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     """
     if ctx.fp8 is not None and precision is None and dtype is None:
         return fp8_product(equation, x, plain(w, x.dtype), ctx.fp8).astype(x.dtype)
+    if ctx.linear == "native" and ctx.ops is ONE_DEVICE and native.multiplies(equation, x, held(w)):
+        return native.product(equation, x, held(w)).astype(dtype or x.dtype)
     return ctx.ops.product(equation, x, w, precision).astype(dtype or x.dtype)

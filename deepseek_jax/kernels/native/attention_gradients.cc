@@ -1,9 +1,11 @@
-// The gradients of attention on a CPU. See native.py.
+// The gradients of attention on a CPU.
 //
 // As the forward pass goes, block of queries by tile of keys; the probabilities are computed again from the logarithms
 // of the softmax's sums.
 
-#include "native_attention.h"
+#include "attention.h"
+
+using namespace native;
 
 namespace {
 
@@ -23,12 +25,12 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats q, ffi::Buffer<Type> k, ffi::B
     const int64_t b = unit / G, g = unit % G;
     thread_local std::vector<float> space;
     thread_local std::vector<int32_t> seen;
-    space.assign(room * (2 * wide_k + wide_v + K + V) + most * (K + V + 2 * wide_k + wide_v + 2 * kKeys + 1), 0.0f);
     seen.resize(some * kKeys);
-    float* next = space.data();
+    float* next = Room(space, room * (2 * wide_k + wide_v + K + V) + most * (K + V + 2 * wide_k + wide_v + 2 * kKeys + 1));
     const auto take = [&](int64_t numbers) { return std::exchange(next, next + numbers); };
     float *turned_keys = take(room * K), *turned_values = take(room * V), *keys = take(room * wide_k);
     float *key_sums = take(room * wide_k), *value_sums = take(room * wide_v);
+    std::fill(key_sums, next, 0.0f);
     float *queries = take(most * K), *query_panels = take(most * wide_k), *query_sums = take(most * wide_k);
     float *given = take(most * V), *given_panels = take(most * wide_v);
     float *chances = take(most * kKeys), *score_gradients = take(most * kKeys), *means = take(most);

@@ -1,13 +1,14 @@
-// What attention's passes on a CPU share: which tokens see which keys, and how XLA calls them. See native.py.
+// What attention's passes on a CPU share: which tokens see which keys, and how XLA calls them.
 
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "native_tiles.h"
+#include "calls.h"
+#include "tiles.h"
 
-namespace {
+namespace native {
 
 constexpr int64_t kTogether = 8 * kRows;  // queries that go over the keys together, unless more heads share these
 constexpr int64_t kKeys = 64;             // of a tile
@@ -44,7 +45,7 @@ inline void Gather(const float* from, int64_t token, int64_t rows, int64_t N, in
     for (int64_t i = 0; i < J * width; ++i) to[t * J * width + i] = from[((token + t) * N + g * J) * width + i] * scale;
 }
 
-}  // namespace
+}  // namespace native
 
 #define ATTEND_OF(NAME, FUNCTION, SECOND, TYPE, FFI_TYPE, MORE)   \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (FUNCTION<TYPE, FFI_TYPE>), \

@@ -1,19 +1,43 @@
-// Products on a CPU whose rows are all of one matrix, which is read where it lies, of float32 or bfloat16. See native.py.
-//
-// A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
-// columns. Where there are more rows than a tile has, the matrix's columns are packed first, a tile's width at a time, so
-// that a pass reads memory in order; where there are no more, they go over the matrix as it lies (`Few`).
+// The tiles of all products, and the products by a matrix that is read where it lies.
 
-#pragma once
+#include "products.h"
 
-#include "native_tiles.h"
-
+namespace native {
 namespace {
 
 constexpr int64_t kFetched = 1 << 15;   // bytes that are fetched into a core's caches at once for few rows
-constexpr int64_t kFits = 1 << 19;      // bytes of a matrix that are fetched at once for more
-constexpr int64_t kDepth = 512;         // of the inner dimension, packed at once
-constexpr int64_t kBlock = 16 * kRows;  // rows of a unit of work
+
+// C[i, j] (+)= sum over k of A(i, k) B(k, j), with i < R and j < V * kLanes.
+template <int R, int V, typename T>
+void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, float* c,
+          int64_t c_row, bool add) {
+  Vector sum[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[i][v] = add ? Loaded(c + i * c_row + v * kLanes) : Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = Loaded(b + k * b_depth + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const float x = a[i * a_row + k * a_depth];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[i][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) *(Vector*)(c + i * c_row + v * kLanes) = sum[i][v];
+}
+
+template <int... R>
+TileOf Tiles(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr TileOf tiles[] = {Tile<R + 1, kPanel / kLanes, float>...};
+  return tiles[rows - 1];
+}
 
 // C [columns] (+)= a [depth] B [depth, columns], B read strictly in the order of memory. C stays in the first cache.
 template <typename T>
@@ -58,34 +82,15 @@ auto FewOf(int rows, std::integer_sequence<int, R...>) {
   return functions[rows - 1];
 }
 
-// Brings a matrix into a core's cache in the order of memory, if it fits: a panel takes but some numbers of each line.
-template <typename T>
-void Fetch(const Matrix<T>& b, int64_t rows, int64_t columns) {
-  if (rows * columns * sizeof(T) > kFits) return;
-  if (b.column != 1) std::swap(rows, columns);
-  const int64_t stride = std::max(b.row, b.column);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) *(const volatile char*)(b.data + i * stride + j);
-}
+}  // namespace
 
-// C [rows, width] (+)= A [rows, depth] B, where B is packed, of at most a panel's width; at most kBlock rows.
-inline void Strip(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* panel, float* c,
-                  int64_t c_row, int64_t width, bool add) {
-  if (width == kPanel) {
-    Times(rows, depth, a, a_row, a_depth, panel, c, c_row, add);
-    return;
-  }
-  float edge[kBlock * kPanel];
-  for (int64_t i = 0; add && i < rows; ++i) std::memcpy(edge + i * kPanel, c + i * c_row, width * sizeof(float));
-  Times(rows, depth, a, a_row, a_depth, panel, edge, kPanel, add);
-  for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * c_row, edge + i * kPanel, width * sizeof(float));
-}
+TileOf PanelTile(int64_t rows) { return Tiles(rows, std::make_integer_sequence<int, kRows>()); }
 
-// C [rows, columns] = A [rows, depth] B [depth, columns], with at most kBlock rows; rows of C are contiguous.
 template <typename T>
 void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_row, int64_t rows, int64_t columns,
               int64_t depth) {
-  thread_local std::vector<float> panel(kDepth * kPanel);
+  thread_local std::vector<float> space;
+  float* panel = Room(space, kDepth * kPanel);
   if (depth == 0) {
     for (int64_t i = 0; i < rows; ++i) std::memset(c + i * c_row, 0, columns * sizeof(float));
     return;
@@ -100,10 +105,13 @@ void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_ro
     Fetch(Matrix<T>{b.at(k, 0), b.row, b.column}, part, columns);
     for (int64_t j = 0; j < columns; j += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, columns - j);
-      Pack(Matrix<T>{b.at(k, j), b.row, b.column}, part, width, panel.data());
-      Strip(rows, part, a.at(0, k), a.row, a.column, panel.data(), c + j, c_row, width, k > 0);
+      Pack(Matrix<T>{b.at(k, j), b.row, b.column}, part, width, panel);
+      Strip(rows, part, a.at(0, k), a.row, a.column, panel, c + j, c_row, width, k > 0);
     }
   }
 }
 
-}  // namespace
+template void Multiply(const Matrix<float>&, const Matrix<float>&, float*, int64_t, int64_t, int64_t, int64_t);
+template void Multiply(const Matrix<float>&, const Matrix<Bfloat16>&, float*, int64_t, int64_t, int64_t, int64_t);
+
+}  // namespace native

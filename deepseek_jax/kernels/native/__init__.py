@@ -1,0 +1,1 @@
+"""C++ for CPUs: linear maps, experts and attention."""

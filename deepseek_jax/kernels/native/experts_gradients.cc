@@ -1,0 +1,219 @@
+// The gradients of the routed experts' networks on a CPU in one call.
+//
+// Of each expert first its rows, some at a time, back to the gradients of the inputs; then, when all of them are there, the
+// gradients of its matrices, some rows of a matrix at a time. Its second units stand behind the next expert's first ones, so
+// that threads seldom wait for each other; what lies between an expert's units is still in a cache.
+
+#include <thread>
+
+#include "experts.h"
+
+using namespace native;
+
+namespace {
+
+// What the first units of an expert of so many rows leave for its second ones: the gradients of [gate | up] and of the
+// outputs, packed, and the weighted activations, rows of which are no power of two apart.
+struct Kept {
+  int64_t D, F, rows;
+  float* room;
+
+  // Of a row. A multiple of a line of memory, as all that is read again and again begins with one.
+  static int64_t Numbers(int64_t D, int64_t F) { return Whole(2 * F) + Whole(D) + Whole(F) + kLine; }
+
+  int64_t activated_row() const { return Whole(F) + kLine; }
+  float* hidden() const { return room; }
+  float* given() const { return room + rows * Whole(2 * F); }
+  float* activated() const { return given() + rows * Whole(D); }
+
+  // Some rows, the first one row r, into panels that hold all of an expert's.
+  void Panel(const float* from, int64_t apart, int64_t r, int64_t some, int64_t columns, float* panels) const {
+    for (int64_t j = 0; j < columns; j += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, columns - j);
+      Pack(Matrix<float>{from + j, apart, 1}, some, width, panels + j * rows + r * kPanel);
+    }
+  }
+
+  // C [columns, width] = (A [rows, columns]) transposed times what is packed. part(r, some) is where rows of A from r on are,
+  // `apart` numbers from each other.
+  template <typename Part>
+  void Outer(const Part& part, int64_t apart, int64_t columns, const float* panels, int64_t width, float* c) const {
+    if (rows == 0) std::memset(c, 0, columns * width * sizeof(float));
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      const int64_t some = std::min(kDepth, rows - r);
+      const float* a = part(r, some);
+      for (int64_t j = 0; j < width; j += kPanel)
+        Strip(columns, some, a, 1, apart, panels + j * rows + r * kPanel, c + j, width, std::min<int64_t>(kPanel, width - j),
+              r > 0);
+    }
+  }
+};
+
+// The gradients of weight silu(gate) up by gate and up, where `given` is that of the whole, and the whole. Returns the weight's
+// gradient. None passes where a factor is cut off.
+inline float ActivateBack(int64_t count, const float* gate, const float* up, const float* given, float limit, float weight,
+                          float* d_gate, float* d_up, float* whole) {
+  Vector sum = {};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vector g = Some(gate + j, count - j), u = Some(up + j, count - j), d = Some(given + j, count - j);
+    const Vector under = Under(g, limit), factor = Between(u, limit), sigmoid = Sigmoid(under), silu = under * sigmoid;
+    sum += silu * factor * d;
+    Store(g > limit ? Vector{} : weight * d * factor * (sigmoid + silu * (1.0f - sigmoid)), d_gate + j, count - j);
+    Store(u > limit || u < -limit ? Vector{} : weight * d * silu, d_up + j, count - j);
+    Store(weight * silu * factor, whole + j, count - j);
+  }
+  float all = 0;
+  for (int i = 0; i < kLanes; ++i) all += sum[i];
+  return all;
+}
+
+// An expert's rows back through both products.
+template <typename T>
+struct Back {
+  const T *gate_up, *down;
+  int64_t D, F;
+  float limit;
+  const float *h, *weights;
+  Taken given;
+  float *d_weights, *outputs;
+
+  // Whether its matrices are packed at once.
+  bool Fits() const { return D * Whole(F) + 2 * F * Whole(D) <= kKept; }
+
+  // Those of a unit, the first of which is the expert's row `row`.
+  void Apply(const Unit& u, const Kept& kept, int64_t row) const {
+    const bool packed = Fits() && u.rows > kRows;
+    const int64_t step = packed ? kRows : u.rows, y_row = D + kLanes, h_row = 2 * F + kLanes, a_row = F + kLanes;
+    thread_local std::vector<float> space;
+    float* first = Room(space, packed * kKept + step * (y_row + h_row + a_row));
+    float *second = first + D * Whole(F), *dy = first + packed * kKept, *dh = dy + step * y_row, *da = dh + step * h_row;
+    const Matrix<T> turned_down{down, 1, D}, turned_up{gate_up, 1, 2 * F};
+    if (packed) {
+      Fetch(turned_down, D, F);
+      PackAll(turned_down, D, F, first);
+      Fetch(turned_up, 2 * F, D);
+      PackAll(turned_up, 2 * F, D, second);
+    }
+    for (int64_t r = 0; r < u.rows; r += step, row += step) {
+      const int64_t some = std::min(step, u.rows - r), place = u.first + r;
+      given.Gather(place, some, 0, D, y_row, dy);
+      kept.Panel(dy, y_row, row, some, D, kept.given());
+      if (packed)
+        TimesAll(some, D, dy, y_row, first, F, da, a_row);
+      else
+        Multiply<T>({dy, y_row, 1}, turned_down, da, a_row, some, F, D);
+      for (int64_t i = 0; i < some; ++i) {
+        const float* own = h + (place + i) * 2 * F;
+        const int64_t assignment = given.order[place + i];
+        float *own_dh = dh + i * h_row, *activated = kept.activated() + (row + i) * kept.activated_row();
+        d_weights[assignment] = ActivateBack(F, own, own + F, da + i * a_row, limit, weights[assignment], own_dh, own_dh + F,
+                                             activated);
+      }
+      kept.Panel(dh, h_row, row, some, 2 * F, kept.hidden());
+      if (packed)
+        TimesAll(some, 2 * F, dh, h_row, second, D, outputs + place * D, D);
+      else
+        Multiply<T>({dh, h_row, 1}, turned_up, outputs + place * D, D, some, D, 2 * F);
+    }
+  }
+};
+
+// A unit of work: some rows of an expert, or, of the gradient of one of its matrices, some rows.
+struct Part {
+  enum { kBack, kGateUp, kDown } of;
+  Unit unit;
+};
+
+// dx [N, D], dweight [N, K] and the gradients of gate_up and down, or of no experts where nobody needs these, of dy [N, D].
+// h: what `Routed` kept. apart [M, D] and room [M, Kept::Numbers]: for what units leave to others.
+template <typename T, ffi::DataType Type>
+ffi::Error Gradients(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi::Buffer<Type> gate_up,
+                     ffi::Buffer<Type> down, Floats h, Floats dy, ffi::Result<Floats> dx, ffi::Result<Floats> dweight,
+                     ffi::Result<Floats> d_gate_up, ffi::Result<Floats> d_down, ffi::Result<Floats> apart,
+                     ffi::Result<Floats> room, float limit) {
+  const auto id = index.dimensions(), dd = down.dimensions();
+  const int64_t N = id[0], K = id[1], M = N * K, E = dd[0], F = dd[1], D = dd[2], numbers = Kept::Numbers(D, F);
+  if (room->element_count() < M * numbers)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "The gradients of experts have too little room.");
+  const bool matrices = d_down->element_count() > 0;
+  const T* gate_ups = reinterpret_cast<const T*>(gate_up.untyped_data());
+  const T* downs = reinterpret_cast<const T*>(down.untyped_data());
+  float *outputs = apart->typed_data(), *d_weights = dweight->typed_data();
+  const Sorted sorted(index.typed_data(), M, E);
+  const int64_t places = sorted.order.size();
+  const Taken inputs{x.typed_data(), sorted.order.data(), K, D, places}, given{dy.typed_data(), sorted.order.data(), K, D, places};
+  const auto back = [&](int64_t e) {
+    const T *own_up = gate_ups + e * D * 2 * F, *own_down = downs + e * F * D;
+    return Back<T>{own_up, own_down, D, F, limit, h.typed_data(), weight.typed_data(), given, d_weights, outputs};
+  };
+  for (int64_t m = 0; m < M; ++m)
+    if (sorted.place[m] < 0) d_weights[m] = 0;
+  const int64_t most = std::clamp(M / (4 * Threads(pool)), kFewest, back(0).Fits() ? kMost : kBlock);
+  std::vector<Part> parts;
+  // Of each expert, blocks of rows that are not back yet.
+  const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[E]);
+  for (int64_t e = 0; e <= E; ++e) {
+    if (e < E) {
+      const std::vector<Unit> blocks = sorted.Units(e, most);
+      missing[e] = blocks.size();
+      for (const Unit& unit : blocks) parts.push_back({Part::kBack, unit});
+    }
+    if (e == 0 || !matrices) continue;
+    for (int64_t d = 0; d < D; d += kBlock) parts.push_back({Part::kGateUp, {e - 1, d, std::min(kBlock, D - d)}});
+    for (int64_t f = 0; f < F; f += kBlock) parts.push_back({Part::kDown, {e - 1, f, std::min(kBlock, F - f)}});
+  }
+  const Sums sums(sorted, outputs, N, K, D, 1, dx->typed_data());
+  ForAll(pool, parts.size(), [&](int64_t i) {
+    const auto& [of, u] = parts[i];
+    const int64_t start = sorted.starts[u.expert];
+    const Kept kept{D, F, sorted.starts[u.expert + 1] - start, room->typed_data() + start * numbers};
+    if (of == Part::kBack) {
+      back(u.expert).Apply(u, kept, u.first - start);
+      sums.Add(u);
+      --missing[u.expert];
+      return;
+    }
+    // Threads that have these took them before this part, and wait for nobody.
+    while (missing[u.expert] > 0) std::this_thread::yield();
+    if (of == Part::kDown) {
+      const auto part = [&](int64_t r, int64_t) { return kept.activated() + r * kept.activated_row() + u.first; };
+      float* c = d_down->typed_data() + (u.expert * F + u.first) * D;
+      kept.Outer(part, kept.activated_row(), u.rows, kept.given(), D, c);
+      return;
+    }
+    thread_local std::vector<float> space;
+    const int64_t x_row = u.rows + kLanes;
+    float* own_x = Room(space, kDepth * x_row);
+    const auto part = [&](int64_t r, int64_t some) {
+      inputs.Gather(start + r, some, u.first, u.rows, x_row, own_x);
+      return own_x;
+    };
+    kept.Outer(part, x_row, u.rows, kept.hidden(), 2 * F, d_gate_up->typed_data() + (u.expert * D + u.first) * 2 * F);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define GRADIENTS_OF(NAME, TYPE, FFI_TYPE)                         \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Gradients<TYPE, FFI_TYPE>), \
+                                ffi::Ffi::Bind()                   \
+                                    .Ctx<ffi::ThreadPool>()        \
+                                    .Arg<Floats>()                 \
+                                    .Arg<Ints>()                   \
+                                    .Arg<Floats>()                 \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>()  \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>()  \
+                                    .Arg<Floats>()                 \
+                                    .Arg<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Ret<Floats>()                 \
+                                    .Attr<float>("limit"))
+
+GRADIENTS_OF(RoutedGradientsFloat32, float, ffi::F32);
+GRADIENTS_OF(RoutedGradientsBfloat16, Bfloat16, ffi::BF16);
+GRADIENTS_OF(RoutedGradientsBits, Bfloat16, ffi::U16);

@@ -1,0 +1,114 @@
+// Linear maps of many rows on a CPU, and the gradients of their weights.
+//
+// A weight is packed once, by whoever is free; then threads take some rows each. A weight's gradient is a product over all
+// rows: threads take a part of the rows and a block of the gradient each, and whoever is the last at a block sums the parts.
+
+#include <thread>
+
+#include "calls.h"
+#include "products.h"
+
+using namespace native;
+
+namespace {
+
+constexpr int64_t kSome = 8 * kRows;   // rows of a unit of work
+constexpr int64_t kWide = 8 * kPanel;  // columns that are packed in a unit of work
+constexpr int64_t kSlice = 128;        // rows that a gradient's block reads at once
+constexpr int64_t kEdge = 512;         // of such a block, at most
+constexpr int64_t kNarrow = 4 * kPanel;
+
+// y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. packed: room for w in whole panels.
+// T: what a number of w is in memory.
+template <typename T, ffi::DataType Type>
+ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Result<Floats> y, ffi::Result<Floats> packed,
+                  bool transpose) {
+  const int64_t M = x.dimensions()[0], depth = x.dimensions()[1], width = y->dimensions()[1];
+  const float* xs = x.typed_data();
+  float *ys = y->typed_data(), *panels = packed->typed_data();
+  const T* ws = reinterpret_cast<const T*>(w.untyped_data());
+  const Matrix<T> b = transpose ? Matrix<T>{ws, 1, depth} : Matrix<T>{ws, width, 1};
+  const int64_t packs = (width + kWide - 1) / kWide, blocks = (M + kSome - 1) / kSome;
+  std::atomic<int64_t> missing{packs};
+  ForAll(pool, packs + blocks, [&](int64_t i) {
+    if (i < packs) {
+      const int64_t j = i * kWide;
+      PackAll(Matrix<T>{b.at(0, j), b.row, b.column}, depth, std::min(kWide, width - j), panels + j * depth);
+      --missing;
+      return;
+    }
+    // Threads that pack took that before this unit, and wait for nobody.
+    while (missing > 0) std::this_thread::yield();
+    const int64_t first = (i - packs) * kSome;
+    TimesAll(std::min(kSome, M - first), depth, xs + first * depth, depth, panels, width, ys + first * width, width);
+  });
+  return ffi::Error::Success();
+}
+
+// o [D, Z] = x [M, D] transposed times y [M, Z]. parts [P, D, Z]: room for what P parts of the rows come to, unless it is
+// one; how many changes bits, who takes them does not.
+ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<Floats> o, ffi::Result<Floats> parts) {
+  const int64_t M = x.dimensions()[0], D = x.dimensions()[1], Z = y.dimensions()[1], wanted = 3 * Threads(pool);
+  const int64_t P = std::max<int64_t>(1, parts->dimensions()[0]), own_rows = ((M + P - 1) / P + kSlice - 1) / kSlice * kSlice;
+  const float *xs = x.typed_data(), *ys = y.typed_data();
+  int64_t rows = std::min(kEdge, D), columns = std::min(kEdge, Z);
+  const auto units = [&] { return P * ((D + rows - 1) / rows) * ((Z + columns - 1) / columns); };
+  while (units() < wanted && columns > kNarrow) columns = (columns / 2 + kPanel - 1) / kPanel * kPanel;
+  while (units() < wanted && rows > kSome) rows = (rows / 2 + kRows - 1) / kRows * kRows;
+  const int64_t across = (Z + columns - 1) / columns, blocks = across * ((D + rows - 1) / rows);
+  const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[blocks]);
+  for (int64_t i = 0; i < blocks; ++i) missing[i] = P;
+  ForAll(pool, units(), [&](int64_t unit) {
+    const int64_t block = unit / P, part = unit % P, d = block / across * rows, z = block % across * columns;
+    const int64_t height = std::min(rows, D - d), width = std::min(columns, Z - z), x_row = height + kLanes;
+    float* sums = (P > 1 ? parts->typed_data() + part * D * Z : o->typed_data()) + d * Z + z;
+    thread_local std::vector<float> space;
+    float *panels = Room(space, kSlice * (kEdge + kEdge + kLanes)), *own = panels + kSlice * kEdge;
+    const int64_t first = part * own_rows, end = std::min(M, first + own_rows);
+    if (first >= end)
+      for (int64_t i = 0; i < height; ++i) std::memset(sums + i * Z, 0, width * sizeof(float));
+    for (int64_t m = first; m < end; m += kSlice) {
+      const int64_t some = std::min(kSlice, end - m);
+      PackAll(Matrix<float>{ys + m * Z + z, Z, 1}, some, width, panels);
+      // Copied, they are in a cache, and no power of two apart.
+      for (int64_t i = 0; i < some; ++i) std::memcpy(own + i * x_row, xs + (m + i) * D + d, height * sizeof(float));
+      for (int64_t i = 0; i < height; i += kRows)
+        for (int64_t j = 0; j < width; j += kPanel)
+          Strip(std::min<int64_t>(kRows, height - i), some, own + i, 1, x_row, panels + j * some, sums + i * Z + j, Z,
+                std::min<int64_t>(kPanel, width - j), m > first);
+    }
+    if (--missing[block] > 0 || P == 1) return;
+    for (int64_t i = 0; i < height; ++i) {
+      const int64_t at = (d + i) * Z + z;
+      for (int64_t j = 0; j < width; j += kLanes) {
+        Vector all = {};
+        for (int64_t p = 0; p < P; ++p) all += Some(parts->typed_data() + p * D * Z + at + j, width - j);
+        Store(all, o->typed_data() + at + j, width - j);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define LINEAR_OF(NAME, TYPE, FFI_TYPE)                           \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Linear<TYPE, FFI_TYPE>),   \
+                                ffi::Ffi::Bind()                  \
+                                    .Ctx<ffi::ThreadPool>()       \
+                                    .Arg<Floats>()                \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>() \
+                                    .Ret<Floats>()                \
+                                    .Ret<Floats>()                \
+                                    .Attr<bool>("transpose"))
+
+LINEAR_OF(LinearFloat32, float, ffi::F32);
+LINEAR_OF(LinearBfloat16, Bfloat16, ffi::BF16);
+LINEAR_OF(LinearBits, Bfloat16, ffi::U16);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearGradient, WeightGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());
