@@ -87,13 +87,26 @@ def speed() -> str:
             r = found[task]
             rates = r["tokens_a_second"]
             native = f"{r['times_as_fast_native']:.2f}" if "times_as_fast_native" in r else ""
-            ratios = [f"{o['times_as_fast'][task]:.2f}" if not prefix else "" for o in others]
+            ratios = "" if prefix else ", ".join(f"{o['times_as_fast'][task]:.2f}" for o in others)
+            natively = (
+                ""
+                if prefix
+                else ", ".join(f"{o['times_as_fast_native'][task]:.2f}" for o in others if "times_as_fast_native" in o)
+            )
             shown = [f"{n:.0f}" for n in (rates["jax"], rates[r["torch_at_its_best"]])]
-            line = [prefix + what, *shown, f"**{r['times_as_fast']:.2f}**", native, *ratios, str(r.get("aim", ""))]
+            line = [
+                prefix + what,
+                *shown,
+                f"**{r['times_as_fast']:.2f}**",
+                ratios,
+                native,
+                natively,
+                str(r.get("aim", "")),
+            ]
             lines.append([*line, f"{r['limit']:.0f}"])
-    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "native", *["elsewhere"] * len(others)]
+    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "elsewhere", "native", "elsewhere"]
     header = f"| {' | '.join([*columns, 'aim', 'limit'])} |"
-    other = "; ".join(f"Elsewhere: {o['machine']}; {o['about']}" for o in others)
+    other = "Elsewhere: " + "; ".join(f"{o['machine']}, {o['about']}" for o in others)
     dense = f"The dense model: {origin('bench_cpu', record['dense'])}"
     return f"{rows(header, lines)}\n\n{measured('bench_cpu')} {dense}. {other}."
 

@@ -90,6 +90,14 @@ def test_calls_agree_bit_for_bit():
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_mapped_over_an_axis_it_is_called_for_each():
+    """As `analysis.streams` maps a layer over a stack."""
+    x, w = matrices((3, 2, 40, 8), (3, 8, 16))
+    found = jax.jit(jax.vmap(lambda x, w: linear("BTD,DZ->BTZ", x, w, NATIVE)))(x, w)
+    for ours, *given in zip(found, x, w, strict=True):
+        np.testing.assert_array_equal(ours, linear("BTD,DZ->BTZ", *map(jnp.asarray, given), NATIVE))
+
+
 def test_other_maps_are_xlas():
     """Of few rows; by head; of a weight that is quantised or has an adapter."""
     x, w = map(jnp.asarray, matrices((2, 40, 3, 8), (3, 8, 16)))

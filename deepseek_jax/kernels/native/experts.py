@@ -25,7 +25,8 @@ def routed(x_ND, index_NK, weight_NK, gate_up_EDZ: jax.Array | Bits, down_EFD: j
     is no expert adds nothing.
 
     Inputs and weights are rounded to x's dtype, the sum is, and nothing between: that is float32. Has a gradient, one
-    call as well, which is given what the first product came to; bits have none.
+    call as well, which is given what the first product came to; the matrices' is computed for whoever asks for any, but
+    bits have none.
     Errors: `grouped_matmul`.
     """
     check(EXPERTS, x_ND, gate_up_EDZ, down_EFD)

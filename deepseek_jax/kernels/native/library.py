@@ -32,7 +32,8 @@ OTHERS = ("GroupedOuter", "LinearGradient")
 
 def call(name: str, outs, matrix: jax.Array | None = None):
     """XLA's call of a function of the library, that for the dtype of ``matrix`` where there are several."""
-    return jax.ffi.ffi_call(_target(name + (ENDINGS[matrix.dtype.name] if matrix is not None else "")), outs)
+    symbol = name + (ENDINGS[matrix.dtype.name] if matrix is not None else "")
+    return jax.ffi.ffi_call(_target(symbol), outs, vmap_method="sequential")
 
 
 def check(what: str, *operands) -> None:
