@@ -104,7 +104,7 @@ def speed() -> str:
                 str(r.get("aim", "")),
             ]
             lines.append([*line, f"{r['limit']:.0f}"])
-    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "elsewhere", "native", "elsewhere"]
+    columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "elsewhere", "native", "native, elsewhere"]
     header = f"| {' | '.join([*columns, 'aim', 'limit'])} |"
     other = "Elsewhere: " + "; ".join(f"{o['machine']}, {o['about']}" for o in others)
     dense = f"The dense model: {origin('bench_cpu', record['dense'])}"
