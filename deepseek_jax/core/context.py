@@ -115,6 +115,11 @@ class Context:
                 raise ValueError(f"Context({name}={value!r}): choose one of {', '.join(choices)}.")
 
     @property
+    def native(self) -> tuple[str, ...]:
+        """The choices that name compiled C++ for CPUs (`kernels.native`)."""
+        return tuple(name for name in ("experts", "attention", "linear") if getattr(self, name) == "native")
+
+    @property
     def platform(self) -> str | None:
         """That of the mesh's devices, which may be described only; None without a mesh or for an abstract one.
 

@@ -58,9 +58,7 @@ class Ready:
         return self.jitted(*args, **static) if program is None else program(*args)
 
     def _found(self, called, args, static):
-        native = any(
-            "native" in (ctx.experts, ctx.attention, ctx.linear) for ctx in static.values() if isinstance(ctx, Context)
-        )
+        native = any(ctx.native for ctx in static.values() if isinstance(ctx, Context))
         if native or len({places for *_, places in called[1]} - {""}) != 1:
             return None
         try:

@@ -25,6 +25,6 @@ def linear(equation: str, x: jax.Array, w, ctx: Context, precision=None, dtype=N
     """
     if ctx.fp8 is not None and precision is None and dtype is None:
         return fp8_product(equation, x, plain(w, x.dtype), ctx.fp8).astype(x.dtype)
-    if ctx.linear == "native" and ctx.ops is ONE_DEVICE and native.multiplies(equation, x, held(w)):
-        return native.product(equation, x, held(w)).astype(dtype or x.dtype)
+    if ctx.linear == "native" and ctx.ops is ONE_DEVICE and native.multiplies(equation, x, own := held(w)):
+        return native.product(equation, x, own).astype(dtype or x.dtype)
     return ctx.ops.product(equation, x, w, precision).astype(dtype or x.dtype)

@@ -24,8 +24,8 @@ class Context(context.Context):
         super().__post_init__()
         if self.mesh is not None and self.experts == "dense" and expert_parts(self) > 1:
             raise ValueError('Context(experts="dense"): the oracle needs all experts on a device; choose another form.')
-        for name in ("experts", "attention", "linear"):
-            if getattr(self, name) == "native" and self.platform not in (None, "cpu"):
+        for name in self.native:
+            if self.platform not in (None, "cpu"):
                 raise ValueError(
                     f'Context({name}="native"): it is for CPUs, and the mesh is of {self.platform}; choose "auto".'
                 )

@@ -122,20 +122,7 @@ ffi::Error Routed(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi
 
 }  // namespace
 
-#define ROUTED_OF(NAME, TYPE, FFI_TYPE)                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Routed<TYPE, FFI_TYPE>),     \
-                                ffi::Ffi::Bind()                    \
-                                    .Ctx<ffi::ThreadPool>()         \
-                                    .Arg<Floats>()                  \
-                                    .Arg<Ints>()                    \
-                                    .Arg<Floats>()                  \
-                                    .Arg<ffi::Buffer<FFI_TYPE>>()   \
-                                    .Arg<ffi::Buffer<FFI_TYPE>>()   \
-                                    .Ret<Floats>()                  \
-                                    .Ret<Floats>()                  \
-                                    .Ret<Floats>()                  \
-                                    .Attr<float>("limit"))
-
-ROUTED_OF(RoutedFloat32, float, ffi::F32);
-ROUTED_OF(RoutedBfloat16, Bfloat16, ffi::BF16);
-ROUTED_OF(RoutedBits, Bfloat16, ffi::U16);
+#define RESULTS .Ret<Floats>().Ret<Floats>().Ret<Floats>()
+EXPERTS_OF(RoutedFloat32, Routed, float, ffi::F32, RESULTS);
+EXPERTS_OF(RoutedBfloat16, Routed, Bfloat16, ffi::BF16, RESULTS);
+EXPERTS_OF(RoutedBits, Routed, Bfloat16, ffi::U16, RESULTS);

@@ -1,5 +1,5 @@
 // What the passes of routed experts on a CPU share: assignments in order of expert, the blocks of rows that threads take,
-// SwiGLU, and the sums of a token's outputs.
+// SwiGLU, the sums of a token's outputs, and how XLA calls them.
 
 #pragma once
 
@@ -123,3 +123,14 @@ struct Sums {
 };
 
 }  // namespace native
+
+// x, index, weight, gate_up and down come first.
+#define EXPERTS_OF(NAME, FUNCTION, TYPE, FFI_TYPE, MORE)          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (FUNCTION<TYPE, FFI_TYPE>), \
+                                ffi::Ffi::Bind()                  \
+                                    .Ctx<ffi::ThreadPool>()       \
+                                    .Arg<Floats>()                \
+                                    .Arg<Ints>()                  \
+                                    .Arg<Floats>()                \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>() \
+                                    .Arg<ffi::Buffer<FFI_TYPE>>() MORE.Attr<float>("limit"))

@@ -195,25 +195,10 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, 
 
 }  // namespace
 
-#define GRADIENTS_OF(NAME, TYPE, FFI_TYPE)                         \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Gradients<TYPE, FFI_TYPE>), \
-                                ffi::Ffi::Bind()                   \
-                                    .Ctx<ffi::ThreadPool>()        \
-                                    .Arg<Floats>()                 \
-                                    .Arg<Ints>()                   \
-                                    .Arg<Floats>()                 \
-                                    .Arg<ffi::Buffer<FFI_TYPE>>()  \
-                                    .Arg<ffi::Buffer<FFI_TYPE>>()  \
-                                    .Arg<Floats>()                 \
-                                    .Arg<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Ret<Floats>()                 \
-                                    .Attr<float>("limit"))
-
-GRADIENTS_OF(RoutedGradientsFloat32, float, ffi::F32);
-GRADIENTS_OF(RoutedGradientsBfloat16, Bfloat16, ffi::BF16);
-GRADIENTS_OF(RoutedGradientsBits, Bfloat16, ffi::U16);
+// After h and dy.
+#define RESULTS                                                                        \
+  .Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>() \
+      .Ret<Floats>().Ret<Floats>()
+EXPERTS_OF(RoutedGradientsFloat32, Gradients, float, ffi::F32, RESULTS);
+EXPERTS_OF(RoutedGradientsBfloat16, Gradients, Bfloat16, ffi::BF16, RESULTS);
+EXPERTS_OF(RoutedGradientsBits, Gradients, Bfloat16, ffi::U16, RESULTS);

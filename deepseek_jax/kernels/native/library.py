@@ -21,7 +21,6 @@ HERE = Path(__file__).parent
 SOURCES = sorted(HERE.glob("*.cc"))
 # Headers of JAX are not ours to warn of.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-w")
-INCLUDES = ("-I", jax.ffi.include_dir())
 # What a number of a matrix is in memory -> how names of functions for it end. uint16 are the bits of a bfloat16
 # (`core.bits`).
 ENDINGS = {"float32": "Float32", "bfloat16": "Bfloat16", "uint16": "Bits"}
@@ -115,9 +114,10 @@ def built() -> Path:
 
 def _compile(by: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished, ThreadPoolExecutor() as pool:
+        headers = jax.ffi.include_dir()
         objects = [Path(unfinished) / f"{file.stem}.o" for file in SOURCES]
         for _ in pool.map(
-            lambda file, to: _run(by, *FLAGS, *INCLUDES, "-c", str(file), "-o", str(to)), SOURCES, objects
+            lambda file, to: _run(by, *FLAGS, "-I", headers, "-c", str(file), "-o", str(to)), SOURCES, objects
         ):
             pass
         part = Path(unfinished) / path.name

@@ -13,7 +13,7 @@ from deepseek_jax.core.bits import Bits
 from deepseek_jax.kernels.native.library import call, check
 
 LINEAR = 'Context(linear="native")'
-# Fewer rows XLA multiplies as fast.
+# XLA multiplies one and eight rows as fast (experiments/bench_cpu); numbers between were not measured.
 FEWEST = 64
 # Columns of a panel, the most that there are.
 PANEL = 32

@@ -1,4 +1,8 @@
 // The tiles of all products, and the products by a matrix that is read where it lies.
+//
+// A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
+// columns. Where there are more rows than a tile has, the matrix's columns are packed first, a tile's width at a time, so
+// that a pass reads memory in order; where there are no more, they go over the matrix as it lies (`Few`).
 
 #include "products.h"
 

@@ -1,8 +1,4 @@
 // Products on a CPU whose rows are all of one matrix, which is read where it lies, of float32 or bfloat16.
-//
-// A tile of C is kept in vector registers while one pass over the inner dimension adds to it: R rows by V vectors of
-// columns. Where there are more rows than a tile has, the matrix's columns are packed first, a tile's width at a time, so
-// that a pass reads memory in order; where there are no more, they go over the matrix as it lies (`Few`).
 
 #pragma once
 
@@ -10,7 +6,7 @@
 
 namespace native {
 
-constexpr int64_t kFits = 1 << 19;      // bytes of a matrix that are fetched at once for more
+constexpr int64_t kFits = 1 << 19;      // bytes of a matrix that are fetched at once
 constexpr int64_t kDepth = 512;         // of the inner dimension, packed at once
 constexpr int64_t kBlock = 16 * kRows;  // rows of a unit of work
 
