@@ -1,6 +1,10 @@
 """Linear maps as compiled calls: every path through them and their gradients, and which maps they take."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +48,39 @@ def test_maps_and_gradients_equal_numpys(M, D, Z):
     for ours, theirs, depth in zip(found, expected, (D, Z, M), strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=1e-5 * max(depth, 4) ** 0.5, rtol=1e-6)
+
+
+def test_a_product_is_as_near_as_float32_is():
+    """Of numbers of all digits, near 1 and far from it, where no sum hides how each is multiplied."""
+    rng = np.random.default_rng(0)
+    x, w = ((rng.uniform(1, 2, n) * 2.0 ** rng.integers(-40, 40, n)).astype(np.float32) for n in (128, 160))
+    found = jax.jit(linear, static_argnums=(0, 3))("BTD,DZ->BTZ", x[None, :, None], w[None], NATIVE)[0]
+    exact = x.astype(np.float64)[:, None] * w
+    assert np.abs(found / exact - 1).max() < 2.0**-22
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_stays_so(odd):
+    x, w = matrices((1, 70, 40), (40, 50))
+    x[0, 3, 5] = odd
+    found = np.isfinite(jax.jit(linear, static_argnums=(0, 3))("BTD,DZ->BTZ", x, w, NATIVE)[0])
+    assert not found[3].any()
+    assert np.delete(found, 3, axis=0).all()
+
+
+# Without the units that multiply matrices, and without the widest vectors, where this machine has these.
+@pytest.mark.slow
+@pytest.mark.parametrize("without", ["-U__AMX_BF16__", "-mno-avx512f"])
+def test_processors_without_its_instructions(without, tmp_path, root):
+    by = tmp_path / "compiler"
+    by.write_text(f'#!/bin/sh\nexec {compiler()} "$@" {without if os.uname().machine == "x86_64" else ""}\n')
+    by.chmod(0o755)
+    files = [str(Path(__file__).with_name(f"test_native{name}.py")) for name in ("", "_linear", "_experts")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "numpys or near", *files]
+    environment = os.environ | {"CXX": str(by), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(list((tmp_path / "deepseek-jax" / "native").glob("*.so"))) == 1
 
 
 # Several axes that are summed over, and of the result; rows of more than two axes.

@@ -38,6 +38,9 @@ struct Network {
   int64_t D, F, start, width;
   float limit;
 
+  // Numbers that its matrices take when they are packed.
+  int64_t PackedRoom() const { return PanelsRoom(D, 2 * F) + PanelsRoom(F, D); }
+
   // All rows, at most kBlock, through one product and then through the other.
   void Apply(const Block& block) const {
     // Rows are no power of two apart: those would share lines of the first cache.
@@ -61,22 +64,21 @@ struct Network {
   void ApplyPacked(const Block& block) const {
     const int64_t x_row = D + kLanes, a_row = F + kLanes, h_row = block.kept ? 2 * F : 2 * F + kLanes;
     thread_local std::vector<float> space;
-    float* first = Room(space, kRows * (x_row + a_row + h_row) + kKept);
-    float *x = first + kKept, *a = x + kRows * x_row, *own = a + kRows * a_row;
-    float* second = first + D * Whole(2 * F);
+    float* first = Room(space, PackedRoom() + kTall * (x_row + a_row + h_row));
+    float *second = first + PanelsRoom(D, 2 * F), *x = first + PackedRoom(), *a = x + kTall * x_row, *own = a + kTall * a_row;
     const Matrix<T> gate_up{gate, 2 * F, 1}, out{down, D, 1};
     Fetch(gate_up, D, 2 * F);
-    PackAll(gate_up, D, 2 * F, first);
+    PackWhole(gate_up, D, 2 * F, first);
     Fetch(out, F, D);
-    PackAll(out, F, D, second);
-    for (int64_t r = 0; r < block.rows; r += kRows) {
-      const int64_t some = std::min<int64_t>(kRows, block.rows - r);
+    PackWhole(out, F, D, second);
+    for (int64_t r = 0; r < block.rows; r += kTall) {
+      const int64_t some = std::min<int64_t>(kTall, block.rows - r);
       float* h = block.kept ? block.kept + (block.first + r) * h_row : own;
       block.x.Gather(block.first + r, some, 0, D, x_row, x);
-      TimesAll(some, D, x, x_row, first, 2 * F, h, h_row);
+      ProductOfWhole({x, x_row, 1}, first, h, h_row, some, 2 * F, D);
       for (int64_t i = 0; i < some; ++i)
         Activate(F, h + i * h_row, h + i * h_row + F, limit, block.Weight(r + i), a + i * a_row);
-      TimesAll(some, F, a, a_row, second, D, block.Output(r), D);
+      ProductOfWhole({a, a_row, 1}, second, block.Output(r), D, some, D, F);
     }
   }
 };
@@ -96,7 +98,8 @@ ffi::Error Routed(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi
   const Sorted sorted(index.typed_data(), M, E);
   const int64_t threads = Threads(pool), places = sorted.order.size();
   if (kept) std::memset(kept + places * 2 * F, 0, (M - places) * 2 * F * sizeof(float));
-  const int64_t most = std::clamp(M / (8 * threads), kFewest, Fits(D, F) ? kMost : kBlock);
+  const bool fits = Fits(PanelsRoom(D, 2 * F) + PanelsRoom(F, D));
+  const int64_t most = std::clamp(M / (8 * threads), kFewest, fits ? kMost : kBlock);
   std::vector<Unit> units;
   for (int64_t e = 0; e < E; ++e)
     for (const Unit& unit : sorted.Units(e, most)) units.push_back(unit);
@@ -111,7 +114,7 @@ ffi::Error Routed(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi
     const Block block{inputs, weight.typed_data(), outputs + part * M * D, kept, u.first, u.rows};
     const T *gate = gate_ups + u.expert * D * 2 * F + start, *down_part = downs + (u.expert * F + start) * D;
     const Network<T> network{gate, down_part, D, F, start, std::min(width, F - start), limit};
-    if (Fits(D, F) && parts == 1 && u.rows > kRows)
+    if (fits && parts == 1 && u.rows > kRows)
       network.ApplyPacked(block);
     else
       network.Apply(block);

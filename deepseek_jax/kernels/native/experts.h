@@ -13,13 +13,13 @@ namespace native {
 constexpr int64_t kLine = 16;           // numbers of a line of memory
 constexpr int64_t kFewest = 4 * kRows;  // rows of a unit that are parted no further
 constexpr int64_t kMost = 32 * kRows;   // rows of a unit whose expert is packed at once
-constexpr int64_t kKept = 1 << 17;      // numbers of such an expert: half a megabyte, which a core's own cache holds
 
-// Any number of columns as whole panels.
-inline int64_t Whole(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
-// Whether an expert's matrices are packed at once.
-inline bool Fits(int64_t D, int64_t F) { return D * Whole(2 * F) + F * Whole(D) <= kKept; }
+// Whether matrices that are packed in so many numbers of room are packed at once: a core's own cache holds them.
+#ifdef MATRIX_UNITS
+inline bool Fits(int64_t room) { return room <= 3 << 16; }
+#else
+inline bool Fits(int64_t room) { return room <= 1 << 17; }
+#endif
 
 struct Unit {
   int64_t expert, first, rows;
@@ -46,7 +46,7 @@ struct Sorted {
   std::vector<Unit> Units(int64_t e, int64_t most) const {
     std::vector<Unit> units;
     const int64_t end = starts[e + 1], size = end - starts[e], blocks = (size + most - 1) / most;
-    const int64_t rows = blocks ? ((size + blocks - 1) / blocks + kRows - 1) / kRows * kRows : 0;
+    const int64_t rows = blocks ? Whole((size + blocks - 1) / blocks, kTall) : 0;
     for (int64_t first = starts[e]; first < end; first += rows) units.push_back({e, first, std::min(rows, end - first)});
     return units;
   }

@@ -12,8 +12,7 @@ import numpy as np
 
 from deepseek_jax.core.bits import Bits
 from deepseek_jax.kernels.native.grouped import EXPERTS
-from deepseek_jax.kernels.native.library import call, check, fit
-from deepseek_jax.kernels.native.linear import whole_panels
+from deepseek_jax.kernels.native.library import DEEP, call, check, fit, panels_room, whole_panels
 
 # Most assignments whose experts are parted, and fewest of an expert's inner numbers in a part: a strip of them is read
 # slower than a matrix in the order of memory.
@@ -66,8 +65,10 @@ def _routed_backward(limit: float, kept, dy_ND):
     M, (_, F, D) = index_NK.size, down_EFD.shape
     of_bits = down_EFD.dtype == jnp.uint16
     matrices = [(0, *w.shape[1:]) if of_bits else w.shape for w in (gate_up_EDZ, down_EFD)]
-    # Room for what threads leave to others: outputs, and `Kept::Numbers` of `experts_gradients.cc`.
-    rooms = [(M, D), (M, whole_panels(2 * F) + whole_panels(D) + whole_panels(F) + 16)]
+    # Room for what threads leave to others: outputs, and what `Kept` of `experts_gradients.cc` holds.
+    rows = M + (DEEP - 1) * min(M, gate_up_EDZ.shape[0])
+    kept = panels_room(rows, 2 * F) + panels_room(rows, D) + M * (whole_panels(F) + 16)
+    rooms = [(M, D), (kept,)]
     outs = [jax.ShapeDtypeStruct(a, jnp.float32) for a in (x_ND.shape, weight_NK.shape, *matrices, *rooms)]
     run = call("RoutedGradients", outs, down_EFD)
     x, weight, dy = (a.astype(jnp.float32) for a in (x_ND, weight_NK, dy_ND))

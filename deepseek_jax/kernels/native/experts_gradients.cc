@@ -18,20 +18,17 @@ struct Kept {
   int64_t D, F, rows;
   float* room;
 
-  // Of a row. A multiple of a line of memory, as all that is read again and again begins with one.
-  static int64_t Numbers(int64_t D, int64_t F) { return Whole(2 * F) + Whole(D) + Whole(F) + kLine; }
+  // A multiple of a line of memory, as all that is read again and again begins with one.
+  int64_t Numbers() const { return PanelsRoom(rows, 2 * F) + PanelsRoom(rows, D) + rows * activated_row(); }
 
   int64_t activated_row() const { return Whole(F) + kLine; }
   float* hidden() const { return room; }
-  float* given() const { return room + rows * Whole(2 * F); }
-  float* activated() const { return given() + rows * Whole(D); }
+  float* given() const { return room + PanelsRoom(rows, 2 * F); }
+  float* activated() const { return given() + PanelsRoom(rows, D); }
 
   // Some rows, the first one row r, into panels that hold all of an expert's.
-  void Panel(const float* from, int64_t apart, int64_t r, int64_t some, int64_t columns, float* panels) const {
-    for (int64_t j = 0; j < columns; j += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, columns - j);
-      Pack(Matrix<float>{from + j, apart, 1}, some, width, panels + j * rows + r * kPanel);
-    }
+  void Panels(const float* from, int64_t apart, int64_t r, int64_t some, int64_t columns, float* panels) const {
+    PackPanels(Matrix<float>{from, apart, 1}, some, columns, panels + PanelRoom(r), PanelRoom(rows));
   }
 
   // C [columns, width] = (A [rows, columns]) transposed times what is packed. part(r, some) is where rows of A from r on are,
@@ -41,10 +38,7 @@ struct Kept {
     if (rows == 0) std::memset(c, 0, columns * width * sizeof(float));
     for (int64_t r = 0; r < rows; r += kDepth) {
       const int64_t some = std::min(kDepth, rows - r);
-      const float* a = part(r, some);
-      for (int64_t j = 0; j < width; j += kPanel)
-        Strip(columns, some, a, 1, apart, panels + j * rows + r * kPanel, c + j, width, std::min<int64_t>(kPanel, width - j),
-              r > 0);
+      Product(Ready({part(r, some), 1, apart}, columns, some), panels + PanelRoom(r), PanelRoom(rows), width, c, width, r > 0);
     }
   }
 };
@@ -77,29 +71,30 @@ struct Back {
   Taken given;
   float *d_weights, *outputs;
 
-  // Whether its matrices are packed at once.
-  bool Fits() const { return D * Whole(F) + 2 * F * Whole(D) <= kKept; }
+  // Numbers that its matrices take when they are packed.
+  int64_t PackedRoom() const { return PanelsRoom(D, F) + PanelsRoom(2 * F, D); }
 
   // Those of a unit, the first of which is the expert's row `row`.
   void Apply(const Unit& u, const Kept& kept, int64_t row) const {
-    const bool packed = Fits() && u.rows > kRows;
-    const int64_t step = packed ? kRows : u.rows, y_row = D + kLanes, h_row = 2 * F + kLanes, a_row = F + kLanes;
+    const bool packed = Fits(PackedRoom()) && u.rows > kRows;
+    const int64_t step = packed ? kTall : u.rows, front = packed ? PackedRoom() : 0;
+    const int64_t y_row = D + kLanes, h_row = 2 * F + kLanes, a_row = F + kLanes;
     thread_local std::vector<float> space;
-    float* first = Room(space, packed * kKept + step * (y_row + h_row + a_row));
-    float *second = first + D * Whole(F), *dy = first + packed * kKept, *dh = dy + step * y_row, *da = dh + step * h_row;
+    float* first = Room(space, front + step * (y_row + h_row + a_row));
+    float *second = first + PanelsRoom(D, F), *dy = first + front, *dh = dy + step * y_row, *da = dh + step * h_row;
     const Matrix<T> turned_down{down, 1, D}, turned_up{gate_up, 1, 2 * F};
     if (packed) {
       Fetch(turned_down, D, F);
-      PackAll(turned_down, D, F, first);
+      PackWhole(turned_down, D, F, first);
       Fetch(turned_up, 2 * F, D);
-      PackAll(turned_up, 2 * F, D, second);
+      PackWhole(turned_up, 2 * F, D, second);
     }
     for (int64_t r = 0; r < u.rows; r += step, row += step) {
       const int64_t some = std::min(step, u.rows - r), place = u.first + r;
       given.Gather(place, some, 0, D, y_row, dy);
-      kept.Panel(dy, y_row, row, some, D, kept.given());
+      kept.Panels(dy, y_row, row, some, D, kept.given());
       if (packed)
-        TimesAll(some, D, dy, y_row, first, F, da, a_row);
+        ProductOfWhole({dy, y_row, 1}, first, da, a_row, some, F, D);
       else
         Multiply<T>({dy, y_row, 1}, turned_down, da, a_row, some, F, D);
       for (int64_t i = 0; i < some; ++i) {
@@ -109,9 +104,9 @@ struct Back {
         d_weights[assignment] = ActivateBack(F, own, own + F, da + i * a_row, limit, weights[assignment], own_dh, own_dh + F,
                                              activated);
       }
-      kept.Panel(dh, h_row, row, some, 2 * F, kept.hidden());
+      kept.Panels(dh, h_row, row, some, 2 * F, kept.hidden());
       if (packed)
-        TimesAll(some, 2 * F, dh, h_row, second, D, outputs + place * D, D);
+        ProductOfWhole({dh, h_row, 1}, second, outputs + place * D, D, some, D, 2 * F);
       else
         Multiply<T>({dh, h_row, 1}, turned_up, outputs + place * D, D, some, D, 2 * F);
     }
@@ -125,30 +120,37 @@ struct Part {
 };
 
 // dx [N, D], dweight [N, K] and the gradients of gate_up and down, or of no experts where nobody needs these, of dy [N, D].
-// h: what `Routed` kept. apart [M, D] and room [M, Kept::Numbers]: for what units leave to others.
+// h: what `Routed` kept. apart [M, D] and room: for what units leave to others.
 template <typename T, ffi::DataType Type>
 ffi::Error Gradients(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, ffi::Buffer<Type> gate_up,
                      ffi::Buffer<Type> down, Floats h, Floats dy, ffi::Result<Floats> dx, ffi::Result<Floats> dweight,
                      ffi::Result<Floats> d_gate_up, ffi::Result<Floats> d_down, ffi::Result<Floats> apart,
                      ffi::Result<Floats> room, float limit) {
   const auto id = index.dimensions(), dd = down.dimensions();
-  const int64_t N = id[0], K = id[1], M = N * K, E = dd[0], F = dd[1], D = dd[2], numbers = Kept::Numbers(D, F);
-  if (room->element_count() < M * numbers)
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "The gradients of experts have too little room.");
+  const int64_t N = id[0], K = id[1], M = N * K, E = dd[0], F = dd[1], D = dd[2];
   const bool matrices = d_down->element_count() > 0;
   const T* gate_ups = reinterpret_cast<const T*>(gate_up.untyped_data());
   const T* downs = reinterpret_cast<const T*>(down.untyped_data());
   float *outputs = apart->typed_data(), *d_weights = dweight->typed_data();
   const Sorted sorted(index.typed_data(), M, E);
   const int64_t places = sorted.order.size();
-  const Taken inputs{x.typed_data(), sorted.order.data(), K, D, places}, given{dy.typed_data(), sorted.order.data(), K, D, places};
+  std::vector<Kept> kepts;
+  float* next = room->typed_data();
+  for (int64_t e = 0; e < E; ++e) {
+    kepts.push_back({D, F, sorted.starts[e + 1] - sorted.starts[e], next});
+    next += kepts[e].Numbers();
+  }
+  if (next > room->typed_data() + room->element_count())
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "The gradients of experts have too little room.");
+  const Taken inputs{x.typed_data(), sorted.order.data(), K, D, places};
+  const Taken given{dy.typed_data(), sorted.order.data(), K, D, places};
   const auto back = [&](int64_t e) {
     const T *own_up = gate_ups + e * D * 2 * F, *own_down = downs + e * F * D;
     return Back<T>{own_up, own_down, D, F, limit, h.typed_data(), weight.typed_data(), given, d_weights, outputs};
   };
   for (int64_t m = 0; m < M; ++m)
     if (sorted.place[m] < 0) d_weights[m] = 0;
-  const int64_t most = std::clamp(M / (4 * Threads(pool)), kFewest, back(0).Fits() ? kMost : kBlock);
+  const int64_t most = std::clamp(M / (4 * Threads(pool)), kFewest, Fits(back(0).PackedRoom()) ? kMost : kBlock);
   std::vector<Part> parts;
   // Of each expert, blocks of rows that are not back yet.
   const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[E]);
@@ -166,7 +168,7 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats x, Ints index, Floats weight, 
   ForAll(pool, parts.size(), [&](int64_t i) {
     const auto& [of, u] = parts[i];
     const int64_t start = sorted.starts[u.expert];
-    const Kept kept{D, F, sorted.starts[u.expert + 1] - start, room->typed_data() + start * numbers};
+    const Kept& kept = kepts[u.expert];
     if (of == Part::kBack) {
       back(u.expert).Apply(u, kept, u.first - start);
       sums.Add(u);

@@ -18,7 +18,7 @@ struct Unit {
 
 // y [M, Z] = x [M, D] w[group] [D, Z], or its transpose: x [M, Z], y [M, D]. T: what a number of w is in memory.
 template <typename T, ffi::DataType Type>
-ffi::Error Rows(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, Ints sizes, ffi::Result<Floats> y,
+ffi::Error Grouped(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, Ints sizes, ffi::Result<Floats> y,
                 bool transpose) {
   const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
   const int64_t M = xd[0], depth = xd[1], width = yd[1], E = wd[0], D = wd[1], Z = wd[2];
@@ -77,7 +77,7 @@ ffi::Error Outer(ffi::ThreadPool pool, Floats x, Floats y, Ints sizes, ffi::Resu
 }  // namespace
 
 #define ROWS_OF(NAME, TYPE, FFI_TYPE)                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Rows<TYPE, FFI_TYPE>),      \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Grouped<TYPE, FFI_TYPE>),      \
                                 ffi::Ffi::Bind()                   \
                                     .Ctx<ffi::ThreadPool>()        \
                                     .Arg<Floats>()                 \

@@ -5,8 +5,10 @@ calls, which it lends its own threads. Needs a C++ compiler at hand; JAX brings 
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,6 +29,8 @@ ENDINGS = {"float32": "Float32", "bfloat16": "Bfloat16", "uint16": "Bits"}
 BY_DTYPE = ("GroupedRows", "Linear", "Routed", "RoutedGradients")
 OF_KEYS = ("Attend", "AttendGradients", "AttendLatents")
 OTHERS = ("GroupedOuter", "LinearGradient")
+# Of `products.h`, the most that there are: columns of a panel, and numbers of the inner dimension packed together.
+PANEL, DEEP = 32, 32
 
 
 def call(name: str, outs, matrix: jax.Array | None = None):
@@ -65,9 +69,29 @@ def fit(**operands: tuple[str, jax.Array]) -> None:
                 )
 
 
+def whole_panels(columns: int) -> int:
+    return -(-columns // PANEL) * PANEL
+
+
+def panels_room(depth: int, columns: int) -> int:
+    """Numbers that a packed matrix takes at most (`PanelsRoom` of `products.h`)."""
+    return -(-depth // DEEP) * DEEP * 3 // 2 * whole_panels(columns)
+
+
 def _target(symbol: str) -> str:
     """What XLA calls a function of the library."""
     return f"deepseek_jax.{symbol}"
+
+
+@cache
+def _flags() -> tuple[str, ...]:
+    """`FLAGS`, and one against matrix units (AMX) where there are none: Linux lends their tiles to who asks, for the
+    process and its threads."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return FLAGS
+    ask, permission, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA
+    lent = ctypes.CDLL(None).syscall(ask, permission, tile_data) == 0
+    return FLAGS if lent else (*FLAGS, "-U__AMX_BF16__")
 
 
 @cache
@@ -97,7 +121,7 @@ def built() -> Path:
         raise ValueError(f'The "native" form is built by a C++ compiler, and {missing}; install one, or choose "auto".')
     texts = (file.read_text(encoding="utf-8") for file in sorted([*HERE.glob("*.h"), *SOURCES]))
     # Of a compiler when it was installed: asking it for its version would take longer than all else here.
-    made_of = [*texts, jax.__version__, jaxlib.__version__, by, Path(by).stat().st_mtime_ns, *FLAGS]
+    made_of = [*texts, jax.__version__, jaxlib.__version__, by, Path(by).stat().st_mtime_ns, *_flags()]
     path = home() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}-{cpu()}.so"
     if path.exists():
         return path
@@ -117,7 +141,9 @@ def _compile(by: str, path: Path) -> None:
         headers = jax.ffi.include_dir()
         objects = [Path(unfinished) / f"{file.stem}.o" for file in SOURCES]
         for _ in pool.map(
-            lambda file, to: _run(by, *FLAGS, "-I", headers, "-c", str(file), "-o", str(to)), SOURCES, objects
+            lambda file, to: _run(by, *_flags(), "-I", headers, "-c", str(file), "-o", str(to)),
+            SOURCES,
+            objects,
         ):
             pass
         part = Path(unfinished) / path.name

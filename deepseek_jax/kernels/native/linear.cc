@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kSome = 8 * kRows;   // rows of a unit of work
 constexpr int64_t kWide = 8 * kPanel;  // columns that are packed in a unit of work
-constexpr int64_t kSlice = 128;        // rows that a gradient's block reads at once
+constexpr int64_t kSlice = kDeep > 1 ? 256 : 128;  // rows that a gradient's block reads at once
 constexpr int64_t kEdge = 512;         // of such a block, at most
 constexpr int64_t kNarrow = 4 * kPanel;
 
@@ -33,14 +33,14 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
   ForAll(pool, packs + blocks, [&](int64_t i) {
     if (i < packs) {
       const int64_t j = i * kWide;
-      PackAll(Matrix<T>{b.at(0, j), b.row, b.column}, depth, std::min(kWide, width - j), panels + j * depth);
+      PackWhole(Matrix<T>{b.at(0, j), b.row, b.column}, depth, std::min(kWide, width - j), panels + PanelsRoom(depth, j));
       --missing;
       return;
     }
     // Threads that pack took that before this unit, and wait for nobody.
     while (missing > 0) std::this_thread::yield();
     const int64_t first = (i - packs) * kSome;
-    TimesAll(std::min(kSome, M - first), depth, xs + first * depth, depth, panels, width, ys + first * width, width);
+    ProductOfWhole({xs + first * depth, depth, 1}, panels, ys + first * width, width, std::min(kSome, M - first), width, depth);
   });
   return ffi::Error::Success();
 }
@@ -49,12 +49,12 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
 // one; how many changes bits, who takes them does not.
 ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<Floats> o, ffi::Result<Floats> parts) {
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1], Z = y.dimensions()[1], wanted = 3 * Threads(pool);
-  const int64_t P = std::max<int64_t>(1, parts->dimensions()[0]), own_rows = ((M + P - 1) / P + kSlice - 1) / kSlice * kSlice;
+  const int64_t P = std::max<int64_t>(1, parts->dimensions()[0]), own_rows = Whole((M + P - 1) / P, kSlice);
   const float *xs = x.typed_data(), *ys = y.typed_data();
   int64_t rows = std::min(kEdge, D), columns = std::min(kEdge, Z);
   const auto units = [&] { return P * ((D + rows - 1) / rows) * ((Z + columns - 1) / columns); };
-  while (units() < wanted && columns > kNarrow) columns = (columns / 2 + kPanel - 1) / kPanel * kPanel;
-  while (units() < wanted && rows > kSome) rows = (rows / 2 + kRows - 1) / kRows * kRows;
+  while (units() < wanted && columns > kNarrow) columns = Whole(columns / 2);
+  while (units() < wanted && rows > kSome) rows = Whole(rows / 2, kTall);
   const int64_t across = (Z + columns - 1) / columns, blocks = across * ((D + rows - 1) / rows);
   const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[blocks]);
   for (int64_t i = 0; i < blocks; ++i) missing[i] = P;
@@ -63,19 +63,19 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<
     const int64_t height = std::min(rows, D - d), width = std::min(columns, Z - z), x_row = height + kLanes;
     float* sums = (P > 1 ? parts->typed_data() + part * D * Z : o->typed_data()) + d * Z + z;
     thread_local std::vector<float> space;
-    float *panels = Room(space, kSlice * (kEdge + kEdge + kLanes)), *own = panels + kSlice * kEdge;
+    const int64_t packed = PanelsRoom(kSlice, kEdge);
+    float *panels = Room(space, packed + kSlice * (kEdge + kLanes)), *own = panels + packed;
     const int64_t first = part * own_rows, end = std::min(M, first + own_rows);
     if (first >= end)
       for (int64_t i = 0; i < height; ++i) std::memset(sums + i * Z, 0, width * sizeof(float));
     for (int64_t m = first; m < end; m += kSlice) {
       const int64_t some = std::min(kSlice, end - m);
-      PackAll(Matrix<float>{ys + m * Z + z, Z, 1}, some, width, panels);
+      PackWhole(Matrix<float>{ys + m * Z + z, Z, 1}, some, width, panels);
       // Copied, they are in a cache, and no power of two apart.
       for (int64_t i = 0; i < some; ++i) std::memcpy(own + i * x_row, xs + (m + i) * D + d, height * sizeof(float));
-      for (int64_t i = 0; i < height; i += kRows)
-        for (int64_t j = 0; j < width; j += kPanel)
-          Strip(std::min<int64_t>(kRows, height - i), some, own + i, 1, x_row, panels + j * some, sums + i * Z + j, Z,
-                std::min<int64_t>(kPanel, width - j), m > first);
+      for (int64_t i = 0; i < height; i += kBlock)
+        Product(Ready({own + i, 1, x_row}, std::min(kBlock, height - i), some), panels, PanelRoom(some), width, sums + i * Z, Z,
+                m > first);
     }
     if (--missing[block] > 0 || P == 1) return;
     for (int64_t i = 0; i < height; ++i) {

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.bits import Bits
-from deepseek_jax.kernels.native.library import call, check
+from deepseek_jax.kernels.native.library import call, check, panels_room
 
 LINEAR = 'Context(linear="native")'
 # XLA multiplies one and eight rows as fast (experiments/bench_cpu); numbers between were not measured.
 FEWEST = 64
-# Columns of a panel, the most that there are.
-PANEL = 32
 # Of a weight's gradient: parts of the rows whose sums stand apart, of how many rows at least, and of a gradient of how
 # many numbers at most.
 PARTS, PART_ROWS, PARTED = 4, 256, 1 << 18
@@ -63,7 +61,7 @@ def _product(x_MD, w_DZ) -> jax.Array:
 
 def _rows(x_MD, w_DZ, transpose: bool) -> jax.Array:
     width = w_DZ.shape[0 if transpose else 1]
-    shapes = (x_MD.shape[0], width), (x_MD.shape[1], whole_panels(width))
+    shapes = (x_MD.shape[0], width), (panels_room(x_MD.shape[1], width),)
     run = call("Linear", [jax.ShapeDtypeStruct(a, jnp.float32) for a in shapes], w_DZ)
     return run(x_MD.astype(jnp.float32), w_DZ, transpose=np.bool_(transpose))[0]
 
@@ -84,7 +82,3 @@ def _product_backward(operands, dy_MZ):
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def whole_panels(columns: int) -> int:
-    return -(-columns // PANEL) * PANEL

@@ -90,11 +90,66 @@ auto FewOf(int rows, std::integer_sequence<int, R...>) {
 
 TileOf PanelTile(int64_t rows) { return Tiles(rows, std::make_integer_sequence<int, kRows>()); }
 
+#ifdef MATRIX_UNITS
+
+Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth) {
+  thread_local std::vector<float> space;
+  const int64_t deep = Whole(depth, kDeep) / kDeep, tall = Whole(rows, kSide) / kSide;
+  uint32_t* tiles = (uint32_t*)Room(space, tall * deep * kThirds);
+  for (int64_t i = 0; i < tall; ++i)
+    for (int64_t k = 0; k < deep; ++k)
+      Split<true>(a.at(i * kSide, k * kDeep), a.row, a.column, std::min(kSide, rows - i * kSide),
+                  std::min(kDeep, depth - k * kDeep), tiles + (i * deep + k) * kThirds);
+  return {rows, depth, tiles};
+}
+
+void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
+  const int64_t deep = Whole(a.depth, kDeep) / kDeep, a_apart = deep * kThirds;
+  const UnitTiles tiles;
+  for (int64_t j = 0; j < columns; j += kPanel, panels += apart)
+    for (int64_t i = 0; i < a.rows; i += kTall) {
+      const int64_t tall = std::min(kTall, a.rows - i), width = std::min<int64_t>(kPanel, columns - j);
+      const bool two = tall > kSide, wide = width > kSide, whole = tall % kSide == 0 && width % kSide == 0;
+      float* to = c + i * c_row + j;
+      alignas(64) float edge[kTall * kPanel];
+      for (int64_t r = 0; add && !whole && r < tall; ++r) std::memcpy(edge + r * kPanel, to + r * c_row, width * sizeof(float));
+      const auto tile = two ? wide ? UnitTile<2, 2> : UnitTile<2, 1> : wide ? UnitTile<1, 2> : UnitTile<1, 1>;
+      tile(deep, a.tiles + i / kSide * a_apart, a_apart, (const uint32_t*)panels, whole ? to : edge, whole ? c_row : kPanel,
+           add);
+      for (int64_t r = 0; !whole && r < tall; ++r) std::memcpy(to + r * c_row, edge + r * kPanel, width * sizeof(float));
+    }
+}
+
+#else
+
+Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth) { return {rows, depth, a}; }
+
+// C [rows, width] (+)= A [rows, depth] B, where B is packed, of at most a panel's width; at most kBlock rows.
+static void Strip(const Matrix<float>& a, int64_t rows, int64_t depth, const float* panel, float* c, int64_t c_row,
+                  int64_t width, bool add) {
+  if (width == kPanel) {
+    Times(rows, depth, a.data, a.row, a.column, panel, c, c_row, add);
+    return;
+  }
+  float edge[kBlock * kPanel];
+  for (int64_t i = 0; add && i < rows; ++i) std::memcpy(edge + i * kPanel, c + i * c_row, width * sizeof(float));
+  Times(rows, depth, a.data, a.row, a.column, panel, edge, kPanel, add);
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * c_row, edge + i * kPanel, width * sizeof(float));
+}
+
+void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
+  for (int64_t k = 0; k < a.depth; k += kDepth)
+    for (int64_t j = 0; j < columns; j += kPanel)
+      Strip({a.a.at(0, k), a.a.row, a.a.column}, a.rows, std::min(kDepth, a.depth - k),
+            panels + j / kPanel * apart + PanelRoom(k), c + j, c_row, std::min<int64_t>(kPanel, columns - j), add || k > 0);
+}
+
+#endif
+
 template <typename T>
 void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_row, int64_t rows, int64_t columns,
               int64_t depth) {
   thread_local std::vector<float> space;
-  float* panel = Room(space, kDepth * kPanel);
   if (depth == 0) {
     for (int64_t i = 0; i < rows; ++i) std::memset(c + i * c_row, 0, columns * sizeof(float));
     return;
@@ -104,13 +159,16 @@ void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_ro
                                                              c_row);
     return;
   }
+  float* panel = Room(space, PanelRoom(kDepth));
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t part = std::min(kDepth, depth - k);
-    Fetch(Matrix<T>{b.at(k, 0), b.row, b.column}, part, columns);
+    const Matrix<T> deep{b.at(k, 0), b.row, b.column};
+    Fetch(deep, part, columns);
+    const Rows ready = Ready({a.at(0, k), a.row, a.column}, rows, part);
     for (int64_t j = 0; j < columns; j += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, columns - j);
-      Pack(Matrix<T>{b.at(k, j), b.row, b.column}, part, width, panel);
-      Strip(rows, part, a.at(0, k), a.row, a.column, panel, c + j, c_row, width, k > 0);
+      PackPanels(Matrix<T>{deep.at(0, j), b.row, b.column}, part, width, panel, 0);
+      Product(ready, panel, 0, width, c + j, c_row, k > 0);
     }
   }
 }
