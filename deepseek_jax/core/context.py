@@ -45,10 +45,10 @@ class Context:
     (`kernels.hopper_decode`), both in 16-bit dtypes; "native", for CPUs, is C++ (`kernels.native`) for calls on one
     device, over a cache too, but for an indexer's and compressed attention's; for other calls they take XLA's. A
     "kernel" that is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
-    ``linear``: what multiplies linear maps, "auto" for XLA; "native", for CPUs, is C++ (`kernels.native`) for maps of
-    64 rows or more on one device; those of weights that are quantised or have an adapter, and all others, are XLA's.
-    On processors with matrix units (AMX) native products of many rows are sums of six of bfloat16 parts, which are as
-    near to the exact ones as float32's; of what is not finite they make NaNs (`kernels.native`).
+    ``linear``: what multiplies linear maps, "auto" for XLA; "native", for CPUs, is C++ (`kernels.native`) for maps of 2
+    to 12 rows, and of 64 or more, on one device; those of weights that are quantised or have an adapter, and all
+    others, are XLA's. On processors with matrix units (AMX) native products of many rows are sums of six of bfloat16
+    parts, which are as near to the exact ones as float32's; of what is not finite they make NaNs (`kernels.native`).
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served
     (`core.served`); for MLA and compressed attention.
     ``remat``: what the backward pass keeps of a layer, a key of `REMAT`. ``unrolled``: a stack's layers one after the

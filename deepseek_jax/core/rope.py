@@ -86,17 +86,23 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) 
     if not interleaved:
         a, b = jnp.split(x32, 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    # Each number's partner by a product with a signed permutation, which is exact: pairs as an axis of two, or shifts
-    # by one, cost an accelerator several passes over the array.
     cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
-    swap = jnp.asarray(_swap(x.shape[-1]), x.dtype)
-    partner = jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    partner = jax.lax.platform_dependent(x, cpu=_turned_pairs, default=_permuted)
     return (x32 * cos + partner * sin).astype(x.dtype)
 
 
-def _swap(size: int) -> np.ndarray:
-    """[size, size]: x @ swap is (-x1, x0, -x3, x2, ...)."""
-    swap = np.zeros((size, size), np.float32)
-    even = np.arange(0, size, 2)
+def _turned_pairs(x: jax.Array) -> jax.Array:
+    """float32 (-x1, x0, -x3, x2, ...): on a CPU a part of the loop that multiplies by it."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    return (pairs[..., ::-1] * jnp.array([-1.0, 1.0])).reshape(x.shape)
+
+
+def _permuted(x: jax.Array) -> jax.Array:
+    """`_turned_pairs` as a product with a signed permutation, which is exact: pairs as an axis of two, or shifts by
+    one, cost an accelerator several passes over the array."""
+    size = x.shape[-1]
+    swap, even = np.zeros((size, size), np.float32), np.arange(0, size, 2)
     swap[even + 1, even], swap[even, even + 1] = -1, 1
-    return swap
+    return jnp.matmul(
+        x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

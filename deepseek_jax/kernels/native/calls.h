@@ -23,6 +23,14 @@ using Ints = ffi::Buffer<ffi::S32>;
 // Those that units run on: the pool's, or where XLA has none this one alone.
 inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
+constexpr int kTurns = 1000;  // of waiting awake: some ten microseconds
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // Runs units 0 .. count - 1 on this thread and the pool's; returns when all are done.
 inline void ForAll(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> run) {
   struct State {
@@ -47,6 +55,8 @@ inline void ForAll(ffi::ThreadPool& pool, int64_t count, std::function<void(int6
   const int64_t helpers = std::min<int64_t>(Threads(pool), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->Work(); });
   state->Work();
+  // Others are at their last units: to sleep and be woken takes longer than most of these.
+  for (int turn = 0; turn < kTurns && state->done.load() < count; ++turn) Pause();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all.wait(lock, [&] { return state->done.load() == count; });
 }

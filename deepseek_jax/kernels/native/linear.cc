@@ -1,4 +1,4 @@
-// Linear maps of many rows on a CPU, and the gradients of their weights.
+// Linear maps of many rows or of few on a CPU, and the gradients of their weights.
 //
 // A weight is packed once, by whoever is free; then threads take some rows each. A weight's gradient is a product over all
 // rows: threads take a part of the rows and a block of the gradient each, and whoever is the last at a block sums the parts.
@@ -17,16 +17,48 @@ constexpr int64_t kWide = 8 * kPanel;  // columns that are packed in a unit of w
 constexpr int64_t kSlice = kDeep > 1 ? 256 : 128;  // rows that a gradient's block reads at once
 constexpr int64_t kEdge = 512;         // of such a block, at most
 constexpr int64_t kNarrow = 4 * kPanel;
+constexpr int64_t kChunk = 1024;  // columns that few rows are multiplied by at once
+constexpr int64_t kFew = 12;  // most rows for which a weight is read once, and not packed
 
-// y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. packed: room for w in whole panels.
+// Few rows: y = x w, where w [depth, width] is read where it lies. Threads take some columns and a part of the inner dimension
+// each; apart [parts, M, width] is room for what parts come to, unless it is one.
+template <typename T>
+void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float* apart, int64_t parts, int64_t M, int64_t depth,
+             int64_t width) {
+  const int64_t chunks = (width + kChunk - 1) / kChunk, deep = (depth + parts - 1) / parts;
+  const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[chunks]);
+  for (int64_t i = 0; i < chunks; ++i) missing[i] = parts;
+  ForAll(pool, chunks * parts, [&](int64_t unit) {
+    const int64_t chunk = unit / parts, part = unit % parts, j = chunk * kChunk, columns = std::min(kChunk, width - j);
+    const int64_t k = std::min(depth, part * deep), some = std::min(deep, depth - k);
+    float* to = (parts > 1 ? apart + part * M * width : y) + j;
+    for (int64_t m = 0; m < M; m += kRows)
+      Multiply<T>({x + m * depth + k, depth, 1}, {w + k * width + j, width, 1}, to + m * width, width,
+                  std::min<int64_t>(kRows, M - m), columns, some);
+    if (--missing[chunk] > 0 || parts == 1) return;
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        Vector all = {};
+        for (int64_t p = 0; p < parts; ++p) all += Some(apart + (p * M + m) * width + j + i, columns - i);
+        Store(all, y + m * width + j + i, columns - i);
+      }
+  });
+}
+
+// y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. room: for w in whole panels, or what
+// `FewRows` has `apart`.
 // T: what a number of w is in memory.
 template <typename T, ffi::DataType Type>
-ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Result<Floats> y, ffi::Result<Floats> packed,
+ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Result<Floats> y, ffi::Result<Floats> room,
                   bool transpose) {
   const int64_t M = x.dimensions()[0], depth = x.dimensions()[1], width = y->dimensions()[1];
   const float* xs = x.typed_data();
-  float *ys = y->typed_data(), *panels = packed->typed_data();
+  float *ys = y->typed_data(), *panels = room->typed_data();
   const T* ws = reinterpret_cast<const T*>(w.untyped_data());
+  if (M <= kFew && !transpose) {
+    FewRows(pool, xs, ws, ys, panels, room->dimensions()[0], M, depth, width);
+    return ffi::Error::Success();
+  }
   const Matrix<T> b = transpose ? Matrix<T>{ws, 1, depth} : Matrix<T>{ws, width, 1};
   const int64_t packs = (width + kWide - 1) / kWide, blocks = (M + kSome - 1) / kSome;
   std::atomic<int64_t> missing{packs};

@@ -1,4 +1,5 @@
-"""Linear maps of many rows, and their gradients (`linear.cc`). Numbers are of float32 or bfloat16, sums float32.
+"""Linear maps of many rows or of few, and their gradients (`linear.cc`). Numbers are of float32 or bfloat16, sums
+float32.
 
 Suffixes: M rows, D inputs, Z outputs.
 """
@@ -13,19 +14,20 @@ from deepseek_jax.core.bits import Bits
 from deepseek_jax.kernels.native.library import call, check, panels_room
 
 LINEAR = 'Context(linear="native")'
-# XLA multiplies one and eight rows as fast (experiments/bench_cpu); numbers between were not measured.
-FEWEST = 64
+# Numbers of rows that are multiplied natively: few, while decoding, and many. In between, and of one row, XLA is as
+# fast (experiments/bench_cpu).
+FEW, FEWEST = range(2, 13), 64
 # Of a weight's gradient: parts of the rows whose sums stand apart, of how many rows at least, and of a gradient of how
 # many numbers at most.
 PARTS, PART_ROWS, PARTED = 4, 256, 1 << 18
 
 
 def multiplies(equation: str, x: jax.Array, w) -> bool:
-    """Whether `product` is for this map: of `FEWEST` rows or more, a weight that is an array or bits, and an equation
-    whose last axes of x are the first ones of w."""
+    """Whether `product` is for this map: of `FEW` rows or `FEWEST` and more, a weight that is an array or bits, and an
+    equation whose last axes of x are the first ones of w."""
     inputs = _inputs(equation)
     rows = math.prod(x.shape[: x.ndim - inputs])
-    return inputs > 0 and isinstance(w, jax.Array | Bits) and rows >= FEWEST
+    return inputs > 0 and isinstance(w, jax.Array | Bits) and (rows >= FEWEST or rows in FEW)
 
 
 def _inputs(equation: str) -> int:
@@ -61,7 +63,12 @@ def _product(x_MD, w_DZ) -> jax.Array:
 
 def _rows(x_MD, w_DZ, transpose: bool) -> jax.Array:
     width = w_DZ.shape[0 if transpose else 1]
-    shapes = (x_MD.shape[0], width), (panels_room(x_MD.shape[1], width),)
+    M, D = x_MD.shape
+    room = (panels_room(D, width),)
+    if M in FEW and not transpose:
+        # A weight's rows in parts, and its columns by the thousand: some units of work for each thread.
+        room = (max(1, min(4 // -(-width // 1024), D // 64)), M, width)
+    shapes = (M, width), room
     run = call("Linear", [jax.ShapeDtypeStruct(a, jnp.float32) for a in shapes], w_DZ)
     return run(x_MD.astype(jnp.float32), w_DZ, transpose=np.bool_(transpose))[0]
 
