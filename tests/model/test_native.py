@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,18 @@ def test_another_compiler_of_the_same_name_builds_anew(monkeypatch, tmp_path):
     assert library.built() == first
     os.utime(by, ns=(0, 0))
     assert library.built() != first
+
+
+def test_matrix_units_are_for_who_may_use_them(monkeypatch):
+    flags = library._flags.__wrapped__
+    for answer, expected in ((0, library.FLAGS), (-1, (*library.FLAGS, "-U__AMX_BF16__"))):
+        monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(library.sys, "platform", "linux")
+        monkeypatch.setattr(library.ctypes, "CDLL", lambda _, answer=answer: SimpleNamespace(syscall=lambda *_: answer))
+        assert flags() == expected
+    monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(library.ctypes, "CDLL", None)
+    assert flags() == library.FLAGS
 
 
 def test_its_programs_are_not_among_those_kept_ready(tmp_path):

@@ -23,7 +23,7 @@ using Ints = ffi::Buffer<ffi::S32>;
 // Those that units run on: the pool's, or where XLA has none this one alone.
 inline int64_t Threads(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
-constexpr int kTurns = 1000;  // of waiting awake: some ten microseconds
+constexpr int kTurns = 1000;  // of waiting awake: tens of microseconds
 
 inline void Pause() {
 #if defined(__x86_64__)

@@ -75,10 +75,10 @@ struct Network {
       const int64_t some = std::min<int64_t>(kTall, block.rows - r);
       float* h = block.kept ? block.kept + (block.first + r) * h_row : own;
       block.x.Gather(block.first + r, some, 0, D, x_row, x);
-      ProductOfWhole({x, x_row, 1}, first, h, h_row, some, 2 * F, D);
+      ProductOfWhole<T>({x, x_row, 1}, first, h, h_row, some, 2 * F, D);
       for (int64_t i = 0; i < some; ++i)
         Activate(F, h + i * h_row, h + i * h_row + F, limit, block.Weight(r + i), a + i * a_row);
-      ProductOfWhole({a, a_row, 1}, second, block.Output(r), D, some, D, F);
+      ProductOfWhole<T>({a, a_row, 1}, second, block.Output(r), D, some, D, F);
     }
   }
 };

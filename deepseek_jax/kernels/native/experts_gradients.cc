@@ -94,7 +94,7 @@ struct Back {
       given.Gather(place, some, 0, D, y_row, dy);
       kept.Panels(dy, y_row, row, some, D, kept.given());
       if (packed)
-        ProductOfWhole({dy, y_row, 1}, first, da, a_row, some, F, D);
+        ProductOfWhole<T>({dy, y_row, 1}, first, da, a_row, some, F, D);
       else
         Multiply<T>({dy, y_row, 1}, turned_down, da, a_row, some, F, D);
       for (int64_t i = 0; i < some; ++i) {
@@ -106,7 +106,7 @@ struct Back {
       }
       kept.Panels(dh, h_row, row, some, 2 * F, kept.hidden());
       if (packed)
-        ProductOfWhole({dh, h_row, 1}, second, outputs + place * D, D, some, D, 2 * F);
+        ProductOfWhole<T>({dh, h_row, 1}, second, outputs + place * D, D, some, D, 2 * F);
       else
         Multiply<T>({dh, h_row, 1}, turned_up, outputs + place * D, D, some, D, 2 * F);
     }

@@ -72,7 +72,8 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
     // Threads that pack took that before this unit, and wait for nobody.
     while (missing > 0) std::this_thread::yield();
     const int64_t first = (i - packs) * kSome;
-    ProductOfWhole({xs + first * depth, depth, 1}, panels, ys + first * width, width, std::min(kSome, M - first), width, depth);
+    const int64_t some = std::min(kSome, M - first);
+    ProductOfWhole<T>({xs + first * depth, depth, 1}, panels, ys + first * width, width, some, width, depth);
   });
   return ffi::Error::Success();
 }

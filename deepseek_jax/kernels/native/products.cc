@@ -103,6 +103,7 @@ Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth) {
   return {rows, depth, tiles};
 }
 
+template <typename T>
 void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
   const int64_t deep = Whole(a.depth, kDeep) / kDeep, a_apart = deep * kThirds;
   const UnitTiles tiles;
@@ -113,7 +114,8 @@ void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns,
       float* to = c + i * c_row + j;
       alignas(64) float edge[kTall * kPanel];
       for (int64_t r = 0; add && !whole && r < tall; ++r) std::memcpy(edge + r * kPanel, to + r * c_row, width * sizeof(float));
-      const auto tile = two ? wide ? UnitTile<2, 2> : UnitTile<2, 1> : wide ? UnitTile<1, 2> : UnitTile<1, 1>;
+      constexpr int P = kParts<T>;
+      const auto tile = two ? wide ? UnitTile<2, 2, P> : UnitTile<2, 1, P> : wide ? UnitTile<1, 2, P> : UnitTile<1, 1, P>;
       tile(deep, a.tiles + i / kSide * a_apart, a_apart, (const uint32_t*)panels, whole ? to : edge, whole ? c_row : kPanel,
            add);
       for (int64_t r = 0; !whole && r < tall; ++r) std::memcpy(to + r * c_row, edge + r * kPanel, width * sizeof(float));
@@ -137,6 +139,7 @@ static void Strip(const Matrix<float>& a, int64_t rows, int64_t depth, const flo
   for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * c_row, edge + i * kPanel, width * sizeof(float));
 }
 
+template <typename T>
 void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
   for (int64_t k = 0; k < a.depth; k += kDepth)
     for (int64_t j = 0; j < columns; j += kPanel)
@@ -168,11 +171,13 @@ void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_ro
     for (int64_t j = 0; j < columns; j += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, columns - j);
       PackPanels(Matrix<T>{deep.at(0, j), b.row, b.column}, part, width, panel, 0);
-      Product(ready, panel, 0, width, c + j, c_row, k > 0);
+      Product<T>(ready, panel, 0, width, c + j, c_row, k > 0);
     }
   }
 }
 
+template void Product<float>(const Rows&, const float*, int64_t, int64_t, float*, int64_t, bool);
+template void Product<Bfloat16>(const Rows&, const float*, int64_t, int64_t, float*, int64_t, bool);
 template void Multiply(const Matrix<float>&, const Matrix<float>&, float*, int64_t, int64_t, int64_t, int64_t);
 template void Multiply(const Matrix<float>&, const Matrix<Bfloat16>&, float*, int64_t, int64_t, int64_t, int64_t);
 

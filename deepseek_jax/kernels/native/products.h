@@ -76,13 +76,16 @@ struct Rows {
 // A thread has one of these at a time: it may lie in room that is the thread's.
 Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth);
 
-// C [rows, columns] (+)= A times packed panels of A's depth, which lie so many numbers apart; rows of C are contiguous.
+// C [rows, columns] (+)= A times packed panels of A's depth, which lie so many numbers apart; rows of C are contiguous. T: what
+// they were packed from, float or Bfloat16.
+template <typename T = float>
 void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add);
 
 // C [rows, columns] = A [rows, depth] B, where all of B is packed behind each other.
-inline void ProductOfWhole(const Matrix<float>& a, const float* panels, float* c, int64_t c_row, int64_t rows, int64_t columns,
+template <typename T = float>
+void ProductOfWhole(const Matrix<float>& a, const float* panels, float* c, int64_t c_row, int64_t rows, int64_t columns,
                        int64_t depth) {
-  Product(Ready(a, rows, depth), panels, PanelRoom(depth), columns, c, c_row, false);
+  Product<T>(Ready(a, rows, depth), panels, PanelRoom(depth), columns, c, c_row, false);
 }
 
 // Brings a matrix into a core's cache in the order of memory, if it fits: a panel takes but some numbers of each line.
