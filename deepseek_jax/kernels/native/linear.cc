@@ -46,11 +46,11 @@ void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float*
 }
 
 // y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. room: for w in whole panels, or what
-// `FewRows` has `apart`.
+// `FewRows` has `apart`. halves: whether all numbers of x are those of bfloat16.
 // T: what a number of w is in memory.
 template <typename T, ffi::DataType Type>
 ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Result<Floats> y, ffi::Result<Floats> room,
-                  bool transpose) {
+                  bool transpose, bool halves) {
   const int64_t M = x.dimensions()[0], depth = x.dimensions()[1], width = y->dimensions()[1];
   const float* xs = x.typed_data();
   float *ys = y->typed_data(), *panels = room->typed_data();
@@ -73,14 +73,15 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
     while (missing > 0) std::this_thread::yield();
     const int64_t first = (i - packs) * kSome;
     const int64_t some = std::min(kSome, M - first);
-    ProductOfWhole<T>({xs + first * depth, depth, 1}, panels, ys + first * width, width, some, width, depth);
+    ProductOfWhole<T>({xs + first * depth, depth, 1}, panels, ys + first * width, width, some, width, depth, halves);
   });
   return ffi::Error::Success();
 }
 
 // o [D, Z] = x [M, D] transposed times y [M, Z]. parts [P, D, Z]: room for what P parts of the rows come to, unless it is
 // one; how many changes bits, who takes them does not.
-ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<Floats> o, ffi::Result<Floats> parts) {
+ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<Floats> o, ffi::Result<Floats> parts,
+                          bool halves) {
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1], Z = y.dimensions()[1], wanted = 3 * Threads(pool);
   const int64_t P = std::max<int64_t>(1, parts->dimensions()[0]), own_rows = Whole((M + P - 1) / P, kSlice);
   const float *xs = x.typed_data(), *ys = y.typed_data();
@@ -107,8 +108,8 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<
       // Copied, they are in a cache, and no power of two apart.
       for (int64_t i = 0; i < some; ++i) std::memcpy(own + i * x_row, xs + (m + i) * D + d, height * sizeof(float));
       for (int64_t i = 0; i < height; i += kBlock)
-        Product(Ready({own + i, 1, x_row}, std::min(kBlock, height - i), some), panels, PanelRoom(some), width, sums + i * Z, Z,
-                m > first);
+        Product(Ready({own + i, 1, x_row}, std::min(kBlock, height - i), some, halves), panels, PanelRoom(some), width,
+                sums + i * Z, Z, m > first);
     }
     if (--missing[block] > 0 || P == 1) return;
     for (int64_t i = 0; i < height; ++i) {
@@ -133,7 +134,8 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<
                                     .Arg<ffi::Buffer<FFI_TYPE>>() \
                                     .Ret<Floats>()                \
                                     .Ret<Floats>()                \
-                                    .Attr<bool>("transpose"))
+                                    .Attr<bool>("transpose")      \
+                                    .Attr<bool>("halves"))
 
 LINEAR_OF(LinearFloat32, float, ffi::F32);
 LINEAR_OF(LinearBfloat16, Bfloat16, ffi::BF16);
@@ -144,4 +146,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearGradient, WeightGradient,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
-                                  .Ret<Floats>());
+                                  .Ret<Floats>()
+                                  .Attr<bool>("halves"));

@@ -70,7 +70,12 @@ def _rows(x_MD, w_DZ, transpose: bool) -> jax.Array:
         room = (max(1, min(4 // -(-width // 1024), D // 64)), M, width)
     shapes = (M, width), room
     run = call("Linear", [jax.ShapeDtypeStruct(a, jnp.float32) for a in shapes], w_DZ)
-    return run(x_MD.astype(jnp.float32), w_DZ, transpose=np.bool_(transpose))[0]
+    return run(x_MD.astype(jnp.float32), w_DZ, transpose=np.bool_(transpose), halves=_halves(x_MD))[0]
+
+
+def _halves(x: jax.Array) -> np.bool_:
+    """Whether all numbers are those of bfloat16: matrix units take them as they are."""
+    return np.bool_(x.dtype == jnp.bfloat16)
 
 
 def _product_forward(x_MD, w_DZ):
@@ -85,7 +90,7 @@ def _product_backward(operands, dy_MZ):
     parts = min(PARTS, x_MD.shape[0] // PART_ROWS) if w_DZ.size <= PARTED else 1
     shapes = w_DZ.shape, ((parts if parts > 1 else 0), *w_DZ.shape)
     run = call("LinearGradient", [jax.ShapeDtypeStruct(a, jnp.float32) for a in shapes])
-    return dx_MD, run(x_MD.astype(jnp.float32), dy_MZ)[0].astype(w_DZ.dtype)
+    return dx_MD, run(x_MD.astype(jnp.float32), dy_MZ, halves=_halves(x_MD))[0].astype(w_DZ.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

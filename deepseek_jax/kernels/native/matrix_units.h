@@ -48,16 +48,16 @@ template <typename T>
 constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
 
 // A tile of a matrix' lines (rows of the left operand, columns of the right one), at most 16, by 32 numbers of the inner
-// dimension, as one of words for each of kParts, in words of the numbers k and k + 16. kLeft: a row of the tile is a line, and
-// otherwise a k. One of `line` and `deep`, which lines and numbers are apart, is 1.
-template <bool kLeft, typename T>
+// dimension, as P of words, each of the numbers k and k + 16. kLeft: a row of the tile is a line, and otherwise a k. One of
+// `line` and `deep`, which lines and numbers are apart, is 1.
+template <bool kLeft, int P, typename T>
 inline void Split(const T* from, int64_t line, int64_t deep, int64_t lines, int64_t depth, uint32_t* to) {
   const auto split = [&](auto lows, auto highs) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kSide; ++i) {
       Vector low = lows(i), high = highs(i);
 #pragma GCC unroll 3
-      for (int p = 0; p < kParts<T>; ++p) *(Vector*)(to + p * kWords + i * kSide) = (Vector)Half(low, high);
+      for (int p = 0; p < P; ++p) *(Vector*)(to + p * kWords + i * kSide) = (Vector)Half(low, high);
     }
   };
   const bool by_line = deep == 1;
@@ -71,7 +71,7 @@ inline void Split(const T* from, int64_t line, int64_t deep, int64_t lines, int6
     split([&](int64_t i) { return i < depth ? First(from + i * deep, lines) : Vector{}; },
           [&](int64_t i) { return i + kSide < depth ? First(from + (i + kSide) * deep, lines) : Vector{}; });
   if (by_line == kLeft) return;
-  for (int p = 0; p < kParts<T>; ++p) {
+  for (int p = 0; p < P; ++p) {
     Vector square[kSide];
 #pragma GCC unroll 16
     for (int i = 0; i < kSide; ++i) square[i] = Loaded((const float*)to + p * kWords + i * kSide);
@@ -95,8 +95,9 @@ struct UnitTiles {
 };
 
 // C [16 R, 16 V] (+)= A B of so many tiles of the inner dimension, as `Split` leaves them. The next 16 rows of A lie a_apart
-// words behind the first ones, the next 16 columns of B right behind those of the same tile; its numbers are sums of P.
-template <int R, int V, int P>
+// words behind the first ones, the next 16 columns of B right behind those of the same tile. Numbers of A are sums of Q, of B
+// of P.
+template <int R, int V, int Q, int P>
 inline void UnitTile(int64_t count, const uint32_t* a, int64_t a_apart, const uint32_t* b, float* c, int64_t c_row,
                      bool add) {
   const int64_t row = c_row * sizeof(float);
@@ -126,12 +127,19 @@ inline void UnitTile(int64_t count, const uint32_t* a, int64_t a_apart, const ui
     if constexpr (P == 3) {
       LEFT(0) RIGHT(2) EACH(TIMES)
       RIGHT(1) EACH(TIMES)
-      LEFT(1) EACH(TIMES)
-      RIGHT(0) EACH(TIMES)
-    } else {
-      LEFT(1) RIGHT(0) EACH(TIMES)
     }
-    LEFT(2) EACH(TIMES)
+    if constexpr (P == 3 && Q == 3) {
+      LEFT(1) EACH(TIMES)
+    }
+    RIGHT(0)
+    if constexpr (Q == 3) {
+      if constexpr (P == 1) {
+        LEFT(1) EACH(TIMES)
+      } else {
+        EACH(TIMES)
+      }
+      LEFT(2) EACH(TIMES)
+    }
     LEFT(0) EACH(TIMES)
   }
   EACH(STORE)

@@ -92,19 +92,20 @@ TileOf PanelTile(int64_t rows) { return Tiles(rows, std::make_integer_sequence<i
 
 #ifdef MATRIX_UNITS
 
-Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth) {
+Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth, bool halves) {
   thread_local std::vector<float> space;
   const int64_t deep = Whole(depth, kDeep) / kDeep, tall = Whole(rows, kSide) / kSide;
   uint32_t* tiles = (uint32_t*)Room(space, tall * deep * kThirds);
+  const auto split = halves ? Split<true, 1, float> : Split<true, 3, float>;
   for (int64_t i = 0; i < tall; ++i)
     for (int64_t k = 0; k < deep; ++k)
-      Split<true>(a.at(i * kSide, k * kDeep), a.row, a.column, std::min(kSide, rows - i * kSide),
-                  std::min(kDeep, depth - k * kDeep), tiles + (i * deep + k) * kThirds);
-  return {rows, depth, tiles};
+      split(a.at(i * kSide, k * kDeep), a.row, a.column, std::min(kSide, rows - i * kSide),
+            std::min(kDeep, depth - k * kDeep), tiles + (i * deep + k) * kThirds);
+  return {rows, depth, tiles, halves};
 }
 
-template <typename T>
-void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
+template <int Q, typename T>
+static void UnitProduct(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
   const int64_t deep = Whole(a.depth, kDeep) / kDeep, a_apart = deep * kThirds;
   const UnitTiles tiles;
   for (int64_t j = 0; j < columns; j += kPanel, panels += apart)
@@ -115,16 +116,22 @@ void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns,
       alignas(64) float edge[kTall * kPanel];
       for (int64_t r = 0; add && !whole && r < tall; ++r) std::memcpy(edge + r * kPanel, to + r * c_row, width * sizeof(float));
       constexpr int P = kParts<T>;
-      const auto tile = two ? wide ? UnitTile<2, 2, P> : UnitTile<2, 1, P> : wide ? UnitTile<1, 2, P> : UnitTile<1, 1, P>;
+      const auto tile = two ? wide ? UnitTile<2, 2, Q, P> : UnitTile<2, 1, Q, P>
+                            : wide ? UnitTile<1, 2, Q, P> : UnitTile<1, 1, Q, P>;
       tile(deep, a.tiles + i / kSide * a_apart, a_apart, (const uint32_t*)panels, whole ? to : edge, whole ? c_row : kPanel,
            add);
       for (int64_t r = 0; !whole && r < tall; ++r) std::memcpy(to + r * c_row, edge + r * kPanel, width * sizeof(float));
     }
 }
 
+template <typename T>
+void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns, float* c, int64_t c_row, bool add) {
+  (a.halves ? UnitProduct<1, T> : UnitProduct<3, T>)(a, panels, apart, columns, c, c_row, add);
+}
+
 #else
 
-Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth) { return {rows, depth, a}; }
+Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth, bool) { return {rows, depth, a}; }
 
 // C [rows, width] (+)= A [rows, depth] B, where B is packed, of at most a panel's width; at most kBlock rows.
 static void Strip(const Matrix<float>& a, int64_t rows, int64_t depth, const float* panel, float* c, int64_t c_row,

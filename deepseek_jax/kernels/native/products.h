@@ -49,7 +49,7 @@ void PackPanels(const Matrix<T>& b, int64_t depth, int64_t columns, float* panel
       for (int64_t part = 0; part < 2; ++part) {
         const int64_t some = width - part * kSide, deep = std::min(kDeep, depth - k);
         uint32_t* to = (uint32_t*)panels + k / kDeep * 2 * kThirds + part * kThirds;
-        if (some > 0) Split<false>(b.at(k, j + part * kSide), b.column, b.row, std::min(some, kSide), deep, to);
+        if (some > 0) Split<false, kParts<T>>(b.at(k, j + part * kSide), b.column, b.row, std::min(some, kSide), deep, to);
       }
 #else
     Pack(Matrix<T>{b.at(0, j), b.row, b.column}, depth, width, panels);
@@ -68,13 +68,14 @@ struct Rows {
   int64_t rows, depth;
 #ifdef MATRIX_UNITS
   const uint32_t* tiles;
+  bool halves;
 #else
   Matrix<float> a;
 #endif
 };
 
-// A thread has one of these at a time: it may lie in room that is the thread's.
-Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth);
+// A thread has one of these at a time: it may lie in room that is the thread's. halves: all numbers are those of bfloat16.
+Rows Ready(const Matrix<float>& a, int64_t rows, int64_t depth, bool halves = false);
 
 // C [rows, columns] (+)= A times packed panels of A's depth, which lie so many numbers apart; rows of C are contiguous. T: what
 // they were packed from, float or Bfloat16.
@@ -84,8 +85,8 @@ void Product(const Rows& a, const float* panels, int64_t apart, int64_t columns,
 // C [rows, columns] = A [rows, depth] B, where all of B is packed behind each other.
 template <typename T = float>
 void ProductOfWhole(const Matrix<float>& a, const float* panels, float* c, int64_t c_row, int64_t rows, int64_t columns,
-                       int64_t depth) {
-  Product<T>(Ready(a, rows, depth), panels, PanelRoom(depth), columns, c, c_row, false);
+                    int64_t depth, bool halves = false) {
+  Product<T>(Ready(a, rows, depth, halves), panels, PanelRoom(depth), columns, c, c_row, false);
 }
 
 // Brings a matrix into a core's cache in the order of memory, if it fits: a panel takes but some numbers of each line.
