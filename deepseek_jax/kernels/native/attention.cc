@@ -69,9 +69,9 @@ ffi::Error Attend(ffi::ThreadPool& pool, const Floats& q, const Kept<Number>& ke
     const int64_t b = unit / (G * blocks), g = unit / blocks % G, first = unit % blocks * some;
     const int64_t tokens = std::min(some, T - first), rows = tokens * J;
     thread_local std::vector<float> space;
-    thread_local std::vector<int32_t> seen;
+    thread_local Seen seen;
     thread_local Tiles tiles;
-    seen.resize(tokens * kKeys);
+    seen.Of(tokens);
     if (std::exchange(tiles.call, call) != call | std::exchange(tiles.group, b * G + g) != b * G + g) {
       Room(tiles.room, slots * numbers);
       tiles.starts.assign(slots, -1);
@@ -84,7 +84,7 @@ ffi::Error Attend(ffi::ThreadPool& pool, const Floats& q, const Kept<Number>& ke
     Gather(q.typed_data(), b * T + first, rows, N, g, J, K, scale, queries);
     for (int64_t start = 0; start < S; start += kKeys) {
       const int64_t count = std::min(kKeys, S - start);
-      if (!places.See(b, first, tokens, start, seen.data())) continue;
+      if (!places.See(b, first, tokens, start, seen)) continue;
       const auto [keys, fresh] = tiles.At(start, numbers);
       float* values = keys + kKeys * K;
       if (fresh) {
@@ -95,7 +95,7 @@ ffi::Error Attend(ffi::ThreadPool& pool, const Floats& q, const Kept<Number>& ke
       for (int64_t j = 0; j < count; j += kPanel) Times(rows, K, queries, K, 1, keys + j * K, scores + j, kKeys, false);
       for (int64_t r = 0; r < rows; ++r) {
         float* score = scores + r * kKeys;
-        const int32_t* see = seen.data() + r / J * kKeys;
+        const int32_t* see = seen.Row(r, J);
         Vector highest = Vector{} + top[r];
         for (int64_t j = 0; j < kKeys; j += kLanes) {
           const Vector x = *(const Signs*)(see + j) ? Loaded(score + j) : Vector{} + kHidden;

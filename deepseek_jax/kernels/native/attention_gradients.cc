@@ -24,8 +24,8 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats q, ffi::Buffer<Type> k, ffi::B
   ForAll(pool, B * G, [&](int64_t unit) {
     const int64_t b = unit / G, g = unit % G;
     thread_local std::vector<float> space;
-    thread_local std::vector<int32_t> seen;
-    seen.resize(some * kKeys);
+    thread_local Seen seen;
+    seen.Of(some);
     float* next = Room(space, room * (2 * wide_k + wide_v + K + V) + most * (K + V + 2 * wide_k + wide_v + 2 * kKeys + 1));
     const auto take = [&](int64_t numbers) { return std::exchange(next, next + numbers); };
     float *turned_keys = take(room * K), *turned_values = take(room * V), *keys = take(room * wide_k);
@@ -54,7 +54,7 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats q, ffi::Buffer<Type> k, ffi::B
       }
       for (int64_t start = 0; start < S; start += kKeys) {
         const int64_t count = std::min(kKeys, S - start);
-        if (!places.See(b, first, tokens, start, seen.data())) continue;
+        if (!places.See(b, first, tokens, start, seen)) continue;
         for (int64_t j = 0; j < count; j += kPanel) {
           Times(rows, K, queries, K, 1, turned_keys + (start + j) * K, chances + j, kKeys, false);
           Times(rows, V, given, V, 1, turned_values + (start + j) * V, score_gradients + j, kKeys, false);
@@ -63,7 +63,7 @@ ffi::Error Gradients(ffi::ThreadPool pool, Floats q, ffi::Buffer<Type> k, ffi::B
           const float log = logs.typed_data()[head(r)], mean = means[r];
           for (int64_t j = 0; j < kKeys; j += kLanes) {
             float *p = chances + r * kKeys + j, *ds = score_gradients + r * kKeys + j;
-            const auto see = *(const Signs*)(seen.data() + r / J * kKeys + j);
+            const auto see = *(const Signs*)(seen.Row(r, J) + j);
             const Vector chance = see ? Exp(Loaded(p) - log) : Vector{};
             *(Vector*)ds = see ? chance * (Loaded(ds) - mean) : Vector{};
             *(Vector*)p = chance;
