@@ -12,13 +12,12 @@ using namespace native;
 
 namespace {
 
-constexpr int64_t kSome = 8 * kRows;   // rows of a unit of work
-constexpr int64_t kWide = 8 * kPanel;  // columns that are packed in a unit of work
+constexpr int64_t kSome = 8 * kRows;               // rows of a unit of work
+constexpr int64_t kWide = 8 * kPanel;              // columns that are packed in a unit of work
 constexpr int64_t kSlice = kDeep > 1 ? 256 : 128;  // rows that a gradient's block reads at once
-constexpr int64_t kEdge = 512;         // of such a block, at most
-constexpr int64_t kNarrow = 4 * kPanel;
-constexpr int64_t kChunk = 1024;  // columns that few rows are multiplied by at once
-constexpr int64_t kFew = 12;  // most rows for which a weight is read once, and not packed
+constexpr int64_t kEdge = 512;                     // of such a block, at most
+constexpr int64_t kNarrow = 4 * kPanel;            // and at least, before its rows are parted
+constexpr int64_t kChunk = 1024;                   // columns that few rows are multiplied by at once
 
 // Few rows: y = x w, where w [depth, width] is read where it lies. Threads take some columns and a part of the inner dimension
 // each; apart [parts, M, width] is room for what parts come to, unless it is one.
@@ -45,9 +44,8 @@ void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float*
   });
 }
 
-// y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. room: for w in whole panels, or what
-// `FewRows` has `apart`. halves: whether all numbers of x are those of bfloat16.
-// T: what a number of w is in memory.
+// y [M, width] = x [M, depth] w [depth, width], or its transpose: w [width, depth]. room: for w in whole panels, or, of few
+// rows, what `FewRows` has `apart`. halves: whether all numbers of x are those of bfloat16. T: what a number of w is in memory.
 template <typename T, ffi::DataType Type>
 ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Result<Floats> y, ffi::Result<Floats> room,
                   bool transpose, bool halves) {
@@ -55,7 +53,7 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
   const float* xs = x.typed_data();
   float *ys = y->typed_data(), *panels = room->typed_data();
   const T* ws = reinterpret_cast<const T*>(w.untyped_data());
-  if (M <= kFew && !transpose) {
+  if (room->dimensions().size() == 3) {
     FewRows(pool, xs, ws, ys, panels, room->dimensions()[0], M, depth, width);
     return ffi::Error::Success();
   }
@@ -71,8 +69,7 @@ ffi::Error Linear(ffi::ThreadPool pool, Floats x, ffi::Buffer<Type> w, ffi::Resu
     }
     // Threads that pack took that before this unit, and wait for nobody.
     while (missing > 0) std::this_thread::yield();
-    const int64_t first = (i - packs) * kSome;
-    const int64_t some = std::min(kSome, M - first);
+    const int64_t first = (i - packs) * kSome, some = std::min(kSome, M - first);
     ProductOfWhole<T>({xs + first * depth, depth, 1}, panels, ys + first * width, width, some, width, depth, halves);
   });
   return ffi::Error::Success();

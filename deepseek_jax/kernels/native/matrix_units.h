@@ -112,10 +112,10 @@ inline void UnitTile(int64_t count, const uint32_t* a, int64_t a_apart, const ui
 #define ZERO(C, A, B) _tile_zero(C);
 #define STORE(C, A, B) _tile_stored(C, of(A, B), row);
 #define TIMES(C, A, B) _tile_dpbf16ps(C, A, B);
-#define LEFT(THIRD)                        \
+#define LEFT(THIRD)                       \
   _tile_loadd(4, a + THIRD * kWords, 64); \
   if constexpr (R > 1) _tile_loadd(5, a + a_apart + THIRD * kWords, 64);
-#define RIGHT(THIRD)                       \
+#define RIGHT(THIRD)                      \
   _tile_loadd(6, b + THIRD * kWords, 64); \
   if constexpr (V > 1) _tile_loadd(7, b + kThirds + THIRD * kWords, 64);
   if (add) {
