@@ -219,6 +219,30 @@ def test_attention_equals_numpys(shape, dtype):
         np.testing.assert_allclose(found, attended(q, layer, layer[..., :V], places, 0.3), atol=5e-6)
 
 
+@jax.jit
+def attention_and_gradients(q, k, v, places, do):
+    found, vjp = jax.vjp(lambda *a: attention(*a, places, 0.3), q, k, v)
+    return found, *vjp(do)
+
+
+# Lengths of the segments that a row is made of, the last one padding: one, and several, of whole tiles and not.
+@pytest.mark.parametrize("lengths", [(300, 0), (150, 106, 44), (64, 64, 128, 44), (192, 64, 44)])
+def test_tokens_in_order_see_all_keys_of_a_tile_or_some_or_none(lengths):
+    """By positions in the row, as from a cache that holds 40 more keys behind, and in each segment."""
+    T, S = 300, 340
+    q, k, v, do = matrices((1, T, 4, 16), (1, S, 2, 16), (1, S, 2, 24), (1, T, 4, 24))
+    segment = np.repeat([*range(1, len(lengths)), 0], lengths).astype(np.int32)
+    for position in (np.arange(T), np.concatenate([np.arange(n) for n in lengths])):
+        at = position.astype(np.int32)
+        behind = np.arange(T, S, dtype=np.int32), np.ones(S - T, np.int32)
+        keys = (np.concatenate(pair) for pair in zip((at, segment), behind, strict=True))
+        places = tuple(a[None] for a in (at, segment, *keys))
+        found, *ours = attention_and_gradients(q, k, v, places, do)
+        np.testing.assert_allclose(found, attended(q, k, v, places, 0.3), atol=5e-6)
+        for gradient, expected in zip(ours, gradients(q, k, v, places, 0.3, do), strict=True):
+            np.testing.assert_allclose(gradient, expected, atol=2e-5, rtol=1e-6)
+
+
 def test_large_scores_and_distant_ones():
     """The running maximum moves, and what lies far below it counts for nothing."""
     rng = np.random.default_rng(0)

@@ -52,7 +52,8 @@ struct Places {
     const int32_t *until = position + b * T + first, *own = segment + b * T + first;
     const Range keys(at, count), of_keys(of, count), tokens_at(until, tokens), of_tokens(own, tokens);
     if (keys.low > tokens_at.high || of_keys.low > of_tokens.high || of_keys.high < of_tokens.low) return false;
-    const bool one = of_keys.low == of_keys.high && of_tokens.low == of_tokens.high && of_keys.low == of_tokens.low;
+    // The same one, since these overlap.
+    const bool one = of_keys.low == of_keys.high && of_tokens.low == of_tokens.high;
     if (one && own[0] != 0 && count == kKeys && keys.high <= tokens_at.low) {
       // Most tiles: the last one may have been such a one as well.
       if (!std::exchange(seen.all, true)) std::fill(seen.marks.begin(), seen.marks.end(), -1);
