@@ -206,12 +206,11 @@ def jax_tasks(folder: str, size: Size, form: str) -> dict:
     # A model of its own: training donates the parameters it was given.
     reader = dsj.load_pretrained(folder, dtype=jnp.float32)
 
+    @jax.jit
     def forward(model, tokens, cache):
         # Logits and cache, as PyTorch returns: what else this package reports is not computed then.
         out = model(tokens, cache=cache, logits="last", ctx=ctx)
         return out.logits, out.cache
-
-    forward = jax.jit(forward)
 
     def train():
         *state[:], loss = step(*state, batch)

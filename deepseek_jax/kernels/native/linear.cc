@@ -19,6 +19,16 @@ constexpr int64_t kEdge = 512;                     // of such a block, at most
 constexpr int64_t kNarrow = 4 * kPanel;            // and at least, before its rows are parted
 constexpr int64_t kChunk = 1024;                   // columns that few rows are multiplied by at once
 
+// to [rows, columns] = the sum of so many matrices that lie so many numbers apart; rows of all are `row` numbers apart.
+void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, int64_t columns, int64_t row, float* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vector all = {};
+      for (int64_t p = 0; p < count; ++p) all += Some(parts + p * apart + i * row + j, columns - j);
+      Store(all, to + i * row + j, columns - j);
+    }
+}
+
 // Few rows: y = x w, where w [depth, width] is read where it lies. Threads take some columns and a part of the inner dimension
 // each; apart [parts, M, width] is room for what parts come to, unless it is one.
 template <typename T>
@@ -35,12 +45,7 @@ void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float*
       Multiply<T>({x + m * depth + k, depth, 1}, {w + k * width + j, width, 1}, to + m * width, width,
                   std::min<int64_t>(kRows, M - m), columns, some);
     if (--missing[chunk] > 0 || parts == 1) return;
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t i = 0; i < columns; i += kLanes) {
-        Vector all = {};
-        for (int64_t p = 0; p < parts; ++p) all += Some(apart + (p * M + m) * width + j + i, columns - i);
-        Store(all, y + m * width + j + i, columns - i);
-      }
+    SumParts(apart + j, parts, M * width, M, columns, width, y + j);
   });
 }
 
@@ -109,14 +114,7 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Floats x, Floats y, ffi::Result<
                 sums + i * Z, Z, m > first);
     }
     if (--missing[block] > 0 || P == 1) return;
-    for (int64_t i = 0; i < height; ++i) {
-      const int64_t at = (d + i) * Z + z;
-      for (int64_t j = 0; j < width; j += kLanes) {
-        Vector all = {};
-        for (int64_t p = 0; p < P; ++p) all += Some(parts->typed_data() + p * D * Z + at + j, width - j);
-        Store(all, o->typed_data() + at + j, width - j);
-      }
-    }
+    SumParts(parts->typed_data() + d * Z + z, P, D * Z, height, width, Z, o->typed_data() + d * Z + z);
   });
   return ffi::Error::Success();
 }

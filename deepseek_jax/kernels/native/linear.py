@@ -17,6 +17,8 @@ LINEAR = 'Context(linear="native")'
 # Numbers of rows that are multiplied natively: few, while decoding, and many. In between, and of one row, XLA is as
 # fast (experiments/bench_cpu).
 FEW, FEWEST = range(2, 13), 64
+# Of few rows: units of work, columns of one (`kChunk` of `linear.cc`), and fewest of the inner dimension.
+UNITS, CHUNK, DEPTH = 4, 1024, 64
 # Of a weight's gradient: parts of the rows whose sums stand apart, of how many rows at least, and of a gradient of how
 # many numbers at most.
 PARTS, PART_ROWS, PARTED = 4, 256, 1 << 18
@@ -66,8 +68,7 @@ def _rows(x_MD, w_DZ, transpose: bool) -> jax.Array:
     M, D = x_MD.shape
     room = (panels_room(D, width),)
     if M in FEW and not transpose:
-        # A weight's rows in parts, and its columns by the thousand: some units of work for each thread.
-        room = (max(1, min(4 // -(-width // 1024), D // 64)), M, width)
+        room = (max(1, min(UNITS // -(-width // CHUNK), D // DEPTH)), M, width)
     shapes = (M, width), room
     run = call("Linear", [jax.ShapeDtypeStruct(a, jnp.float32) for a in shapes], w_DZ)
     return run(x_MD.astype(jnp.float32), w_DZ, transpose=np.bool_(transpose), halves=_halves(x_MD))[0]

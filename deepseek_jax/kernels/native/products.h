@@ -99,7 +99,8 @@ void Fetch(const Matrix<T>& b, int64_t rows, int64_t columns) {
     for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) *(const volatile char*)(b.data + i * stride + j);
 }
 
-// C [rows, columns] = A [rows, depth] B [depth, columns], where nothing is prepared. T: float or Bfloat16.
+// C [rows, columns] = A [rows, depth] B [depth, columns], where nothing is prepared; at most kBlock rows, and rows of C are
+// contiguous. T: float or Bfloat16.
 template <typename T>
 void Multiply(const Matrix<float>& a, const Matrix<T>& b, float* c, int64_t c_row, int64_t rows, int64_t columns,
               int64_t depth);
