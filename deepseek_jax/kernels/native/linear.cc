@@ -17,7 +17,7 @@ constexpr int64_t kWide = 8 * kPanel;              // columns that are packed in
 constexpr int64_t kSlice = kDeep > 1 ? 256 : 128;  // rows that a gradient's block reads at once
 constexpr int64_t kEdge = 512;                     // of such a block, at most
 constexpr int64_t kNarrow = 4 * kPanel;            // and at least, before its rows are parted
-constexpr int64_t kChunk = 1024;                   // columns that few rows are multiplied by at once
+constexpr int64_t kChunk = 256;                    // columns that few rows are multiplied by at once, at most
 
 // to [rows, columns] = the sum of so many matrices that lie so many numbers apart; rows of all are `row` numbers apart.
 void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, int64_t columns, int64_t row, float* to) {
@@ -34,11 +34,14 @@ void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, in
 template <typename T>
 void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float* apart, int64_t parts, int64_t M, int64_t depth,
              int64_t width) {
-  const int64_t chunks = (width + kChunk - 1) / kChunk, deep = (depth + parts - 1) / parts;
+  const int64_t least = (width + kChunk - 1) / kChunk, deep = (depth + parts - 1) / parts;
+  // All of a length, and as many as two threads share.
+  const int64_t wide = Whole((width + Whole(least, least > 1 ? 2 : 1) - 1) / Whole(least, least > 1 ? 2 : 1));
+  const int64_t chunks = (width + wide - 1) / wide;
   const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[chunks]);
   for (int64_t i = 0; i < chunks; ++i) missing[i] = parts;
   ForAll(pool, chunks * parts, [&](int64_t unit) {
-    const int64_t chunk = unit / parts, part = unit % parts, j = chunk * kChunk, columns = std::min(kChunk, width - j);
+    const int64_t chunk = unit / parts, part = unit % parts, j = chunk * wide, columns = std::min(wide, width - j);
     const int64_t k = std::min(depth, part * deep), some = std::min(deep, depth - k);
     float* to = (parts > 1 ? apart + part * M * width : y) + j;
     for (int64_t m = 0; m < M; m += kRows)

@@ -16,9 +16,9 @@ from deepseek_jax.kernels.native.library import call, check, panels_room
 LINEAR = 'Context(linear="native")'
 # Numbers of rows that are multiplied natively: few, while decoding, and many. In between, and of one row, XLA is as
 # fast (experiments/bench_cpu).
-FEW, FEWEST = range(2, 13), 64
+FEW, FEWEST = range(1, 13), 64
 # Of few rows: units of work, columns of one (`kChunk` of `linear.cc`), and fewest of the inner dimension.
-UNITS, CHUNK, DEPTH = 4, 1024, 64
+UNITS, CHUNK, DEPTH = 4, 256, 64
 # Of a weight's gradient: parts of the rows whose sums stand apart, of how many rows at least, and of a gradient of how
 # many numbers at most.
 PARTS, PART_ROWS, PARTED = 4, 256, 1 << 18
@@ -52,7 +52,10 @@ def product(equation: str, x: jax.Array, w: jax.Array | Bits) -> jax.Array:
     """
     check(LINEAR, x)
     inputs = _inputs(equation)
-    w = w.values if isinstance(w, Bits) else w.astype(x.dtype)
+    if isinstance(w, Bits):
+        w = w.values
+    elif w.dtype != jnp.bfloat16:
+        w = w.astype(x.dtype)
     D = math.prod(w.shape[:inputs])
     y_MZ = _product(x.reshape(-1, D), w.reshape(D, -1))
     return y_MZ.reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])

@@ -9,12 +9,23 @@
 namespace native {
 namespace {
 
-constexpr int64_t kFetched = 1 << 15;   // bytes that are fetched into a core's caches at once for few rows
+constexpr int64_t kAhead = 1 << 13;  // bytes of a matrix that few rows are multiplied by while the next are fetched
+constexpr int64_t kFewest = 8;       // rows of it, at least
+template <typename T>
+constexpr int kLine = 64 / sizeof(T);  // numbers of a line of memory
 
-// C[i, j] (+)= sum over k of A(i, k) B(k, j), with i < R and j < V * kLanes.
-template <int R, int V, typename T>
+// Begins to bring rows of a matrix into the first cache.
+template <typename T>
+void Ahead(const T* b, int64_t b_depth, int64_t rows, int64_t columns) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t j = 0; j < columns; j += kLine<T>) __builtin_prefetch(b + k * b_depth + j);
+}
+
+// C[i, j] (+)= sum over k of A(i, k) B(k, j), with i < R and j < V * kLanes. Fetching: what lies `next` numbers behind B is
+// brought into the first cache.
+template <int R, int V, typename T, bool Fetching>
 void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, float* c,
-          int64_t c_row, bool add) {
+          int64_t c_row, bool add, int64_t next) {
   Vector sum[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -24,6 +35,9 @@ void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const T
     Vector row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = Loaded(b + k * b_depth + v * kLanes);
+    if constexpr (Fetching)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += kLine<T> / kLanes) __builtin_prefetch(b + k * b_depth + v * kLanes + next);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const float x = a[i * a_row + k * a_depth];
@@ -37,52 +51,53 @@ void Tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const T
     for (int v = 0; v < V; ++v) *(Vector*)(c + i * c_row + v * kLanes) = sum[i][v];
 }
 
+template <int R>
+void OfPanel(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth, float* c,
+             int64_t c_row, bool add) {
+  Tile<R, kPanel / kLanes, float, false>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add, 0);
+}
+
 template <int... R>
 TileOf Tiles(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr TileOf tiles[] = {Tile<R + 1, kPanel / kLanes, float>...};
+  static constexpr TileOf tiles[] = {OfPanel<R + 1>...};
   return tiles[rows - 1];
 }
 
-// C [columns] (+)= a [depth] B [depth, columns], B read strictly in the order of memory. C stays in the first cache.
-template <typename T>
-void Stream(int64_t depth, int64_t columns, const float* a, int64_t a_depth, const T* b, int64_t b_depth, float* c,
-            bool add) {
-  if (!add) std::memset(c, 0, columns * sizeof(float));
-  for (int64_t k = 0; k < depth; ++k, b += b_depth) {
-    const float x = a[k * a_depth];
-    int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) *(Vector*)(c + j) += x * Loaded(b + j);
-    for (; j < columns; ++j) c[j] += x * Value(b[j]);
-  }
+// Of the last columns of a matrix, fewer than a vector.
+template <int R, typename T>
+void Rest(int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, float* c,
+          int64_t c_row, bool add) {
+  for (int i = 0; i < R; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      float sum = add ? c[i * c_row + j] : 0;
+      for (int64_t k = 0; k < depth; ++k) sum += a[i * a_row + k * a_depth] * Value(b[k * b_depth + j]);
+      c[i * c_row + j] = sum;
+    }
 }
 
-// C [1 + R, columns] = A [1 + R, depth] B [depth, columns], of a matrix that is in no cache: some rows of it at a time
-// are fetched by a `Stream`, which is twice as fast as to fetch them by the strips of columns that tiles go through.
+// C [R, columns] = A [R, depth] B [depth, columns], of a matrix that is in no cache: tiles go over some rows of it after the
+// other, and fetch those behind them meanwhile.
 template <int R, typename T>
 void Few(int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth,
          float* c, int64_t c_row) {
-  const int64_t some = std::max<int64_t>(kFetched / (columns * sizeof(T)), 1);
+  constexpr int V = std::clamp(2 * kRows / R, 2, 8);
+  const int64_t some = std::max<int64_t>(kAhead / (columns * sizeof(T)), kFewest);
+  Ahead(b, b_depth, std::min(some, depth), columns);
   for (int64_t k = 0; k < depth; k += some, a += some * a_depth, b += some * b_depth) {
-    const int64_t part = std::min(some, depth - k);
-    Stream(part, columns, a, a_depth, b, b_depth, c, k > 0);
-    if constexpr (R > 0) {
-      constexpr int V = std::clamp(kLanes / R, 2, 8);
-      int64_t j = 0;
-      for (; j + V * kLanes <= columns; j += V * kLanes)
-        Tile<R, V>(part, a + a_row, a_row, a_depth, b + j, b_depth, c + c_row + j, c_row, k > 0);
-      for (; j + kLanes <= columns; j += kLanes)
-        Tile<R, 1>(part, a + a_row, a_row, a_depth, b + j, b_depth, c + c_row + j, c_row, k > 0);
-      if (j < columns)
-        for (int i = 1; i <= R; ++i)
-          Stream(part, columns - j, a + i * a_row, a_depth, b + j, b_depth, c + i * c_row + j, k > 0);
-    }
+    const int64_t part = std::min(some, depth - k), next = k + some < depth ? some * b_depth : 0;
+    int64_t j = 0;
+    for (; j + V * kLanes <= columns; j += V * kLanes)
+      Tile<R, V, T, true>(part, a, a_row, a_depth, b + j, b_depth, c + j, c_row, k > 0, next);
+    for (; j + kLanes <= columns; j += kLanes)
+      Tile<R, 1, T, true>(part, a, a_row, a_depth, b + j, b_depth, c + j, c_row, k > 0, next);
+    Rest<R>(part, columns - j, a, a_row, a_depth, b + j, b_depth, c + j, c_row, k > 0);
   }
 }
 
 template <typename T, int... R>
 auto FewOf(int rows, std::integer_sequence<int, R...>) {
   using Function = void (*)(int64_t, int64_t, const float*, int64_t, int64_t, const T*, int64_t, float*, int64_t);
-  static constexpr Function functions[] = {Few<R, T>...};
+  static constexpr Function functions[] = {Few<R + 1, T>...};
   return functions[rows - 1];
 }
 
