@@ -86,7 +86,7 @@ def distribution(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     """
     temperature = sampling.temperature[:, None, None]
     logits_BTV = logits_BTV.astype(jnp.float32)
-    greedy = jax.nn.one_hot(jnp.argmax(logits_BTV, axis=-1), logits_BTV.shape[-1])
+    greedy = jax.nn.one_hot(_largest(logits_BTV), logits_BTV.shape[-1])
 
     def sampled():
         top = jnp.max(logits_BTV, axis=-1, keepdims=True)
@@ -97,6 +97,15 @@ def distribution(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.where(temperature > 0, jax.nn.softmax(scaled, axis=-1), greedy)
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy)
+
+
+def _largest(a: jax.Array) -> jax.Array:
+    """int32 ``argmax(a, axis=-1)``: XLA compares numbers and places one after the other on a CPU, and a maximum and the
+    first place that has it a vector at a time."""
+    place = jnp.arange(a.shape[-1], dtype=jnp.int32)
+    # As in an argmax, what is no number is the largest.
+    first = (a == jnp.max(a, axis=-1, keepdims=True)) | (a != a)
+    return jnp.min(jnp.where(first, place, a.shape[-1]), axis=-1)
 
 
 def _filter(scaled_BTV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -144,8 +153,7 @@ def draw(p_BV: jax.Array, sampling: Sampling, position_B: jax.Array, purpose: in
         return jax.vmap(jax.random.categorical)(keys, jnp.log(p_BV)).astype(jnp.int32)
 
     # Greedy rows have a single token to draw; without any other row the noise is not made.
-    greedy = lambda: jnp.argmax(p_BV, axis=-1).astype(jnp.int32)  # noqa: E731
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), random, greedy)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), random, lambda: _largest(p_BV))
 
 
 def verify(
