@@ -107,13 +107,15 @@ def native_routed(x_ND, index_NK, weight_NK, gate_up, down, limit: float | None)
 
 
 def _as_it_lies(w_EDZ, dtype) -> jax.Array | Bits:
-    """`_fused`, but for bits, which compiled code reads."""
+    """`_fused`, but for bfloat16 and its bits, which compiled code reads: it widens numbers in registers."""
     if isinstance(w_EDZ, Quantized):
         raise ValueError(
             f"{native.EXPERTS}: the experts are stored quantised; load the model in float32 or bfloat16 (--dtype), or "
             'choose "auto".'
         )
-    return Bits(w_EDZ.values.reshape(*w_EDZ.shape[:2], -1)) if isinstance(w_EDZ, Bits) else _fused(w_EDZ, dtype)
+    if isinstance(w_EDZ, Bits):
+        return Bits(w_EDZ.values.reshape(*w_EDZ.shape[:2], -1))
+    return _fused(w_EDZ, jnp.bfloat16 if w_EDZ.dtype == jnp.bfloat16 else dtype)
 
 
 def block_rows(rows: int, groups: int, limits: tuple[int, int] = CPU_BLOCK_ROWS) -> int:
