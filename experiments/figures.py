@@ -86,7 +86,9 @@ def speed() -> str:
         for task, what in TASKS.items():
             r = found[task]
             rates = r["tokens_a_second"]
-            native = f"{r['times_as_fast_native']:.2f}" if "times_as_fast_native" in r else ""
+            native, stored = (
+                f"{r[name]:.2f}" if name in r else "" for name in ("times_as_fast_native", "times_as_fast_stored")
+            )
             ratios = "" if prefix else ", ".join(f"{o['times_as_fast'][task]:.2f}" for o in others)
             natively = (
                 ""
@@ -101,11 +103,12 @@ def speed() -> str:
                 ratios,
                 native,
                 natively,
+                stored,
                 str(r.get("aim", "")),
             ]
             lines.append([*line, f"{r['limit']:.0f}"])
     columns = ["task", "tokens a second", "PyTorch at its best", "ratio", "elsewhere", "native", "native, elsewhere"]
-    header = f"| {' | '.join([*columns, 'aim', 'limit'])} |"
+    header = f"| {' | '.join([*columns, 'native, as stored', 'aim', 'limit'])} |"
     other = "Elsewhere: " + "; ".join(f"{o['machine']}, {o['about']}" for o in others)
     dense = f"The dense model: {origin('bench_cpu', record['dense'])}"
     return f"{rows(header, lines)}\n\n{measured('bench_cpu')} {dense}. {other}."

@@ -51,6 +51,8 @@ def test_it_runs(stem, root, tmp_path):
         native = ["jax, native"] * (compiler() is not None)
         assert set(train["cores_used"]) == {"jax", *native, "torch, 2 threads, grouped_mm"}
         assert all(0 < cores <= 1.2 * (os.cpu_count() or 1) for cores in train["cores_used"].values())
+        stored = ["jax, stored"] * (compiler() is not None)
+        assert set(record["results"]["prefill"]["seconds"]) == {*train["seconds"], *stored}
         assert set(record["results"]["grouped-4"]) == {"forward", "backward", "aim", *(["native"] if native else [])}
         assert train["limit"] > 0
         assert set(record["dense"]["results"]) == {"train", "prefill", "decode-1", "decode-8"}

@@ -294,6 +294,25 @@ def test_a_model_decodes_by_it(name, dtype, cache):
         assert ours == pytest.approx(theirs, abs=2e-5 if dtype == "float32" else 5e-2)
 
 
+@pytest.mark.parametrize("name", ["v3", "distill-qwen"])
+def test_weights_as_stored_give_the_same_bits(name):
+    """Parameters in bfloat16 and computing in float32, against parameters in float32."""
+    cfg = tiny_config(mtp_depth=0) if name == "v3" else ARCHITECTURES[name]
+    cfg = replace(cfg, n_layers=2, n_dense_layers=1 if cfg.moe else 2)
+    stored = random_model(cfg, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, stored)
+    ctx = dsj.Context(dtype=jnp.float32, experts="native", attention="native", linear="native")
+    prompts = [np.asarray(random_tokens(cfg, 1, n))[0].tolist() for n in (70, 5)]
+
+    def run(model):
+        return dsj.generate(model, prompts, ctx=ctx, max_new_tokens=6, stop_ids=(), chunk=64)
+
+    (tokens, info), (expected, by) = run(stored), run(wide)
+    assert tokens == expected
+    for ours, theirs in zip(info.logprobs, by.logprobs, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_what_it_does_not_multiply_is_refused():
     x, w = matrices((4, 8), (2, 8, 16))
     sizes = np.array([2, 2], np.int32)

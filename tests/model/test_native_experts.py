@@ -168,6 +168,11 @@ def test_gradients_of_bfloat16_are_those_of_its_values():
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
+    # Stored so beside activations in float32, the matrices have gradients in bfloat16.
+    of_both = gradients(wide[0], index, wide[1], *matrices, wide[-1], None, "native")[1:]
+    for ours, theirs, held in zip(of_both, expected, (*wide[:2], *matrices), strict=True):
+        assert ours.dtype == held.dtype
+        np.testing.assert_array_equal(ours, theirs.astype(held.dtype))
     # Bits have no gradient; what is before them has.
     bits = [Bits.of(a) for a in matrices]
     y, vjp = jax.vjp(lambda x, weight: run(x, index, weight, *bits), x, weight)
@@ -199,7 +204,8 @@ def test_bfloat16_is_read_as_its_values(D, F):
     rounded = [jnp.asarray(a, jnp.bfloat16) for a in given[3:]]
     wide = [np.asarray(a.astype(jnp.float32)) for a in rounded]
     expected = run(*given[:3], *wide)
-    np.testing.assert_array_equal(run(*given[:3], *map(Bits.of, rounded)), expected)
+    for held in (rounded, map(Bits.of, rounded)):
+        np.testing.assert_array_equal(run(*given[:3], *held), expected)
     x, weight = (jnp.asarray(a, jnp.bfloat16) for a in (given[0], given[2]))
     expected = run(x.astype(jnp.float32), given[1], weight.astype(jnp.float32), *wide)
     for held in (rounded, [Bits.of(a) for a in rounded]):

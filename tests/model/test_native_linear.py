@@ -27,6 +27,8 @@ NATIVE, XLA = dsj.Context(linear="native"), dsj.Context()
 # part, in several, and in several of the columns.
 SHAPES = [
     (2, 1, 1),
+    (1, 300, 33),
+    (1, 70, 1100),
     (12, 300, 33),
     (7, 129, 1100),
     (3, 70, 4100),
@@ -128,6 +130,18 @@ def test_bfloat16_is_read_as_its_values():
     of_both = both("BTD,DZ->BTZ", x, wide[1], NATIVE, dy)
     np.testing.assert_array_equal(of_both[0], found[0])
     assert of_both[2].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("M", "D", "Z"), SHAPES)
+def test_weights_of_half_the_bytes_give_the_same_bits(M, D, Z):
+    """Stored in bfloat16, beside activations in float32."""
+    x, w, dy = matrices((1, M, D), (D, Z), (1, M, Z))
+    w = jnp.asarray(w, jnp.bfloat16)
+    y, dx, dw = both("BTD,DZ->BTZ", x, w.astype(jnp.float32), NATIVE, dy)
+    found = both("BTD,DZ->BTZ", x, w, NATIVE, dy)
+    of_bits = jax.jit(linear, static_argnums=(0, 3))("BTD,DZ->BTZ", x, Bits.of(w), NATIVE)
+    for ours, theirs in zip((*found, of_bits), (y, dx, dw.astype(jnp.bfloat16), y), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_calls_agree_bit_for_bit():

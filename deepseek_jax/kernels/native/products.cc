@@ -6,6 +6,8 @@
 
 #include "products.h"
 
+#include <cmath>
+
 namespace native {
 namespace {
 
@@ -70,7 +72,7 @@ void Rest(int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t
   for (int i = 0; i < R; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       float sum = add ? c[i * c_row + j] : 0;
-      for (int64_t k = 0; k < depth; ++k) sum += a[i * a_row + k * a_depth] * Value(b[k * b_depth + j]);
+      for (int64_t k = 0; k < depth; ++k) sum = std::fma(a[i * a_row + k * a_depth], Value(b[k * b_depth + j]), sum);
       c[i * c_row + j] = sum;
     }
 }
