@@ -35,18 +35,19 @@ CACHES = ("compute", "served")
 class Context:
     """How a model runs. Frozen and hashable, so that it is part of every jit cache key.
 
-    ``dtype``: compute dtype, None for that of the parameters. ``experts``: the form of the expert
-    computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox, for TPU;
-    "hopper" is JAX's and our Pallas kernels for NVIDIA H100 and H200 (`kernels.hopper`), for 16-bit dtypes; "native" is
-    C++ for CPUs, built where it is first asked for (`kernels.native`).
+    ``dtype``: compute dtype, None for that of the parameters. Computing in float32, native forms read parameters in
+    bfloat16 as they lie, half the bytes, and give the bits that these give as float32. ``experts``: the form of the
+    expert computation, "auto" for `jax.lax.ragged_dot` on TPU and block-wise elsewhere; "kernel" is Pallas' megablox,
+    for TPU; "hopper" is JAX's and our Pallas kernels for NVIDIA H100 and H200 (`kernels.hopper`), for 16-bit dtypes;
+    "native" is C++ for CPUs, built where it is first asked for (`kernels.native`).
     ``mla``: "auto" takes the form with fewer operations. ``attention``: what runs the softmax over whole rows without
-    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "hopper" is cuDNN for
-    rows without segments and, for a step of one token over a cache of MLA on one device, a Pallas kernel of ours
+    a cache, "auto" for a Pallas kernel on TPU and XLA's own operations elsewhere; "hopper" is cuDNN for rows without
+    segments and, for a step of one token over a cache of MLA on one device, a Pallas kernel of ours
     (`kernels.hopper_decode`), both in 16-bit dtypes; "native", for CPUs, is C++ (`kernels.native`) for calls on one
     device, over a cache too, but for an indexer's and compressed attention's; for other calls they take XLA's. A
     "kernel" that is named runs interpreted on the CPU: to check it, slowly; "hopper" runs on those GPUs alone.
-    ``linear``: what multiplies linear maps, "auto" for XLA; "native", for CPUs, is C++ (`kernels.native`) for maps of 2
-    to 12 rows, and of 64 or more, on one device; those of weights that are quantised or have an adapter, and all
+    ``linear``: what multiplies linear maps, "auto" for XLA; "native", for CPUs, is C++ (`kernels.native`) for maps of
+    up to 12 rows, and of 64 or more, on one device; those of weights that are quantised or have an adapter, and all
     others, are XLA's. On processors with matrix units (AMX) native products of many rows are sums of six of bfloat16
     parts, which are as near to the exact ones as float32's; of what is not finite they make NaNs (`kernels.native`).
     ``cache``: what caches hold keys in, the compute dtype or, "served", FP8 and FP4 as releases are served

@@ -34,10 +34,9 @@ void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, in
 template <typename T>
 void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float* apart, int64_t parts, int64_t M, int64_t depth,
              int64_t width) {
-  const int64_t least = (width + kChunk - 1) / kChunk, deep = (depth + parts - 1) / parts;
   // All of a length, and as many as two threads share.
-  const int64_t wide = Whole((width + Whole(least, least > 1 ? 2 : 1) - 1) / Whole(least, least > 1 ? 2 : 1));
-  const int64_t chunks = (width + wide - 1) / wide;
+  const int64_t least = (width + kChunk - 1) / kChunk, even = least > 1 ? Whole(least, 2) : 1;
+  const int64_t wide = Whole((width + even - 1) / even), chunks = (width + wide - 1) / wide, deep = (depth + parts - 1) / parts;
   const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[chunks]);
   for (int64_t i = 0; i < chunks; ++i) missing[i] = parts;
   ForAll(pool, chunks * parts, [&](int64_t unit) {

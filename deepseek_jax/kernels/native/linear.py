@@ -14,8 +14,8 @@ from deepseek_jax.core.bits import Bits
 from deepseek_jax.kernels.native.library import call, check, panels_room
 
 LINEAR = 'Context(linear="native")'
-# Numbers of rows that are multiplied natively: few, while decoding, and many. In between, and of one row, XLA is as
-# fast (experiments/bench_cpu).
+# Numbers of rows that are multiplied natively: few, while decoding, and many. In between XLA is as fast
+# (experiments/bench_cpu).
 FEW, FEWEST = range(1, 13), 64
 # Of few rows: units of work, columns of one (`kChunk` of `linear.cc`), and fewest of the inner dimension.
 UNITS, CHUNK, DEPTH = 4, 256, 64
@@ -46,7 +46,8 @@ def _inputs(equation: str) -> int:
 
 
 def product(equation: str, x: jax.Array, w: jax.Array | Bits) -> jax.Array:
-    """float32 ``einsum(equation, x, w)``, where it `multiplies`; w is taken in x's dtype. Has a gradient, bits none.
+    """float32 ``einsum(equation, x, w)``, where it `multiplies`; w is taken in x's dtype, or in bfloat16 if that is its
+    own. Has a gradient, bits none.
 
     Raises ValueError for other dtypes, where the platform is no CPU, or nothing can be built.
     """
