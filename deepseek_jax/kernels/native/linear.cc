@@ -17,7 +17,9 @@ constexpr int64_t kWide = 8 * kPanel;              // columns that are packed in
 constexpr int64_t kSlice = kDeep > 1 ? 256 : 128;  // rows that a gradient's block reads at once
 constexpr int64_t kEdge = 512;                     // of such a block, at most
 constexpr int64_t kNarrow = 4 * kPanel;            // and at least, before its rows are parted
-constexpr int64_t kChunk = 256;                    // columns that few rows are multiplied by at once, at most
+// Columns that few rows are multiplied by at once: few of a narrow map, for all threads to have some; more of a wide one, whose
+// rows lie on pages of memory of their own.
+constexpr int64_t kChunk = 256, kWidest = 1024, kUnits = 4;
 
 // to [rows, columns] = the sum of so many matrices that lie so many numbers apart; rows of all are `row` numbers apart.
 void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, int64_t columns, int64_t row, float* to) {
@@ -34,8 +36,9 @@ void SumParts(const float* parts, int64_t count, int64_t apart, int64_t rows, in
 template <typename T>
 void FewRows(ffi::ThreadPool& pool, const float* x, const T* w, float* y, float* apart, int64_t parts, int64_t M, int64_t depth,
              int64_t width) {
+  const int64_t least = std::max((width + kWidest - 1) / kWidest, std::min(kUnits, (width + kChunk - 1) / kChunk));
   // All of a length, and as many as two threads share.
-  const int64_t least = (width + kChunk - 1) / kChunk, even = least > 1 ? Whole(least, 2) : 1;
+  const int64_t even = least > 1 ? Whole(least, 2) : 1;
   const int64_t wide = Whole((width + even - 1) / even), chunks = (width + wide - 1) / wide, deep = (depth + parts - 1) / parts;
   const std::unique_ptr<std::atomic<int64_t>[]> missing(new std::atomic<int64_t>[chunks]);
   for (int64_t i = 0; i < chunks; ++i) missing[i] = parts;

@@ -17,7 +17,7 @@ LINEAR = 'Context(linear="native")'
 # Numbers of rows that are multiplied natively: few, while decoding, and many. In between XLA is as fast
 # (experiments/bench_cpu).
 FEW, FEWEST = range(1, 13), 64
-# Of few rows: units of work, columns of one (`kChunk` of `linear.cc`), and fewest of the inner dimension.
+# Of few rows: units of work, columns of one (`kUnits`, `kChunk` of `linear.cc`), and fewest of the inner dimension.
 UNITS, CHUNK, DEPTH = 4, 256, 64
 # Of a weight's gradient: parts of the rows whose sums stand apart, of how many rows at least, and of a gradient of how
 # many numbers at most.
