@@ -99,13 +99,18 @@ def distribution(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy)
 
 
-def _largest(a: jax.Array) -> jax.Array:
-    """int32 ``argmax(a, axis=-1)``: XLA compares numbers and places one after the other on a CPU, and a maximum and the
-    first place that has it a vector at a time."""
-    place = jnp.arange(a.shape[-1], dtype=jnp.int32)
-    # As in an argmax, what is no number is the largest.
-    first = (a == jnp.max(a, axis=-1, keepdims=True)) | (a != a)
-    return jnp.min(jnp.where(first, place, a.shape[-1]), axis=-1)
+def _largest(a: jax.Array, some: int = 64) -> jax.Array:
+    """int32 ``argmax(a, axis=-1)``, by way of a block that has the maximum. XLA compares numbers and their places one
+    after the other on a CPU, and takes the maxima of blocks a vector at a time.
+
+    No number is compared with a maximum: XLA may compute both anew, and differently rounded.
+    """
+    V = a.shape[-1]
+    padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -V % some)], constant_values=-jnp.inf)
+    blocks = padded.reshape(*a.shape[:-1], -1, some)
+    block = jnp.argmax(blocks.max(-1), axis=-1).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * some + jnp.argmax(inside, axis=-1).astype(jnp.int32)
 
 
 def _filter(scaled_BTV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -107,12 +107,13 @@ def test_equal_logits_are_kept_in_order_of_their_ids():
 
 
 def test_the_largest_logit_is_numpys():
-    logits = np.random.default_rng(0).normal(size=(5, 3, 40)).astype(np.float32)
+    logits = np.random.default_rng(0).normal(size=(5, 3, 200)).astype(np.float32)
     logits[0] = 1.0
     logits[1, :, 7:] = -np.inf
-    logits[2, :, [30, 31]] = np.inf
+    logits[2, 0, 190] = 9.0
+    logits[2, 1:, [130, 131]] = np.inf
     logits[3, 1] = -np.inf
-    logits[4, :, 20] = np.nan
+    logits[4, :, [70, 140]] = np.nan
     p = jax.jit(distribution)(logits, make_sampling(5, 0.0, 0, 1.0, 0.0, 0))
     np.testing.assert_array_equal(np.argmax(p, -1), np.argmax(logits, -1))
     np.testing.assert_array_equal(p.sum(-1), 1.0)
