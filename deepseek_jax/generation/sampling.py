@@ -15,6 +15,8 @@ import numpy as np
 # What a random number at a position is for. Each is used for at most one decision, so that decisions are
 # independent although a position may be drafted more than once.
 DRAW, ACCEPT, DRAFT = 0, 1, 2
+# Numbers whose maximum is taken at once, on the way to the place of the largest.
+BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -99,18 +101,17 @@ def distribution(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy)
 
 
-def _largest(a: jax.Array, some: int = 64) -> jax.Array:
+def _largest(a: jax.Array) -> jax.Array:
     """int32 ``argmax(a, axis=-1)``, by way of a block that has the maximum. XLA compares numbers and their places one
     after the other on a CPU, and takes the maxima of blocks a vector at a time.
 
     No number is compared with a maximum: XLA may compute both anew, and differently rounded.
     """
-    V = a.shape[-1]
-    padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -V % some)], constant_values=-jnp.inf)
-    blocks = padded.reshape(*a.shape[:-1], -1, some)
+    padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % BLOCK)], constant_values=-jnp.inf)
+    blocks = padded.reshape(*a.shape[:-1], -1, BLOCK)
     block = jnp.argmax(blocks.max(-1), axis=-1).astype(jnp.int32)
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * some + jnp.argmax(inside, axis=-1).astype(jnp.int32)
+    return block * BLOCK + jnp.argmax(inside, axis=-1).astype(jnp.int32)
 
 
 def _filter(scaled_BTV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -12,7 +12,7 @@ namespace native {
 namespace {
 
 constexpr int64_t kAhead = 1 << 13;  // bytes of a matrix that few rows are multiplied by while the next are fetched
-constexpr int64_t kFewest = 8;       // rows of it, at least
+constexpr int64_t kLeast = 8;       // rows of it, at least
 template <typename T>
 constexpr int kLine = 64 / sizeof(T);  // numbers of a line of memory
 
@@ -83,7 +83,7 @@ template <int R, typename T>
 void Few(int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth,
          float* c, int64_t c_row) {
   constexpr int V = std::clamp(2 * kRows / R, 2, 8);
-  const int64_t some = std::max<int64_t>(kAhead / (columns * sizeof(T)), kFewest);
+  const int64_t some = std::max<int64_t>(kAhead / (columns * sizeof(T)), kLeast);
   Ahead(b, b_depth, std::min(some, depth), columns);
   for (int64_t k = 0; k < depth; k += some, a += some * a_depth, b += some * b_depth) {
     const int64_t part = std::min(some, depth - k), next = k + some < depth ? some * b_depth : 0;
