@@ -138,16 +138,17 @@ def indexers(model: Transformer, held_out: HeldOut) -> dict:
         indexer = replace(attention.indexer, index_top_k=keys)
         return with_config(model, replace(model.cfg, attention=replace(attention, indexer=indexer)))
 
-    def divergence_L(model: Transformer) -> list[float]:
+    @jax.jit
+    def divergence_L(model: Transformer) -> jax.Array:
         seen = among(model, windows.shape[1])(windows, segments=segments, logits="none", capture=("index_kl",))
         real_BT = segments != 0
-        return (jnp.where(real_BT, seen.captured["index_kl"], 0).sum((1, 2)) / real_BT.sum()).tolist()
+        return jnp.where(real_BT, seen.captured["index_kl"], 0).sum((1, 2)) / real_BT.sum()
 
     fresh = init(model.cfg, jax.random.key(0))
     drawn = map_variables(lambda path, own, other: other if "indexer" in path else own, model, fresh)
     return {
-        "divergence": divergence_L(model),
-        "drawn_divergence": divergence_L(drawn),
+        "divergence": divergence_L(model).tolist(),
+        "drawn_divergence": divergence_L(drawn).tolist(),
         "bits": evaluate(among(model, windows.shape[1]), text).bits_per_byte,
         "sparse": evaluate(among(model, keys), text).bits_per_byte,
         "drawn": evaluate(among(drawn, keys), text).bits_per_byte,

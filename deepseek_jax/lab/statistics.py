@@ -6,6 +6,7 @@ batches; how much differences scatter is pooled over all variants of a study.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -65,6 +66,7 @@ def difference(values_VS: np.ndarray, high: int, low: int) -> Difference:
     )
 
 
+@cache
 def separable(seeds: int) -> float:
     """How far apart the means of two variants must lie for every seed of one to lie above every seed of the other with
     80% power, in deviations of a seed of either: 2.57 for three seeds, 3.11 for five."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,18 +19,23 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CFG.vocab_size, (2, 6)
 
 def test_matrices_are_those_by_which_the_model_mixes(monkeypatch):
     """Every kind of layer, in the order of the model; the two calls of a layer see other streams."""
-    used, weights = [], Streams.weights
+    seen, weights = [], Streams.weights
 
     def kept(self, x_BTHD, ctx):
         found = weights(self, x_BTHD, ctx)
-        used.append(found[2])
+        seen.append(found[2])
         return found
+
+    @jax.jit
+    def run(model):
+        model(TOKENS)
+        return seen
 
     # As many kinds of layers as layers, which then run one by one.
     cfg = replace(CFG, n_layers=2, n_dense_layers=1)
     model = random_model(cfg)
     monkeypatch.setattr(Streams, "weights", kept)
-    model(TOKENS)
+    used = run(model)
     monkeypatch.undo()
     assert len(used) == 4
     found = mixing(model, TOKENS)

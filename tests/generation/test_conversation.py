@@ -11,7 +11,7 @@ from deepseek_jax.generation.conversation import Conversation
 NEW, LENGTH = 12, 128
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_turn_is_that_of_its_prompt_alone(depth):
     """Longer prompts, one that takes back much, one that takes back all; drafts are the same as well, so that the MTP
     modules' caches are."""

@@ -90,9 +90,10 @@ V4 = {
     "residual": HyperConnections(),
 }
 DEPTHS = {"1": config(1), "2": config(2), "2, V4": config(2, **V4)}
+SLOWLY = ["1", "2", pytest.param("2, V4", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", SLOWLY)
 def test_greedy_with_drafts_gives_the_plain_tokens(depth, capsys):
     model = agreeing_model(DEPTHS[depth], mixing=0.25)
     prompts = random_prompts(model.cfg)
@@ -134,7 +135,7 @@ def mtp_probabilities(model, temperature, tokens_BT):
     return [jax.nn.softmax(x / temperature) for x in model(tokens_BT, with_mtp=True).mtp_logits]
 
 
-@pytest.mark.parametrize("case", DEPTHS)
+@pytest.mark.parametrize("case", SLOWLY)
 def test_drafts_come_from_the_mtp_modules_on_true_tokens(case):
     """After acceptances and rejections, the caches of all modules hold what a full pass computes."""
     model = random_model(DEPTHS[case])
@@ -200,6 +201,7 @@ def test_the_whole_length_of_the_model_can_be_used(model):
     assert dsj.generate(model, prompts, 3, stop_ids=(), chunk=CHUNK, use_mtp=True)[0] == plain
 
 
+@pytest.mark.slow
 def test_unstacked_layers_change_nothing():
     cfg = config(n_layers=4)
     model = random_model(cfg)

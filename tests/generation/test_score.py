@@ -56,6 +56,7 @@ def test_bad_arguments_are_one_clear_error(model, ids, changes, message):
         score(model, ids, **changes)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_picks_as_many_lines_as_the_readme_says(root):
     """As lm-evaluation-harness asks: no BOS, and the white space at a context's end belongs to what goes on."""
     folder = root / "checkpoints" / "tiny-v3"

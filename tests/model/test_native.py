@@ -271,7 +271,7 @@ def test_what_remat_keeps_is_not_attended_again():
     [
         (None, "float32", "compute"),
         ("distill-qwen", "float32", "compute"),
-        (None, "bfloat16", "served"),
+        pytest.param(None, "bfloat16", "served", marks=pytest.mark.slow),
         ("v3.2", "float32", "compute"),
     ],
 )

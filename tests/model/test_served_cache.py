@@ -50,7 +50,7 @@ def _in_chunks(model, tokens, ctx: Context):
     return jnp.concatenate([*pieces, again.logits[:, :3]], 1), cache
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "v4" else n for n in CASES])
 def test_a_cache_as_served_is_one_of_rounded_keys(name, monkeypatch):
     cfg, forms = CASES[name]
     model = random_model(cfg, seed=3)

@@ -225,7 +225,8 @@ def test_captured_streams_are_those_that_are_handed_on():
         assert relative(carry[:, known], expected) <= 2e-5
 
 
-@pytest.mark.parametrize("residual", [pytest.param(MHC, id="mhc"), pytest.param(HC, id="hc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("residual", [pytest.param(MHC, id="mhc"), pytest.param(HC, id="hc")])
 def test_the_loss_reaches_every_leaf_of_a_fresh_model(residual):
     """From `init` on, whose logits are nearly those of a plain residual: streams that are copies can grow apart."""
     cfg = replace(V3, residual=residual)

@@ -208,6 +208,7 @@ def test_a_hash_layer_takes_part_in_no_balance_loss(model):
     assert (out.aux.load.sum(-1) == 2 * 24 * CFG.moe.top_k).all()
 
 
+@pytest.mark.slow
 def test_a_step_moves_biases_of_layers_that_choose_and_no_table(model, tmp_path):
     """And a run goes on from its checkpoint with the same table."""
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-1.0))

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 # layout once more, where nothing but rows or a row's tokens lie apart: there they wait for the slow tests.
 FORWARD, FORWARD_SLOWLY = AXES[2:4], (*AXES[:2], AXES[4])
 # Experts apart, rows filled up, and an axis that training splits rows over; then heads and vocabulary apart.
-WRITTEN, WRITTEN_SLOWLY = "expert=4,context=2", ("tensor=4", AXES[4], *MIXED[:4])
+WRITTEN = ("expert=4,context=2", "tensor=4", AXES[4], *MIXED[:4])
 # Other architectures, on every axis: grouped queries; experts without a router bias, behind GQA and MLA; streams;
 # experts chosen by token.
 OTHERS = (
@@ -49,27 +49,25 @@ DEFAULT = [
     "sgd|expert=8|concentrated",
     "forward|expert=8|concentrated",
     "drop|expert=8|concentrated",
-    f"text|{WRITTEN}",
     "scores|expert=8",
-    f"born|{SNAPSHOT}",
     "loaded|fsdp=4,expert=2",
-    f"quantized|{QUANTIZED}",
     "staged|fsdp=8",
     f"saved|{SNAPSHOT}",
-    f"snapshot|{SNAPSHOT}",
 ]
 SLOW = [
     *(f"{what}|{axis}" for axis in FORWARD_SLOWLY for what in ("forward", "generated")),
     *(f"{what}|{case}" for case in MIXED for what in ("sgd", "forward", "generated")),
     *(f"sgd|{case}|concentrated" for case in (MIXED[0], MIXED[3])),
-    *(f"text|{case}" for case in WRITTEN_SLOWLY),
+    *(f"text|{case}" for case in WRITTEN),
     *(f"adamw|{case}" for case in MIXED[:2]),
     f"attention|{MIXED[4]}",
     f"kernel|{MIXED[1]}",
     *([f"native|{MIXED[1]}"] if compiler() else []),
     f"stored|{MIXED[0]}",
     f"improved|{MIXED[0]}",
-    *(f"quantized-{what}|{QUANTIZED}" for what in ("blocks", "all")),
+    f"born|{SNAPSHOT}",
+    f"snapshot|{SNAPSHOT}",
+    *(f"{what}|{QUANTIZED}" for what in ("quantized", "quantized-blocks", "quantized-all")),
 ]
 # The jobs of a mesh share its programs, which may be dropped between jobs.
 SLOW.sort(key=lambda job: job.split("|")[1])
@@ -212,13 +210,9 @@ def check_text(found: dict) -> None:
     assert ours["programs"] == [1, 1]
 
 
-def test_text_greedy_and_sampled_with_drafts(default):
-    check_text(default[f"text|{WRITTEN}"])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", WRITTEN_SLOWLY)
-def test_text_on_other_meshes(slow, case):
+@pytest.mark.parametrize("case", WRITTEN)
+def test_text_greedy_and_sampled_with_drafts(slow, case):
     check_text(slow[f"text|{case}"])
 
 
@@ -301,8 +295,9 @@ def check_quantized(found: dict):
     assert found["rebuilt"] > 0 == found["gathered"]
 
 
-def test_decoding_gathers_and_rebuilds_no_quantised_matrix_whole(default):
-    found = default[f"quantized|{QUANTIZED}"]
+@pytest.mark.slow
+def test_decoding_gathers_and_rebuilds_no_quantised_matrix_whole(slow):
+    found = slow[f"quantized|{QUANTIZED}"]
     check_quantized(found)
     assert found["whole"] == []
 
@@ -315,8 +310,9 @@ def test_decoding_from_quantised_parts_in_other_layouts_and_forms(slow):
     assert found["whole"] == []
 
 
-def test_a_model_is_born_in_its_shards(default):
-    found = default[f"born|{SNAPSHOT}"]
+@pytest.mark.slow
+def test_a_model_is_born_in_its_shards(slow):
+    found = slow[f"born|{SNAPSHOT}"]
     assert found["values"][0] <= 1e-6
     assert found["as_placed"]
     matrices = {name: share for name, share in found["shares"].items() if not name.endswith("norm.weight")}
@@ -343,8 +339,9 @@ def test_a_model_in_shards_is_written_as_on_one_device(default):
     assert found["mixed_equal"]
 
 
-def test_layers_are_gathered_one_at_a_time(default):
-    found = default[f"snapshot|{SNAPSHOT}"]
+@pytest.mark.slow
+def test_layers_are_gathered_one_at_a_time(slow):
+    found = slow[f"snapshot|{SNAPSHOT}"]
     # Experts as a device of this mesh holds them in use, one layer's and both layers': (experts, width, 2 x inner).
     one, both = [4, 64, 48], [2, 4, 64, 48]
     assert both not in found["gathered"]
@@ -352,8 +349,9 @@ def test_layers_are_gathered_one_at_a_time(default):
     assert {loops for shape, loops in zip(found["gathered"], found["loops"], strict=True) if shape == one} == {0, 1}
 
 
-def test_parameters_lie_as_recorded_and_a_step_moves_no_more_than_recorded(default):
-    found = default[f"snapshot|{SNAPSHOT}"]
+@pytest.mark.slow
+def test_parameters_lie_as_recorded_and_a_step_moves_no_more_than_recorded(slow):
+    found = slow[f"snapshot|{SNAPSHOT}"]
     path = HERE / "snapshot.json"
     recorded = json.loads(path.read_text(encoding="utf-8"))
     assert found["parameters"] == recorded["parameters"]

@@ -27,13 +27,16 @@ FORMS = {
 }
 
 
+jitted = jax.jit(loss, static_argnums=0)
+
+
 def of(cfg, logprob=LOGPROB, old=OLD, advantage=ADVANTAGE, mask=MASK, reference=REFERENCE, counts=None):
-    return loss(cfg, logprob, old, advantage, mask, reference if cfg.beta else None, counts)
+    return jitted(cfg, logprob, old, advantage, mask, reference if cfg.beta else None, counts)
 
 
 def gradient(cfg, logprob=LOGPROB, **changes):
     """[B, T]: of the loss by every log-probability."""
-    return np.asarray(jax.grad(lambda a: of(cfg, a, **changes)[0])(jnp.asarray(logprob)))
+    return np.asarray(jax.jit(jax.grad(lambda a: of(cfg, a, **changes)[0]))(jnp.asarray(logprob)))
 
 
 def one(ratio, advantage, cfg=MATH):
@@ -43,7 +46,7 @@ def one(ratio, advantage, cfg=MATH):
     def by_ratio(r):
         return of(cfg, jnp.log(r)[None, None], np.zeros((1, 1)), np.float32([advantage]), np.ones((1, 1)))[0]
 
-    value, slope = jax.value_and_grad(by_ratio)(jnp.float32(ratio))
+    value, slope = jax.jit(jax.value_and_grad(by_ratio))(jnp.float32(ratio))
     return round(float(value), 5), round(float(slope), 5)
 
 

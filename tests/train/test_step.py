@@ -259,6 +259,7 @@ def test_turning_knobs_compiles_nothing(step, large, accumulated):
     assert step._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_steps_learn_one_batch_by_heart():
     cfg = tiny_config()
     model = random_model(cfg)
