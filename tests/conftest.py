@@ -35,9 +35,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 gc.set_threshold(50_000, *gc.get_threshold()[1:])
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from memory_maps import forget_programs  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+# No test fails for a slow machine, or a busy one.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_sessionfinish():

@@ -409,7 +409,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(configs())
 def test_every_config_survives_the_file(cfg):
     assert config_from_json(json.loads(json.dumps(config_to_json(cfg))), "drawn") == cfg
@@ -425,7 +425,7 @@ SPELLINGS = ["rope_parameters", "num_mtp_layers", "num_local_experts", "qk_head_
 PLACES = [(field,) for field in [*V3, *SPELLINGS]] + [("rope_scaling", field) for field in ROPE_KEYS["yarn"]]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.sampled_from(PLACES), ANY_JSON)
 def test_any_value_is_read_or_refused(place, value):
     """Any value of any field leads to a ConfigError or to a config that its file can hold."""

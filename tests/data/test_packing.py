@@ -15,7 +15,6 @@ KEYS = st.integers(0, 2**64 - 1)
 FIM = Fim(0.3, 101, 102, 103)
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(2, 16), st.integers(0, 60))
 def test_cut_rows_are_the_stream(lengths, length, skip):
     stream = [(document, at) for document, size in enumerate(lengths) for at in range(size)]
@@ -24,7 +23,6 @@ def test_cut_rows_are_the_stream(lengths, length, skip):
     assert rows == [stream[at : at + length] for at in range(skip, len(stream) - length + 1, length)]
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(2, 16))
 def test_best_fit_holds_every_token_once_and_cuts_only_what_is_too_long(lengths, length):
     layout = best_fit(np.asarray(lengths), length)
@@ -37,7 +35,6 @@ def test_best_fit_holds_every_token_once_and_cuts_only_what_is_too_long(lengths,
     assert all(a % length == 0 for _, a, _ in pieces)
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(2, 16))
 def test_best_fit_chooses_the_least_room_that_holds(lengths, length):
     # The same rule, by looking at every row.
@@ -67,7 +64,6 @@ def test_best_fit_by_hand():
     ]
 
 
-@settings(deadline=None)
 @given(st.integers(2, 50), KEYS, st.integers(0, 2**32), st.integers(0, 5))
 def test_the_parts_of_a_turned_document_restore_it(size, key, seed, epoch):
     stored = list(range(size))
@@ -100,7 +96,7 @@ def test_cuts_are_spread_over_the_whole_document():
     assert np.all(abs(counts / 12_000 - 1 / 11) < 0.015)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 200))
 def test_draws_are_counted_as_they_are_made(weights, draws):
     mixture = Mixture(weights)

@@ -28,7 +28,7 @@ def expected(name, numbers, first=1):
     return {f"{name}#{i + first}": TEXTS[i] for i in numbers}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"\n", b"\r") + b"\n"), max_size=20), st.integers(1, 9))
 def test_lines_are_cut_at_newlines_alone(lines, size):
     raw = b"".join(lines)

@@ -36,7 +36,7 @@ def epochs_of(rows, count):
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(2, 40), st.sampled_from([Fim(), FIM]))
 def test_without_masks_no_token_is_left_out_or_repeated(lengths, length, fim):
     size = sum(lengths)
@@ -57,7 +57,7 @@ def test_without_masks_no_token_is_left_out_or_repeated(lengths, length, fim):
     assert bool(fim.rate) or sentinels == [0, 0, 0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(2, 40), st.sampled_from([Fim(), FIM]))
 def test_with_masks_every_epoch_has_every_token_once_in_its_own_segment(lengths, length, fim):
     if sum(lengths) < length:
@@ -77,7 +77,7 @@ def test_with_masks_every_epoch_has_every_token_once_in_its_own_segment(lengths,
                 assert len(set(owner_n[ids[ids < FIM.begin] - 1].tolist())) <= 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(2, 30), st.booleans()), min_size=2, max_size=12), st.booleans())
 def test_held_out_documents_are_in_no_row(documents, masks):
     lengths, held_out = zip(*documents, strict=True)
