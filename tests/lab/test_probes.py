@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import forward
 from tiny import random_model, tiny_config
 
 from deepseek_jax.configs.fp8 import Fp8
@@ -182,7 +183,7 @@ def test_drafts_are_measured_by_domain_beside_a_constant_one():
     assert {name: one["greedy"] for name, one in found.items()} == seen.domain_agreement
     assert {name: one["sampled"] for name, one in found.items()} == seen.domain_acceptance
     assert {name: one["bits"] for name, one in found.items()} == seen.domains
-    best_n = np.argmax(np.asarray(model(jnp.asarray(TEXT.windows_WT)).logits), -1)[:, :-1].reshape(-1)
+    best_n = np.argmax(np.asarray(forward(model, jnp.asarray(TEXT.windows_WT)).logits), -1)[:, :-1].reshape(-1)
     for at, one in enumerate(found.values()):
         # Every position but the last of a window says the token behind it.
         tokens = best_n[domain_n[1:] == at].tolist()

@@ -102,6 +102,7 @@ def test_a_model_is_trained_by_it(name):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_in_bfloat16_as_near_to_float32_as_by_xla():
     """Its products round once, sums never; the other form rounds as often as XLA's operations do."""
     params, rest = dsj.partition(random_model(tiny_config(n_layers=2, mtp_depth=0)))
@@ -272,7 +273,7 @@ def test_what_remat_keeps_is_not_attended_again():
         (None, "float32", "compute"),
         ("distill-qwen", "float32", "compute"),
         pytest.param(None, "bfloat16", "served", marks=pytest.mark.slow),
-        ("v3.2", "float32", "compute"),
+        pytest.param("v3.2", "float32", "compute", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_decodes_by_it(name, dtype, cache):

@@ -253,7 +253,7 @@ def test_what_it_does_not_multiply_is_refused():
         routed_experts(x, index, weight, stored, down, "native")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_model_decodes_by_it(dtype, monkeypatch):
     """A prompt in chunks, and drafts; weights of bfloat16 as bits."""
     cfg = replace(tiny_config(), n_layers=2, n_dense_layers=1)

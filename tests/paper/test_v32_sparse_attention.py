@@ -171,6 +171,7 @@ def test_the_divergence_and_its_gradient_are_the_papers(top_k):
     assert not np.asarray(dk).any()
 
 
+@pytest.mark.slow
 def test_the_two_losses_are_walled_off_from_one_another():
     # v32_sparse_attention C2
     """The language loss reaches all but the indexers, MTP's too; the divergence reaches them alone."""

@@ -153,6 +153,7 @@ def test_adapters_go_on_from_a_stop_bit_for_bit(source, chats, adapters, tmp_pat
     assert not any(".layers.2.mlp" in name for name in ours)
 
 
+@pytest.mark.slow
 def test_the_state_of_adapters_is_no_model(adapters):
     state = adapters[1] / "checkpoints" / "6"
     with pytest.raises(CheckpointError, match="no model by itself: end the run"):
@@ -162,6 +163,7 @@ def test_the_state_of_adapters_is_no_model(adapters):
     assert not any(name.startswith("opt_state.") and "embed" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_bytes(source, adapters):
     """All that is not an adapter, in the last state of the run: FP8 values, scales, router biases."""
     _, folder, _, lora = adapters
@@ -173,6 +175,7 @@ def test_the_base_keeps_its_bytes(source, adapters):
         assert np.asarray(value).tobytes() == np.asarray(expected[name]).tobytes(), name
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_the_run_s_result_on_the_same_base(source, adapters, tmp_path):
     result = adapters[0]
     tuned = load_adapter(dsj.load_pretrained(source, dtype=None), result.checkpoint)
