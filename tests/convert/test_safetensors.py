@@ -139,7 +139,7 @@ def test_damaged_headers(tmp_path, case):
     assert str(path) in str(error.value)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_is_refused_or_harmless(tmp_path, data):
     """Any change of the bytes gives CheckpointError or a file whose tensors can all be read."""
@@ -163,7 +163,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(JSON)
 def test_any_header_is_refused_or_harmless(tmp_path, header):
     raw_file(tmp_path / "model.safetensors", header, bytes(8))

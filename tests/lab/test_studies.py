@@ -68,7 +68,7 @@ def test_every_variant_fits_its_recipe_and_its_probes():
         chosen(setup)
 
 
-# The first of each study; and all of them slowly, with those of an accelerator's scale.
+# The first of each study; slowly the others, and those of an accelerator's scale.
 FIRST = {name.split("-cpu-")[0]: name for name in reversed(PROGRAMS.values()) if "-cpu-" in name}.values()
 NAMED = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in PROGRAMS.values()]
 

@@ -255,7 +255,7 @@ def test_the_loss_reaches_every_leaf_of_a_fresh_model(residual):
 
 def test_sublayers_read_one_stream_after_the_other_at_first():
     for residual, most in ((MHC, READ), (HC, 1.0)):
-        model = init(replace(V3, n_dense_layers=3, moe=None, mtp_depth=0, residual=residual), jax.random.key(0))
+        model = init(replace(V3, mtp_depth=0, residual=residual), jax.random.key(0))
         blocks = [unstack(s, i) for s in model.stacks for i in range(s.attn_norm.weight.get_value().shape[0])]
         sublayers = [s for b in blocks for s in (b.attn_streams, b.ffn_streams)]
         reading = np.stack([s.base.get_value()[:H] for s in sublayers])

@@ -25,13 +25,11 @@ FORMS = {
     "gspo": replace(V3, ratio="mean", low=3e-4, high=4e-4),
     "masked at once": replace(V32, delta=0.0),
 }
-
-
-jitted = jax.jit(loss, static_argnums=0)
+jitted_loss = jax.jit(loss, static_argnums=0)
 
 
 def of(cfg, logprob=LOGPROB, old=OLD, advantage=ADVANTAGE, mask=MASK, reference=REFERENCE, counts=None):
-    return jitted(cfg, logprob, old, advantage, mask, reference if cfg.beta else None, counts)
+    return jitted_loss(cfg, logprob, old, advantage, mask, reference if cfg.beta else None, counts)
 
 
 def gradient(cfg, logprob=LOGPROB, **changes):
